@@ -1,0 +1,138 @@
+"""All that a method may import: the protocol, and the types and numerics it is written with.
+
+A method is one file:
+
+    class RoundToNearest:
+        name = "my-rtn"
+        summary = "nearest rounding on a min-max grid"
+        version = "1"
+        needs_data = False
+
+        class Config(MethodConfig):
+            shrink: float = Field(default=1.0, gt=0, description="factor on the range")
+
+        def __init__(self, config):
+            self.config = config
+
+        def quantize(self, task):
+            for layer in task.layers:
+                grid = minmax_grid(layer.weight * self.config.shrink, layer.bits, task.scheme.symmetric)
+                task.commit(layer.name, QuantizedLayer(grid.pack(grid.codes(layer.weight))))
+
+It returns data, not modules: `task.commit` installs the layer in the student network, saves it to the run
+folder, and reports progress; so sequential calibration and resuming come for free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from coraq.config import Frozen, LayerScheme, Scheme
+from coraq.core.grid import Grid, best_shrink, grid_from_range, minmax_grid, mse_grid, sigma_grid
+from coraq.core.tensors import LowRank, QTensor, QuantizedLayer
+from coraq.errors import CoraqError, UsageError
+from coraq.model.calibration import LayerStats, LeastSquares
+from coraq.model.layers import LayerView
+
+__all__ = [
+    "CoraqError",
+    "Field",
+    "Grid",
+    "LayerScheme",
+    "LayerStats",
+    "LayerView",
+    "LeastSquares",
+    "LowRank",
+    "MethodConfig",
+    "QTensor",
+    "QuantizedLayer",
+    "Quantizer",
+    "Scheme",
+    "Task",
+    "UsageError",
+    "best_shrink",
+    "grid_from_range",
+    "minmax_grid",
+    "mse_grid",
+    "sigma_grid",
+]
+
+
+class MethodConfig(Frozen):
+    """Base of a method's options: frozen, unknown keys refused; a field's description is its help."""
+
+
+class Task(Protocol):
+    """One network to quantize under one Scheme, as a method sees it.
+
+    Ask for layers in the order of `layers`: the calibration engine advances all images together, so a layer's
+    statistics exist while it is the current one. Going back is possible and costs another pass.
+    """
+
+    @property
+    def layers(self) -> Sequence[LayerView]:
+        """All quantizable layers in execution order, those that a resumed run has already committed left out."""
+
+    @property
+    def scheme(self) -> Scheme: ...
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The float network, BatchNorm folded. Never change it."""
+
+    @property
+    def student(self) -> nn.Module:
+        """The network being quantized. Only `commit` changes it."""
+
+    @property
+    def rng(self) -> torch.Generator:
+        """The only source of randomness, seeded by the run."""
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there are calibration images (a method with needs_data = False may run without)."""
+
+    def stats(self, name: str) -> LayerStats:
+        """Statistics of the layer's inputs in both networks; each is computed when first read."""
+
+    def least_squares(self, name: str, target: Literal["layer", "float"] = "layer") -> LeastSquares:
+        """The problem `min ‖(W − Q)·H^½‖²` of a layer, its inputs' mean taken out where the bias absorbs it.
+
+        target "layer": W are the float weights, on the student's inputs (the papers' objective). target "float":
+        outputs of the float network on the student's inputs, so W also undoes what earlier layers lost.
+        """
+
+    def batches(self) -> Iterator[Tensor]:
+        """The calibration images in micro-batches [n, channels, height, width], in the network's units."""
+
+    def commit(self, name: str, layer: QuantizedLayer, **metrics: float | int | str) -> None:
+        """Install, save and report one layer. Each layer is committed exactly once."""
+
+    def log(self, metric: str, value: float, step: int) -> None:
+        """Report a scalar while working (a loss, a budget)."""
+
+    def note(self, message: str) -> None:
+        """Report something a person should know, such as a fallback taken."""
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """What every method implements, built-in or a stranger's plugin.
+
+    `version` is part of the run's identity: raise it whenever the method's results change.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    version: ClassVar[str]
+    needs_data: ClassVar[bool]
+    Config: ClassVar[type[MethodConfig]]
+
+    def __init__(self, config: Any) -> None: ...
+
+    def quantize(self, task: Task) -> None: ...

@@ -1,0 +1,134 @@
+"""Configuration as interface: what is quantized, on what data, how. All models are frozen and versioned.
+
+Nothing here imports torch, so that the command line can build and check a configuration at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+class Frozen(BaseModel):
+    """A frozen pydantic model that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LayerScheme(Frozen):
+    """What one layer gets. `rank` is for methods with low-rank adapters; `None` leaves it to the method."""
+
+    bits: int = Field(ge=MIN_BITS, le=MAX_BITS, description="bits of a weight code")
+    rank: int | None = Field(default=None, ge=0, description="rank of the adapter")
+
+
+class Scheme(Frozen):
+    """All that decides whether a number reproduces, beside the method. Printed with every result."""
+
+    version: Literal[1] = 1
+    bits: int = Field(default=4, ge=MIN_BITS, le=MAX_BITS, description="bits of a weight code, 2 to 8")
+    first_bits: int | None = Field(
+        default=8, ge=MIN_BITS, le=MAX_BITS, description="bits of the first layer; empty: as all others"
+    )
+    last_bits: int | None = Field(
+        default=8, ge=MIN_BITS, le=MAX_BITS, description="bits of the last layer (the classifier); empty: as all others"
+    )
+    granularity: Literal["channel", "tensor"] = Field(
+        default="channel", description="one scale per output channel, or one per weight tensor"
+    )
+    symmetric: bool = Field(default=True, description="zero point fixed at the middle code: every integer runtime takes it")
+    bias: Literal["float", "layer", "keep"] = Field(
+        default="float",
+        description="bias correction: make a layer's mean output equal the float network's (float), or that of the same "
+        "layer with float weights on the quantized network's inputs (layer), or leave the bias alone (keep)",
+    )
+    overrides: dict[str, LayerScheme] = Field(
+        default_factory=dict, description="regular expression over layer names -> that layer's own bits and rank; first match wins"
+    )
+
+    @field_validator("overrides")
+    @classmethod
+    def _compiles(cls, value: dict[str, LayerScheme]) -> dict[str, LayerScheme]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return value
+
+    def resolve(self, names: list[str]) -> dict[str, LayerScheme]:
+        """Each layer's own scheme. `names` are all quantizable layers in execution order."""
+        resolved = {}
+        for index, name in enumerate(names):
+            bits = self.bits
+            if index == 0 and self.first_bits is not None:
+                bits = self.first_bits
+            elif index == len(names) - 1 and self.last_bits is not None:
+                bits = self.last_bits
+            matches = (own for pattern, own in self.overrides.items() if re.fullmatch(pattern, name))
+            resolved[name] = next(matches, LayerScheme(bits=bits))
+        return resolved
+
+    def describe(self) -> str:
+        """One line that a person can read and a paper can cite."""
+        edges = f"first/last layer {self.first_bits or self.bits}/{self.last_bits or self.bits} bits"
+        grid = f"{'symmetric' if self.symmetric else 'affine'} per {self.granularity}"
+        extra = f", {len(self.overrides)} overrides" if self.overrides else ""
+        return f"W{self.bits}A32, {edges}, {grid}, bias {self.bias}, activations float{extra}"
+
+
+class DataConfig(Frozen):
+    """Where images come from and how they are prepared. Names follow timm's `validate.py`."""
+
+    data_dir: str | None = Field(default=None, description="folder of images, one sub-folder a class")
+    dataset: str = Field(default="", description="timm dataset spec: '' for folders, torch/…, hfds/…, wds/…")
+    split: str = Field(default="validation", description="split to evaluate on")
+    calib_dir: str | None = Field(default=None, description="folder of calibration images, if not under --data-dir")
+    calib_split: str = Field(default="train", description="split to calibrate on")
+    calib_size: int = Field(default=1024, ge=1, description="number of calibration images")
+    eval_size: int | None = Field(default=None, ge=1, description="evaluate on at most so many images (default: all)")
+    class_map: str | None = Field(default=None, description="text file: class names in index order")
+    batch_size: int = Field(default=32, ge=1, description="images in a micro-batch")
+    workers: int = Field(default=2, ge=0, description="processes that decode images")
+    img_size: int | None = Field(default=None, ge=8, description="input size in pixels (default: the model's)")
+    crop_pct: float | None = Field(default=None, gt=0, description="centre-crop fraction (default: the model's)")
+    mean: tuple[float, ...] | None = Field(default=None, description="channel means (default: the model's)")
+    std: tuple[float, ...] | None = Field(default=None, description="channel deviations (default: the model's)")
+    interpolation: str | None = Field(default=None, description="resize interpolation (default: the model's)")
+    strict: bool = Field(default=False, description="a corrupt image is an error instead of a skipped one")
+
+
+class RunConfig(Frozen):
+    """One run, completely: the run folder's name is a hash of this."""
+
+    version: Literal[1] = 1
+    model: str = Field(description="timm name, hf-hub:ORG/NAME, local-dir:FOLDER, or demo")
+    checkpoint: str | None = Field(default=None, description="float weights to load (safetensors)")
+    num_classes: int | None = Field(default=None, ge=1, description="number of classes (default: the model's)")
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, description="passed on to timm's create_model")
+    method: str = Field(default="comq", description="name of a registered method")
+    options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
+    scheme: Scheme = Scheme()
+    data: DataConfig = DataConfig()
+    seed: int = Field(default=0, description="seed of everything random")
+    device: str = Field(default="cpu", description="torch device")
+    calib_memory: int | None = Field(default=None, ge=1, description="bytes for live activations (default: half of what is free)")
+    float_dtype: Literal["float32", "float16"] = Field(
+        default="float32", description="type of what stays unquantized in the checkpoint: biases, norms"
+    )
+
+    def digest(self, **more: str) -> str:
+        """Six hex digits over the resolved configuration and `more` (calibration fingerprint, method version).
+
+        What cannot change the result (workers, memory bound) is left out, so that the same command with
+        another number of workers resumes the same run.
+        """
+        content = self.model_dump(mode="json", exclude={"calib_memory": True, "data": {"workers", "strict"}})
+        text = json.dumps({**content, **more}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:6]

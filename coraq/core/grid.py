@@ -1,0 +1,131 @@
+"""The uniform quantization grid: where its levels lie, and the nearest level to a weight.
+
+Weights are [groups, out, in]. A grid is `(scale, zero_point)` as in `QTensor`: one per output channel
+([groups, out, 1]) or per tensor ([1, 1, 1]); zero_point None means symmetric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coraq.core.tensors import QTensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Levels `scale · (k − zero)` for codes `k = 0 … 2**bits − 1`. `zero` is float and integral."""
+
+    scale: Tensor
+    zero: Tensor
+    bits: int
+    symmetric: bool
+
+    @property
+    def top(self) -> int:
+        return 2**self.bits - 1
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Nearest codes as floats; a channel whose scale is 0 gets the zero code everywhere."""
+        safe = torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
+        codes = torch.round(weight / safe + self.zero).clamp_(0, self.top)
+        return torch.where(self.scale == 0, self.zero, codes)
+
+    def values(self, codes: Tensor) -> Tensor:
+        return (codes - self.zero) * self.scale
+
+    def round(self, weight: Tensor) -> Tensor:
+        """The nearest levels to `weight`."""
+        return self.values(self.codes(weight))
+
+    def pack(self, codes: Tensor) -> QTensor:
+        """A QTensor from integral codes of any dtype."""
+        dtype = torch.uint8 if self.bits <= 8 else torch.int32
+        zero = None if self.symmetric else self.zero.to(dtype).contiguous()
+        return QTensor(codes.to(dtype).contiguous(), self.scale.float().contiguous(), self.bits, zero)
+
+
+def _extremes(weight: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
+    """Least and greatest weight per channel or tensor, widened to contain zero."""
+    dims = (-1,) if granularity == "channel" else (0, 1, 2)
+    low = weight.amin(dims, keepdim=True).clamp(max=0)
+    high = weight.amax(dims, keepdim=True).clamp(min=0)
+    return low, high
+
+
+def grid_from_range(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
+    """The grid that covers [low, high] (low ≤ 0 ≤ high): the zero level is always exactly on it."""
+    top = 2**bits - 1
+    if symmetric:
+        # codes −2^(b−1) … 2^(b−1)−1: the positive side has one level fewer and decides
+        scale = torch.maximum(-low / 2 ** (bits - 1), high / (2 ** (bits - 1) - 1))
+        zero = torch.full_like(scale, 2 ** (bits - 1))
+    else:
+        scale = (high - low) / top
+        safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+        zero = torch.round(-low / safe).clamp_(0, top)
+    return Grid(scale, zero, bits, symmetric)
+
+
+def minmax_grid(weight: Tensor, bits: int, symmetric: bool = True, granularity: str = "channel") -> Grid:
+    """The grid that just holds every weight."""
+    return grid_from_range(*_extremes(weight, granularity), bits, symmetric)
+
+
+def sigma_grid(weight: Tensor, bits: int, symmetric: bool = True, granularity: str = "channel", k: float = 5.0) -> Grid:
+    """The grid over μ ± kσ (CoRa, arXiv 2408.00923), within the weights' own extremes."""
+    dims = (-1,) if granularity == "channel" else (0, 1, 2)
+    low, high = _extremes(weight, granularity)
+    mean = weight.mean(dims, keepdim=True)
+    deviation = weight.std(dims, keepdim=True, unbiased=False)
+    low = torch.maximum(low, mean - k * deviation).clamp(max=0)
+    high = torch.minimum(high, mean + k * deviation).clamp(min=0)
+    return grid_from_range(low, high, bits, symmetric)
+
+
+def mse_grid(
+    weight: Tensor,
+    bits: int,
+    symmetric: bool = True,
+    granularity: str = "channel",
+    norm: float = 2.0,
+    steps: int = 80,
+    floor: float = 0.2,
+) -> Grid:
+    """The grid of least `Σ |w − round(w)|^norm` among `steps` shrunk ranges (1 down to `floor` of min-max).
+
+    BRECQ (arXiv 2102.05426) uses norm 2.4 and 80 steps.
+    """
+    dims = (-1,) if granularity == "channel" else (0, 1, 2)
+    return best_shrink(
+        weight, bits, symmetric, granularity, lambda rounded: (weight - rounded).abs().pow(norm).sum(dims, keepdim=True), steps, floor
+    )
+
+
+def best_shrink(
+    weight: Tensor,
+    bits: int,
+    symmetric: bool,
+    granularity: str,
+    loss: Callable[[Tensor], Tensor],
+    steps: int = 80,
+    floor: float = 0.2,
+) -> Grid:
+    """Among `steps` ranges shrunk from min-max, the grid of least `loss(rounded weight)`, per channel or tensor.
+
+    `loss` maps the rounded weight [groups, out, in] to the shape of a scale.
+    """
+    low, high = _extremes(weight, granularity)
+    best = grid_from_range(low, high, bits, symmetric)
+    best_loss = loss(best.round(weight))
+    for step in range(1, steps):
+        shrink = 1 - (1 - floor) * step / (steps - 1)
+        grid = grid_from_range(low * shrink, high * shrink, bits, symmetric)
+        now = loss(grid.round(weight))
+        better = now < best_loss
+        best_loss = torch.where(better, now, best_loss)
+        best = Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero), bits, symmetric)
+    return best

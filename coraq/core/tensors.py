@@ -1,0 +1,143 @@
+"""What a method returns for a layer: integer codes on a grid, perhaps a low-rank adapter and a new bias.
+
+Everywhere in coraq a layer's weight is a batch of matrices `[groups, out, in]`: `out` output channels of one
+group, `in = channels/groups · kh · kw` inputs of each (a Linear layer has one group and no kernel).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_CORE_BITS = 16  # the numerics work up to here, so that tests can approach the float limit
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """Codes on a grid: `scale · (codes − zero_point)`, or `scale · codebook[codes]`.
+
+    Attributes:
+        codes: [groups, out, in], uint8 (int32 above 8 bits), in `0 … 2**bits − 1`.
+        scale: float32, [groups, out, 1] for a scale per output channel, [1, 1, 1] for one per tensor.
+        bits: width of a code.
+        zero_point: same dtype as the codes, same shape as `scale`; None stands for the middle code `2**(bits−1)`
+            (a symmetric grid), which costs no bytes.
+        codebook: float32 [2**bits] levels of a non-uniform grid (then there is no zero point).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bits: int
+    zero_point: Tensor | None = None
+    codebook: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """The weight that the codes stand for: float32 [groups, out, in]. Deterministic to the last bit."""
+        if self.codebook is not None:
+            return self.codebook[self.codes.long()] * self.scale
+        middle = float(2 ** (self.bits - 1))
+        zero = middle if self.zero_point is None else self.zero_point.float()
+        return (self.codes.float() - zero) * self.scale
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        """Raise ValueError unless this is a finite, in-range quantization of a weight of `shape`."""
+        groups, out, _ = shape
+        if not 1 <= self.bits <= MAX_CORE_BITS:
+            raise ValueError(f"bits is {self.bits}, not in 1 … {MAX_CORE_BITS}")
+        if tuple(self.codes.shape) != tuple(shape):
+            raise ValueError(f"codes have shape {list(self.codes.shape)}, the layer's weight {list(shape)}")
+        wanted = torch.uint8 if self.bits <= 8 else torch.int32
+        if self.codes.dtype != wanted:
+            raise ValueError(f"codes are {self.codes.dtype}, {self.bits}-bit codes must be {wanted}")
+        if self.codes.numel() and not 0 <= int(self.codes.min()) <= int(self.codes.max()) < 2**self.bits:
+            raise ValueError(f"codes leave 0 … {2**self.bits - 1}")
+        if tuple(self.scale.shape) not in ((groups, out, 1), (1, 1, 1)):
+            raise ValueError(f"scale has shape {list(self.scale.shape)}, not {[groups, out, 1]} or [1, 1, 1]")
+        if self.scale.dtype != torch.float32 or not bool(torch.isfinite(self.scale).all()):
+            raise ValueError("scale must be finite float32")
+        if self.zero_point is not None:
+            if self.codebook is not None:
+                raise ValueError("a codebook has no zero point")
+            if self.zero_point.shape != self.scale.shape or self.zero_point.dtype != self.codes.dtype:
+                raise ValueError("zero point must have the scale's shape and the codes' type")
+        if self.codebook is not None:
+            if tuple(self.codebook.shape) != (2**self.bits,) or self.codebook.dtype != torch.float32:
+                raise ValueError(f"codebook must be float32 [{2**self.bits}]")
+            if not bool(torch.isfinite(self.codebook).all()):
+                raise ValueError("codebook must be finite")
+
+    def size_bytes(self) -> int:
+        """Bytes on disk: packed codes (each output channel padded to a byte), scales, zero points, codebook."""
+        groups, out, inputs = self.codes.shape
+        size = groups * out * -(-inputs * self.bits // 8) + 4 * self.scale.numel()
+        if self.zero_point is not None:
+            size += self.zero_point.numel() * self.zero_point.element_size()
+        if self.codebook is not None:
+            size += 4 * self.codebook.numel()
+        return size
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A low-rank adapter: the layer's weight is `dequantize(weight) + b @ a`.
+
+    Attributes:
+        b: [groups, out, rank]; a: [groups, rank, in]. Codes and scales (per row of `a`, per row of `b`).
+    """
+
+    b: QTensor
+    a: QTensor
+
+    def dequantize(self) -> Tensor:
+        """`b @ a`, float32 [groups, out, in]."""
+        return self.b.dequantize() @ self.a.dequantize()
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.codes.shape[1])
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        """Raise ValueError unless the factors multiply to `shape` and are valid themselves."""
+        groups, out, inputs = shape
+        self.b.check((groups, out, self.rank))
+        self.a.check((groups, self.rank, inputs))
+
+    def size_bytes(self) -> int:
+        return self.b.size_bytes() + self.a.size_bytes()
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """All that a method says about one layer.
+
+    Attributes:
+        weight: the codes.
+        adapter: optional low-rank correction of the weight.
+        bias: float32 [groups · out]; None leaves the bias to `Task.commit` (bias correction as the Scheme says).
+    """
+
+    weight: QTensor
+    adapter: LowRank | None = None
+    bias: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """The effective weight, float32 [groups, out, in]."""
+        weight = self.weight.dequantize()
+        return weight if self.adapter is None else weight + self.adapter.dequantize()
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        """Raise ValueError unless everything fits a weight of `shape` and is finite."""
+        self.weight.check(shape)
+        if self.adapter is not None:
+            self.adapter.check(shape)
+        if self.bias is not None:
+            if tuple(self.bias.shape) != (shape[0] * shape[1],):
+                raise ValueError(f"bias has shape {list(self.bias.shape)}, not {[shape[0] * shape[1]]}")
+            if self.bias.dtype != torch.float32 or not bool(torch.isfinite(self.bias).all()):
+                raise ValueError("bias must be finite float32")
+
+    def size_bytes(self) -> int:
+        """Bytes of codes, scales, zero points and adapter (not of the bias, which the float network has too)."""
+        return self.weight.size_bytes() + (0 if self.adapter is None else self.adapter.size_bytes())

@@ -1,0 +1,34 @@
+"""The one exception that coraq raises on purpose: what is wrong, and what to do next."""
+
+from __future__ import annotations
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_BELOW_THRESHOLD = 3
+EXIT_INTERRUPTED = 130
+
+
+class CoraqError(Exception):
+    """An error that the user can act on.
+
+    Args:
+        message: what is wrong, with the offending value in it.
+        hint: what to do next; one line.
+        exit_code: 1 for a failure, 2 for a wrong request (see the constants of this module).
+    """
+
+    def __init__(self, message: str, hint: str = "", exit_code: int = EXIT_FAILURE) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class UsageError(CoraqError):
+    """A wrong request: an unknown option, method or value. Exit code 2."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message, hint, EXIT_USAGE)
