@@ -1,0 +1,159 @@
+"""What a run found, as data: frozen models that metrics.json holds and that reports and the command line read.
+
+Nothing here imports torch. Numbers carry their unit in their name; `None` means not measured, never zero.
+Infinite values (the SQNR of an unchanged layer) are written to JSON as the string "Infinity".
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from coraq.config import RunConfig
+
+
+class Result(BaseModel):
+    """A frozen model that refuses unknown keys and survives a JSON round trip with infinite values in it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Proportion(Result):
+    """A share of `count` images in percent, with its 95 % Wilson score interval."""
+
+    value_pct: float
+    low_pct: float
+    high_pct: float
+    count: int = Field(description="images that the share is taken over")
+
+
+class PairedDifference(Result):
+    """Top-1 of the quantized network less that of the float one, in points, on the same images."""
+
+    points: float
+    low_points: float = Field(description="lower end of Newcombe's 95 % interval for paired proportions")
+    high_points: float = Field(description="upper end of the same interval")
+    only_float_right: int = Field(description="images that only the float network gets right")
+    only_quantized_right: int = Field(description="images that only the quantized network gets right")
+    p_value: float = Field(description="exact two-sided McNemar test of: no difference")
+
+
+class Comparison(Result):
+    """Float against quantized network on the same images; accuracies are None where no image has a label."""
+
+    count: int = Field(description="images")
+    labelled_count: int = Field(description="images with a label: those that accuracies are measured on")
+    num_classes: int
+    float_top1: Proportion | None
+    float_top5: Proportion | None = Field(description="None below 6 classes, too")
+    quantized_top1: Proportion | None
+    quantized_top5: Proportion | None
+    top1_difference: PairedDifference | None
+    agreement: Proportion = Field(description="share of all images where both networks' first choices are the same")
+    kl_nats: float = Field(description="mean over images of KL(float ‖ quantized) of the softmax")
+    sqnr_db: float = Field(description="10·log10(Σ float² / Σ (float − quantized)²) over all logits of all images")
+    float_s: float = Field(description="time of the float network's forward passes")
+    quantized_s: float = Field(description="time of the quantized network's forward passes (weights dequantized)")
+
+    @property
+    def labelled(self) -> bool:
+        return self.labelled_count > 0
+
+
+class Accuracy(Result):
+    """One network's accuracy; None where no image has a label (top-5 below 6 classes, too)."""
+
+    count: int
+    labelled_count: int
+    num_classes: int
+    top1: Proportion | None
+    top5: Proportion | None
+    time_s: float
+
+
+class MachineInfo(Result):
+    """Where the run ran."""
+
+    cpu: str = Field(description="model of the processor")
+    threads: int = Field(description="torch's threads")
+    device: str = Field(description="torch device, with the accelerator's name if it is one")
+
+
+class CalibrationInfo(Result):
+    """The images that the method saw."""
+
+    description: str
+    count: int
+    fingerprint: str = Field(description="hash of the images' content, part of the run's identity")
+    synthetic: bool = Field(description="made on the spot, not real images")
+
+
+class SizeInfo(Result):
+    """Bytes on disk and what they consist of."""
+
+    float_bytes: int = Field(description="size of the float network's parameters and buffers")
+    file_bytes: int = Field(description="size of the checkpoint on disk, all included")
+    effective_bits: float = Field(description="bits per quantized weight, with scales, zero points and adapters")
+    quantized_weights: int = Field(description="number of weights stored as codes")
+    total_params: int
+    float_params: int = Field(description="parameters that stay in floating point")
+
+
+class CostInfo(Result):
+    """Arithmetic for one image."""
+
+    macs: int = Field(description="multiply-accumulates of the quantized layers")
+    bitops: int = Field(description="Σ over layers of MACs · weight bits · activation bits")
+
+
+class LayerResult(Result):
+    """One quantized layer."""
+
+    name: str
+    kind: str = Field(description="what the layer is: convolution, depthwise, linear, …")
+    shape: tuple[int, ...] = Field(description="shape of the weight")
+    bits: int
+    rank: int | None = None
+    bytes: int = Field(description="bytes on disk: codes, scales, zero points, adapter")
+    macs: int
+    weight_sqnr_db: float | None = Field(default=None, description="10·log10(‖W‖² / ‖W − Ŵ‖²), adapter included")
+    input_error: float | None = Field(default=None, description="relative error of the layer's inputs, ‖x − x̂‖/‖x‖")
+    output_error: float | None = Field(default=None, description="relative error of the layer's outputs, ‖y − ŷ‖/‖y‖")
+    metrics: dict[str, float | int | str] = Field(default_factory=dict, description="what else the method measured")
+
+
+class RunResult(Result):
+    """Everything that one run found. Saved as metrics.json; the report is rendered from it alone."""
+
+    version: Literal[1] = 1
+    coraq_version: str
+    command: list[str] = Field(description="the command line, ready to run again")
+    versions: dict[str, str] = Field(description="python, torch, timm, …")
+    machine: MachineInfo
+    seed: int
+    config: RunConfig
+    method: str
+    method_version: str
+    method_source: str = Field(description="built-in, the entry point's distribution, or the plugin's file")
+    scheme_line: str = Field(description="Scheme.describe(): all that decides whether a number reproduces")
+    calibration: CalibrationInfo
+    evaluation_data: str | None = Field(default=None, description="the evaluation images; None: accuracy not measured")
+    comparison: Comparison | None = Field(default=None, description="float against quantized on the evaluation images")
+    fidelity_data: str | None = Field(default=None, description="images of `fidelity`")
+    fidelity: Comparison | None = Field(default=None, description="unlabelled comparison where nothing was evaluated")
+    size: SizeInfo
+    cost: CostInfo
+    stages: dict[str, float] = Field(description="seconds of each stage, in order")
+    total_s: float
+    float_pass_s: float | None = Field(default=None, description="one float pass over the calibration images")
+    peak_memory_bytes: int
+    memory_bound_bytes: int | None = Field(default=None, description="bound on live calibration activations")
+    layers: list[LayerResult] = Field(description="in execution order")
+    notes: list[str] = Field(default_factory=list, description="fallbacks taken and other things to know")
+    run_dir: str
+
+    @property
+    def best_comparison(self) -> Comparison | None:
+        """The comparison on evaluation images, or else that on unlabelled ones."""
+        return self.comparison or self.fidelity
