@@ -1,0 +1,168 @@
+"""The report: everything that a RunResult holds, as Markdown, beside its JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from coraq.errors import CoraqError
+from coraq.report import summary
+from coraq.results import LayerResult, RunResult
+
+REPORT_NAME, METRICS_NAME = "report.md", "metrics.json"
+
+
+def markdown(result: RunResult) -> str:
+    """The whole report as one Markdown text, rendered from `result` alone."""
+    sections = [
+        f"# {summary.title(result)}",
+        _fenced(summary.command_line(result), "sh"),
+        f"{result.scheme_line}",
+        _accuracy(result),
+        _fidelity(result),
+        "## Size and cost\n\n" + _facts(summary.size_facts(result) + summary.cost_facts(result)),
+        "## Data\n\n" + _facts([*summary.data_facts(result), ("fingerprint", f"`{result.calibration.fingerprint}`")]),
+        _time(result),
+        _layers(result),
+        _notes(result),
+        _reproduce(result),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def write_report(result: RunResult, folder: Path) -> Path:
+    """Write report.md and metrics.json into `folder`, each atomically; returns the path of report.md.
+
+    Raises:
+        CoraqError: the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_atomically(folder / METRICS_NAME, result.model_dump_json(indent=2) + "\n")
+        _write_atomically(folder / REPORT_NAME, markdown(result))
+    except OSError as error:
+        raise CoraqError(
+            f"cannot write the report into {folder}: {error.strerror}", "free space or give --output"
+        ) from error
+    return folder / REPORT_NAME
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """A reader, or a run resumed after a kill, sees the old file or the whole new one."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+# ---------------------------------------------------------------- sections
+
+
+def _accuracy(result: RunResult) -> str:
+    comparison = result.comparison
+    if comparison is None or not comparison.labelled:
+        return f"## Accuracy\n\nAccuracy: {summary.NOT_MEASURED}."
+    table = _table(["", "float", "quantized", "difference in points"], summary.accuracy_rows(comparison))
+    return f"## Accuracy\n\n{table}\n\n{summary.accuracy_note(comparison)}. Intervals are 95 %."
+
+
+def _fidelity(result: RunResult) -> str:
+    comparison = result.best_comparison
+    if comparison is None:
+        return ""
+    images = f"On {comparison.count} images: {result.evaluation_data if result.comparison else result.fidelity_data}."
+    facts = [
+        *summary.fidelity_facts(comparison),
+        ("float forward", summary.time_text(comparison.float_s)),
+        (
+            "quantized forward",
+            f"{summary.time_text(comparison.quantized_s)} (weights dequantized, not integer arithmetic)",
+        ),
+    ]
+    return f"## Fidelity to the float network\n\n{images}\n\n{_facts(facts)}"
+
+
+def _time(result: RunResult) -> str:
+    stages = _table(["stage", "time"], [(name, summary.time_text(seconds)) for name, seconds in result.stages.items()])
+    return "## Time and memory\n\n" + _facts(summary.time_facts(result)) + ("\n\n" + stages if result.stages else "")
+
+
+def _layers(result: RunResult) -> str:
+    if not result.layers:
+        return ""
+    measure, worst = summary.worst_layers(result)
+    named = ", ".join(f"`{layer.name}` ({value})" for layer, value in worst)
+    has_rank = any(layer.rank is not None for layer in result.layers)
+    # A method's own measures become columns, in the order in which they first appear.
+    extras = list(dict.fromkeys(key for layer in result.layers for key in layer.metrics))
+    header = ["layer", "kind", "shape", "bits", *(["rank"] if has_rank else []), "bytes", "MACs"]
+    header += ["weight SQNR dB", "input error", "output error", *extras]
+    rows = [_layer_row(layer, has_rank, extras) for layer in result.layers]
+    intro = f"In execution order. Worst by {measure}: {named}.\n\n" if worst else "In execution order.\n\n"
+    return "## Layers\n\n" + intro + _table(header, rows, right_from=3)
+
+
+def _layer_row(layer: LayerResult, has_rank: bool, extras: list[str]) -> list[str]:
+    rank = [summary.number_text(layer.rank)] if has_rank else []
+    errors = (layer.weight_sqnr_db, layer.input_error, layer.output_error)
+    return [
+        f"`{layer.name}`",
+        layer.kind,
+        "×".join(map(str, layer.shape)),
+        str(layer.bits),
+        *rank,
+        str(layer.bytes),
+        summary.count_text(layer.macs),
+        *(summary.number_text(value) for value in errors),
+        *(summary.number_text(layer.metrics.get(key)) for key in extras),
+    ]
+
+
+def _notes(result: RunResult) -> str:
+    return "## Notes\n\n" + "\n".join(f"- {note}" for note in result.notes) if result.notes else ""
+
+
+def _reproduce(result: RunResult) -> str:
+    machine = result.machine
+    facts = [
+        ("coraq", result.coraq_version),
+        ("method", f"{result.method} {result.method_version} ({result.method_source})"),
+        ("seed", str(result.seed)),
+        ("machine", f"{machine.cpu}, {machine.threads} threads, device {machine.device}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
+        ("run", f"`{result.run_dir}`"),
+    ]
+    config = json.dumps(result.config.model_dump(mode="json"), indent=2)
+    return "## Reproduce\n\n" + _facts(facts) + "\n\n" + _fenced(config, "json")
+
+
+# ---------------------------------------------------------------- Markdown
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], right_from: int | None = None) -> str:
+    """A Markdown table; columns from `right_from` on are aligned right."""
+    rules = ["---:" if right_from is not None and index >= right_from else "---" for index in range(len(header))]
+    lines = [header, rules, *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _facts(facts: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f"- {label}: {text}" for label, text in facts)
+
+
+def _fenced(text: str, language: str) -> str:
+    return f"```{language}\n{text}\n```"

@@ -1,0 +1,175 @@
+"""The wording of a result: numbers with their units, and the facts that both report and terminal show.
+
+Written once here, so that Markdown and terminal never say different things. Pure strings, no torch.
+Sizes are decimal: 1 MB = 10⁶ bytes. All intervals are 95 %.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+
+from coraq.results import Comparison, LayerResult, PairedDifference, Proportion, RunResult
+
+NOT_MEASURED = "not measured (no images given; --data-dir FOLDER)"
+
+
+def bytes_text(count: float) -> str:
+    """1234567 → "1.23 MB"."""
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{_three_digits(count / factor)} {unit}"
+    return f"{count:.0f} B"
+
+
+def count_text(count: float) -> str:
+    """1234567890 → "1.23 G"."""
+    for factor, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= factor:
+            return f"{_three_digits(count / factor)} {unit}"
+    return f"{count:.0f}"
+
+
+def _three_digits(value: float) -> str:
+    """Three significant digits without an exponent: 1.23, 12.3, 123, 1230."""
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
+
+
+def time_text(seconds: float) -> str:
+    """83.2 → "1 min 23 s"."""
+    if seconds < 59.95:
+        return f"{seconds:.2g} s" if seconds < 0.995 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def decibel_text(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1f} dB" if math.isfinite(value) else ("exact" if value > 0 else "no signal")
+
+
+def proportion_text(share: Proportion | None) -> str:
+    """Percent with interval, or "" where there is nothing to say."""
+    return f"{share.value_pct:.2f} % [{share.low_pct:.2f}, {share.high_pct:.2f}]" if share else ""
+
+
+def difference_text(difference: PairedDifference) -> str:
+    """Points with interval."""
+    return f"{difference.points:+.2f} [{difference.low_points:+.2f}, {difference.high_points:+.2f}]"
+
+
+def number_text(value: float | int | str | None) -> str:
+    """A cell of a table: four significant digits for floats."""
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def title(result: RunResult) -> str:
+    return f"{result.config.model} at {result.config.scheme.bits} bits by {result.method}"
+
+
+def command_line(result: RunResult) -> str:
+    """The command, quoted so that a shell takes it as it was."""
+    return shlex.join(result.command)
+
+
+def accuracy_rows(comparison: Comparison) -> list[tuple[str, str, str, str]]:
+    """(measure, float, quantized, difference in points) for top-1 and top-5; empty without labels."""
+    rows = []
+    if comparison.float_top1 and comparison.quantized_top1 and comparison.top1_difference:
+        rows.append(
+            (
+                "top-1",
+                proportion_text(comparison.float_top1),
+                proportion_text(comparison.quantized_top1),
+                difference_text(comparison.top1_difference),
+            )
+        )
+    if comparison.float_top5 and comparison.quantized_top5:
+        points = comparison.quantized_top5.value_pct - comparison.float_top5.value_pct
+        rows.append(
+            (
+                "top-5",
+                proportion_text(comparison.float_top5),
+                proportion_text(comparison.quantized_top5),
+                f"{points:+.2f}",
+            )
+        )
+    return rows
+
+
+def accuracy_note(comparison: Comparison) -> str:
+    """What stands behind the accuracies: the images, and how many of them changed sides."""
+    difference = comparison.top1_difference
+    if difference is None:
+        return ""
+    return (
+        f"{comparison.labelled_count} labelled images; only float right {difference.only_float_right}, "
+        f"only quantized right {difference.only_quantized_right}, McNemar p = {difference.p_value:.3g}"
+    )
+
+
+def fidelity_facts(comparison: Comparison) -> list[tuple[str, str]]:
+    """How close the quantized network's answers are to the float one's."""
+    return [
+        ("agreement", f"{proportion_text(comparison.agreement)} same first choice"),
+        ("logits", f"SQNR {decibel_text(comparison.sqnr_db)}, KL {comparison.kl_nats:.4g} nats"),
+    ]
+
+
+def size_facts(result: RunResult) -> list[tuple[str, str]]:
+    size = result.size
+    ratio = f", {size.float_bytes / size.file_bytes:.2f} times smaller" if size.file_bytes else ""
+    share = f" ({100 * size.quantized_weights / size.total_params:.1f} %)" if size.total_params else ""
+    return [
+        ("size on disk", f"{bytes_text(size.file_bytes)} of {bytes_text(size.float_bytes)}{ratio}"),
+        ("effective bits", f"{size.effective_bits:.3f} per quantized weight, scales and adapters included"),
+        ("parameters", f"{size.quantized_weights} of {size.total_params} quantized{share}, {size.float_params} float"),
+    ]
+
+
+def cost_facts(result: RunResult) -> list[tuple[str, str]]:
+    return [("arithmetic", f"{count_text(result.cost.macs)}MACs, {count_text(result.cost.bitops)}BitOps an image")]
+
+
+def time_facts(result: RunResult) -> list[tuple[str, str]]:
+    float_pass = ""
+    if result.float_pass_s is not None:
+        float_pass = f"; the calibration images once through the float network: {time_text(result.float_pass_s)}"
+    bound = ""
+    if result.memory_bound_bytes is not None:
+        bound = f"; bound on calibration activations {bytes_text(result.memory_bound_bytes)}"
+    return [
+        ("time", f"{time_text(result.total_s)}{float_pass}"),
+        ("peak memory", f"{bytes_text(result.peak_memory_bytes)}{bound}"),
+    ]
+
+
+def data_facts(result: RunResult) -> list[tuple[str, str]]:
+    calibration = result.calibration
+    synthetic = " (synthetic: not real images)" if calibration.synthetic else ""
+    facts = [("calibration", f"{calibration.description}: {calibration.count} images{synthetic}")]
+    if result.evaluation_data:
+        facts.append(("evaluation", result.evaluation_data))
+    if result.fidelity_data:
+        facts.append(("fidelity on", result.fidelity_data))
+    return facts
+
+
+def worst_layers(result: RunResult, count: int = 3) -> tuple[str, list[tuple[LayerResult, str]]]:
+    """The `count` layers that lose most: (the measure's name, [(layer, its value)]), worst first.
+
+    By output error where a method with data measured it, else by the weights' SQNR; layers without either are
+    left out.
+    """
+    by_output = [(layer.output_error, layer) for layer in result.layers if layer.output_error is not None]
+    if by_output:
+        by_output.sort(key=lambda pair: -pair[0])
+        return "output error", [(layer, f"{error:.4f}") for error, layer in by_output[:count]]
+    by_weight = [(layer.weight_sqnr_db, layer) for layer in result.layers if layer.weight_sqnr_db is not None]
+    by_weight.sort(key=lambda pair: pair[0])
+    return "weight SQNR", [(layer, decibel_text(sqnr)) for sqnr, layer in by_weight[:count]]

@@ -1,0 +1,289 @@
+"""The report says everything that the result holds, and what it writes is whole or absent."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coraq.config import DataConfig, LayerScheme, RunConfig, Scheme
+from coraq.errors import CoraqError
+from coraq.report import markdown, summary, write_report
+from coraq.report import render as render_module
+from coraq.results import (
+    CalibrationInfo,
+    Comparison,
+    CostInfo,
+    LayerResult,
+    MachineInfo,
+    PairedDifference,
+    Proportion,
+    RunResult,
+    SizeInfo,
+)
+
+
+def comparison(labelled: bool = True) -> Comparison:
+    def share(value: float) -> Proportion:
+        return Proportion(value_pct=value, low_pct=value - 2.5, high_pct=value + 2.25, count=1000)
+
+    return Comparison(
+        count=1000,
+        labelled_count=1000 if labelled else 0,
+        num_classes=10,
+        float_top1=share(71.25) if labelled else None,
+        float_top5=share(90.5) if labelled else None,
+        quantized_top1=share(70.0) if labelled else None,
+        quantized_top5=share(89.25) if labelled else None,
+        top1_difference=PairedDifference(
+            points=-1.25, low_points=-3.75, high_points=1.5, only_float_right=41, only_quantized_right=28, p_value=0.148
+        )
+        if labelled
+        else None,
+        agreement=share(88.5),
+        kl_nats=0.03125,
+        sqnr_db=21.5,
+        float_s=12.5,
+        quantized_s=13.75,
+    )
+
+
+def run_result(**changes: Any) -> RunResult:
+    layers = [
+        LayerResult(
+            name=f"layer{index}.conv",
+            kind="convolution",
+            shape=(16, 8, 3, 3),
+            bits=bits,
+            bytes=700 + index,
+            macs=1_152_000,
+            weight_sqnr_db=sqnr,
+            input_error=0.01 * index,
+            output_error=error,
+            metrics={"sweeps": 3 + index, "gain": 0.12345},
+        )
+        for index, (bits, sqnr, error) in enumerate(
+            [(8, 45.0, 0.002), (4, 19.0, 0.11), (4, 17.0, 0.09), (8, 44.0, 0.12)]
+        )
+    ]
+    content: dict[str, Any] = {
+        "coraq_version": "0.1.0",
+        "command": ["coraq", "quantize", "resnet18", "--model-kwargs", "head=(a b)"],
+        "versions": {"python": "3.11.9", "torch": "2.15.0", "timm": "1.0.20"},
+        "machine": MachineInfo(cpu="Testor 9000", threads=2, device="cpu"),
+        "seed": 7,
+        "config": RunConfig(
+            model="resnet18",
+            scheme=Scheme(bits=4, overrides={"a|b": LayerScheme(bits=3)}),
+            data=DataConfig(calib_size=64),
+        ),
+        "method": "comq",
+        "method_version": "3",
+        "method_source": "built-in",
+        "scheme_line": "W4A32, first/last layer 8/8 bits",
+        "calibration": CalibrationInfo(description="folder cal", count=64, fingerprint="abc123def", synthetic=False),
+        "evaluation_data": "folder val, split validation",
+        "comparison": comparison(),
+        "size": SizeInfo(
+            float_bytes=46_800_000,
+            file_bytes=6_240_000,
+            effective_bits=4.125,
+            quantized_weights=11_600_000,
+            total_params=11_700_000,
+            float_params=100_000,
+        ),
+        "cost": CostInfo(macs=1_820_000_000, bitops=58_240_000_000),
+        "stages": {"load": 0.5, "quantize": 70.0, "evaluate": 26.25},
+        "total_s": 96.75,
+        "float_pass_s": 18.0,
+        "peak_memory_bytes": 1_250_000_000,
+        "memory_bound_bytes": 2_000_000_000,
+        "layers": layers,
+        "notes": ["3 corrupt images skipped"],
+        "run_dir": "runs/resnet18-comq-w4-3f9a1c",
+    }
+    return RunResult.model_validate({**content, **changes})
+
+
+def unmeasured() -> RunResult:
+    return run_result(
+        evaluation_data=None, comparison=None, fidelity_data="256 synthetic images", fidelity=comparison(labelled=False)
+    )
+
+
+# ---------------------------------------------------------------- results
+
+
+def test_a_result_survives_its_json_with_infinite_values() -> None:
+    result = run_result()
+    layers = [result.layers[0].model_copy(update={"weight_sqnr_db": math.inf}), *result.layers[1:]]
+    result = result.model_copy(update={"layers": layers})
+    text = result.model_dump_json()
+    assert RunResult.model_validate_json(text) == result
+    assert json.loads(text, parse_constant=pytest.fail)["layers"][0]["weight_sqnr_db"] == "Infinity"
+
+
+def test_a_result_of_another_version_is_refused() -> None:
+    content = run_result().model_dump(mode="json")
+    with pytest.raises(ValueError, match="version"):
+        RunResult.model_validate({**content, "version": 2})
+    with pytest.raises(ValueError, match="unheard_of"):
+        RunResult.model_validate({**content, "unheard_of": 1})
+
+
+# ---------------------------------------------------------------- wording
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (6_240_000, "6.24 MB"),
+        (46_800_000, "46.8 MB"),
+        (2.5e9, "2.50 GB"),
+    ],
+)
+def test_bytes_are_decimal_with_three_digits(count: int, text: str) -> None:
+    assert summary.bytes_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0, "0 s"), (0.0123, "0.012 s"), (0.999, "1.0 s"), (59.9, "59.9 s"), (59.99, "1 min 00 s"), (83.4, "1 min 23 s"),
+     (3599.7, "1 h 00 min"), (7380, "2 h 03 min")],
+)  # fmt: skip
+def test_times_read_like_a_clock(seconds: float, text: str) -> None:
+    assert summary.time_text(seconds) == text
+
+
+def test_worst_layers_go_by_output_error_and_else_by_weight_sqnr() -> None:
+    result = run_result()
+    measure, worst = summary.worst_layers(result)
+    assert measure == "output error"
+    assert [layer.name for layer, _ in worst] == ["layer3.conv", "layer1.conv", "layer2.conv"]
+    blind = [layer.model_copy(update={"output_error": None}) for layer in result.layers]
+    measure, worst = summary.worst_layers(run_result(layers=blind), count=2)
+    assert measure == "weight SQNR"
+    assert [layer.name for layer, _ in worst] == ["layer2.conv", "layer1.conv"]
+
+
+def test_an_exact_layer_is_called_exact() -> None:
+    assert summary.decibel_text(math.inf) == "exact"
+    assert summary.decibel_text(21.53) == "21.5 dB"
+    assert summary.decibel_text(None) == ""
+
+
+# ---------------------------------------------------------------- Markdown
+
+
+def test_the_report_says_all_that_a_person_wants_to_see() -> None:
+    text = markdown(run_result())
+    for said in [
+        "# resnet18 at 4 bits by comq",
+        "coraq quantize resnet18 --model-kwargs 'head=(a b)'",
+        "W4A32, first/last layer 8/8 bits",
+        "| top-1 | 71.25 % [68.75, 73.50] | 70.00 % [67.50, 72.25] | -1.25 [-3.75, +1.50] |",
+        "| top-5 | 90.50 % [88.00, 92.75] | 89.25 % [86.75, 91.50] | -1.25 |",
+        "1000 labelled images; only float right 41, only quantized right 28, McNemar p = 0.148",
+        "agreement: 88.50 % [86.00, 90.75]",
+        "SQNR 21.5 dB, KL 0.03125 nats",
+        "6.24 MB of 46.8 MB, 7.50 times smaller",
+        "effective bits: 4.125",
+        "1.82 GMACs, 58.2 GBitOps",
+        "time: 1 min 37 s",
+        "peak memory: 1.25 GB; bound on calibration activations 2.00 GB",
+        "| quantize | 1 min 10 s |",
+        "folder cal: 64 images",
+        "abc123def",
+        "folder val, split validation",
+        "torch 2.15.0",
+        "Testor 9000, 2 threads, device cpu",
+        "seed: 7",
+        "comq 3 (built-in)",
+        "3 corrupt images skipped",
+        "Worst by output error: `layer3.conv` (0.1200)",
+        "runs/resnet18-comq-w4-3f9a1c",
+    ]:
+        assert said in text, said
+
+
+def test_every_layer_is_a_row_in_execution_order_with_the_methods_own_measures() -> None:
+    lines = markdown(run_result()).splitlines()
+    header = next(line for line in lines if line.startswith("| layer |"))
+    assert header.endswith("| weight SQNR dB | input error | output error | sweeps | gain |")
+    assert "rank" not in header
+    rows = [line for line in lines if line.startswith("| `layer")]
+    assert rows[1] == "| `layer1.conv` | convolution | 16×8×3×3 | 4 | 701 | 1.15 M | 19 | 0.01 | 0.11 | 4 | 0.1235 |"
+    assert [row.split("`")[1] for row in rows] == [f"layer{index}.conv" for index in range(4)]
+    ranked = [layer.model_copy(update={"rank": 8}) for layer in run_result().layers]
+    assert "| bits | rank | bytes |" in markdown(run_result(layers=ranked))
+
+
+def test_without_evaluation_images_the_report_says_so_and_gives_fidelity() -> None:
+    text = markdown(unmeasured())
+    assert "Accuracy: not measured" in text
+    assert "top-1" not in text
+    assert "On 1000 images: 256 synthetic images." in text
+    assert "SQNR 21.5 dB" in text
+
+
+def test_synthetic_calibration_is_never_passed_over() -> None:
+    made = CalibrationInfo(description="smooth noise", count=64, fingerprint="f", synthetic=True)
+    assert "synthetic: not real images" in markdown(run_result(calibration=made))
+
+
+def test_every_table_has_as_many_cells_as_its_header_even_with_pipes_in_names() -> None:
+    layers = [run_result().layers[0].model_copy(update={"name": "a|b", "metrics": {"c|d": "e|f"}})]
+    table: list[int] = []
+    for line in [*markdown(run_result(layers=layers)).splitlines(), ""]:
+        if line.startswith("|"):
+            table.append(line.replace("\\|", "").count("|"))
+        elif table:
+            assert len(set(table)) == 1
+            table = []
+
+
+def test_a_result_with_nothing_in_it_still_renders() -> None:
+    bare = run_result(layers=[], notes=[], stages={}, comparison=None, evaluation_data=None, float_pass_s=None)
+    text = markdown(bare)
+    assert "## Layers" not in text
+    assert "## Notes" not in text
+    assert "None" not in text
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_write_report_writes_what_can_be_read_back(tmp_path: Path) -> None:
+    result = run_result()
+    path = write_report(result, tmp_path / "run")
+    assert path == tmp_path / "run" / "report.md"
+    assert path.read_text(encoding="utf-8") == markdown(result)
+    assert RunResult.model_validate_json((tmp_path / "run" / "metrics.json").read_text()) == result
+    assert sorted(os.listdir(tmp_path / "run")) == ["metrics.json", "report.md"]
+
+
+def test_a_write_that_dies_leaves_the_old_files_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(run_result(), tmp_path)
+    before = (tmp_path / "metrics.json").read_text()
+
+    def die(source: str, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(render_module.os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(unmeasured(), tmp_path)
+    assert (tmp_path / "metrics.json").read_text() == before
+    assert sorted(os.listdir(tmp_path)) == ["metrics.json", "report.md"]
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CoraqError, match="file"):
+        write_report(run_result(), tmp_path / "file")
