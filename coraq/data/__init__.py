@@ -1,1 +1,19 @@
-"""TODO"""
+"""Images for calibration and evaluation: folders, timm's data sets, synthetic ones, the demo's digits, tensors."""
+
+from __future__ import annotations
+
+from coraq.data.demo import demo_images
+from coraq.data.images import open_images
+from coraq.data.imageset import Images, ImageSet, tensor_images
+from coraq.data.preprocess import Preprocess
+from coraq.data.synthetic import synthetic_images
+
+__all__ = [
+    "ImageSet",
+    "Images",
+    "Preprocess",
+    "demo_images",
+    "open_images",
+    "synthetic_images",
+    "tensor_images",
+]
