@@ -1,1 +1,1 @@
-"""TODO"""
+"""Networks: loading, BatchNorm folding, layers as matrices, the calibration engine, installing codes."""

@@ -1,10 +1,32 @@
-"""Calibration statistics and the concrete Task (draft of the types; the engine follows)."""
+"""The concrete Task: what a method sees of a network, fed by the calibration engine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from coraq.config import Scheme
+from coraq.core.gram import CrossGramAccumulator, GramAccumulator, MeanAccumulator, Moments
+from coraq.core.tensors import QuantizedLayer
+from coraq.errors import CoraqError
+from coraq.events import LayerCommitted, Metric, Note, Sink, null_sink
+from coraq.model.engine import Arrival, LockStep
+from coraq.model.fold import Trace, relative_error
+from coraq.model.layers import LayerView, as_images, as_matrices, groups_of, install, kernel_of, kind_of
+
+TEACHER, STUDENT = 0, 1
+DAMPING = 1e-3  # of the Gram's mean diagonal, where the float outputs are projected on the student's inputs
+Metrics = dict[str, float | int | str]
 
 
 @dataclass(frozen=True)
@@ -27,4 +49,335 @@ class LeastSquares:
 
 
 class LayerStats:
-    """Statistics of one layer's inputs."""
+    """Statistics of one layer's inputs in both networks, each computed when first read.
+
+    They can be read while the engine stands at the layer: until the next layer is asked for. What has been read
+    stays. Rows are im2col patches (output positions of all images).
+    """
+
+    def __init__(self, module: nn.Module, arrival: Arrival, clock: dict[str, float]) -> None:
+        self._module, self._arrival, self._clock = module, arrival, clock
+        self.current = True
+
+    def _timed(self, compute: Callable[[], Any]) -> Any:
+        if not self.current:
+            raise CoraqError(
+                f"the statistics of layer {self._arrival.name} are gone: the engine has moved on",
+                "A method must read a layer's statistics before it asks for the next layer's.",
+            )
+        start = time.perf_counter()
+        result = compute()
+        self._clock["statistics"] += time.perf_counter() - start
+        return result
+
+    @cached_property
+    def _student(self) -> Moments:
+        def compute() -> Moments:
+            accumulator: GramAccumulator | None = None
+            for x in self._arrival.inputs(STUDENT):
+                images, geometry = as_images(self._module, x)
+                accumulator = accumulator or GramAccumulator(geometry, images.device)
+                accumulator.add(images)
+            assert accumulator is not None
+            return accumulator.result()
+
+        moments: Moments = self._timed(compute)
+        return moments
+
+    def _mean(self, stream: int) -> tuple[int, Tensor]:
+        def compute() -> tuple[int, Tensor]:
+            accumulator: MeanAccumulator | None = None
+            for x in self._arrival.inputs(stream):
+                images, geometry = as_images(self._module, x)
+                accumulator = accumulator or MeanAccumulator(geometry, images.device)
+                accumulator.add(images)
+            assert accumulator is not None
+            return accumulator.result()
+
+        result: tuple[int, Tensor] = self._timed(compute)
+        return result
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Mean student input, float64 [groups, in]."""
+        return self._student.mean if "_student" in self.__dict__ else self._mean(STUDENT)[1]
+
+    @cached_property
+    def teacher_mean(self) -> Tensor:
+        """Mean teacher input, float64 [groups, in]."""
+        return self._mean(TEACHER)[1]
+
+    @property
+    def count(self) -> int:
+        """Rows that the Gram is a mean of."""
+        return self._student.count
+
+    @property
+    def gram(self) -> Tensor:
+        """`E[x xᵀ]` of the student's inputs, float64 [groups, in, in]."""
+        return self._student.gram
+
+    @cached_property
+    def cross(self) -> Tensor:
+        """`E[x_teacher x_studentᵀ]`, float64 [groups, in, in]."""
+
+        def compute() -> Tensor:
+            accumulator: CrossGramAccumulator | None = None
+            for x, y in self._arrival.pairs():
+                (teacher, geometry), (student, _) = as_images(self._module, x), as_images(self._module, y)
+                accumulator = accumulator or CrossGramAccumulator(geometry, student.device)
+                accumulator.add(teacher, student)
+            assert accumulator is not None
+            return accumulator.result().gram
+
+        cross: Tensor = self._timed(compute)
+        return cross
+
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """(teacher input, student input) of the first micro-batch, as the layer receives them."""
+        pairs: tuple[Tensor, Tensor] = self._timed(lambda: next(self._arrival.pairs()))
+        return pairs
+
+
+class CalibrationTask:
+    """One network to quantize under one Scheme; implements `coraq.api.Task`.
+
+    Args:
+        teacher: the folded float network in eval mode.
+        found: what tracing it showed (execution order, output positions).
+        scheme: what every layer gets.
+        batches: calibration micro-batches [n, channels, height, width] on the teacher's device; may be empty.
+        seed: of `rng`.
+        sink: takes the events.
+        done: layers that a resumed run has already committed, with the metrics of then.
+        on_commit: called with every new layer before it counts as committed; saves it.
+        memory_bytes, folder: bound on live activations, and where the overflow goes.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        found: Trace,
+        scheme: Scheme,
+        batches: Sequence[Tensor],
+        seed: int = 0,
+        sink: Sink = null_sink,
+        done: Mapping[str, tuple[QuantizedLayer, Metrics]] | None = None,
+        on_commit: Callable[[str, QuantizedLayer, Metrics], None] | None = None,
+        memory_bytes: int | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.teacher = teacher.requires_grad_(False)
+        self.student = copy.deepcopy(self.teacher)
+        self.scheme = scheme
+        self.committed: dict[str, tuple[QuantizedLayer, Metrics]] = {}
+        self.clock: dict[str, float] = defaultdict(float)
+        self.spilled = 0
+        self.passes = 0
+        self._views = self._describe(found)
+        self._batches = list(batches)
+        self._seed, self._sink, self._on_commit = seed, sink, on_commit
+        self._memory_bytes, self._folder = memory_bytes, folder
+        self._engine: LockStep | None = None
+        self._stats: LayerStats | None = None
+        self._at: str | None = None
+        self._passed: set[str] = set()
+        for name, (layer, metrics) in (done or {}).items():
+            self._put(name, layer)
+            self.committed[name] = (layer, metrics)
+            sink(LayerCommitted(name, len(self.committed), len(self._views), metrics, resumed=True))
+        self.layers: list[LayerView] = [view for name, view in self._views.items() if name not in self.committed]
+        self._reseed()
+
+    def _describe(self, found: Trace) -> dict[str, LayerView]:
+        own = self.scheme.resolve(found.order)
+        views = {}
+        for name in found.order:
+            module = self.teacher.get_submodule(name)
+            weight = as_matrices(module.weight.detach(), groups_of(module))  # type: ignore[arg-type,operator]
+            views[name] = LayerView(
+                name=name,
+                weight=weight,
+                bias=None if module.bias is None else module.bias.detach(),  # type: ignore[operator,union-attr]
+                bits=own[name].bits,
+                rank=own[name].rank,
+                kind=kind_of(module),
+                kernel=kernel_of(module),
+                macs=found.outputs[name] * weight.numel(),
+            )
+        return views
+
+    @property
+    def has_data(self) -> bool:
+        return bool(self._batches)
+
+    def batches(self) -> Iterator[Tensor]:
+        yield from self._batches
+
+    @property
+    def all_layers(self) -> list[LayerView]:
+        """All quantizable layers in execution order, committed or not."""
+        return list(self._views.values())
+
+    def stats(self, name: str) -> LayerStats:
+        """Advance the engine to a layer; see `coraq.api.Task.stats`.
+
+        Raises:
+            CoraqError: there are no calibration images, or no such layer.
+        """
+        self._view(name)
+        if not self._batches:
+            raise CoraqError("this method needs calibration images and there are none", "Give --data-dir or --calib-dir.")
+        if self._stats is not None and self._at == name:
+            return self._stats
+        if self._engine is None or name in self._passed or name in self.committed:
+            self._start_pass()
+        while self._at != name:
+            self._step(name)
+        assert self._stats is not None
+        return self._stats
+
+    def _start_pass(self) -> None:
+        self.close()
+        self._passed.clear()
+        stops = [name for name in self._views if name not in self.committed]
+        self._engine = LockStep([self.teacher, self.student], self._batches, stops, self._memory_bytes, self._folder)
+        self.spilled = max(self.spilled, self._engine.spilled)
+        self.passes += 1
+        if self._engine.spilled and self.passes == 1:
+            self.note(
+                f"live activations need {self._engine.live_bytes_needed / 1e9:.1f} GB, more than the bound of "
+                f"{(self._memory_bytes or 0) / 1e9:.1f} GB: {self._engine.spilled} of "
+                f"{2 * len(self._batches)} micro-batches wait in a temporary file"
+            )
+
+    def _step(self, wanted: str) -> None:
+        assert self._engine is not None
+        if self._at is not None:
+            self._passed.add(self._at)
+        if self._stats is not None:
+            self._stats.current = False
+        self._stats = None
+        marks = [time.perf_counter()]
+        arrival = self._engine.advance(lambda stream: marks.append(time.perf_counter()))
+        self.clock["float pass"] += marks[1] - marks[0]
+        self.clock["student pass"] += marks[2] - marks[1]
+        if arrival is None:
+            raise CoraqError(f"the calibration pass ended without reaching layer {wanted}", "Please report the architecture.")
+        self._at = arrival.name
+        self._stats = LayerStats(self.student.get_submodule(arrival.name), arrival, self.clock)
+
+    @torch.no_grad()
+    def least_squares(self, name: str, target: Literal["layer", "float"] = "layer") -> LeastSquares:
+        """See `coraq.api.Task.least_squares`. Damping of the float target: 1e-3 of the Gram's mean diagonal."""
+        stats, weight = self.stats(name), self._view(name).weight
+        gram = stats.gram
+        centred = self.scheme.bias != "keep"
+        if centred:
+            gram = gram - stats.mean[:, :, None] * stats.mean[:, None, :]
+        if target == "float":
+            cross = stats.cross
+            if centred:
+                cross = cross - stats.teacher_mean[:, :, None] * stats.mean[:, None, :]
+            diagonal = gram.diagonal(dim1=1, dim2=2)
+            damping = DAMPING * diagonal.mean(1).clamp(min=1e-12)
+            damped = gram + torch.diag_embed(damping[:, None].expand_as(diagonal))
+            # W* = W C (H + λ)⁻¹, written as a change of W, so that strong damping leads back to W
+            change = weight.double() @ (cross - gram)
+            weight = (weight.double() + torch.linalg.solve(damped, change, left=False)).float()
+        return LeastSquares(weight, gram)
+
+    @torch.no_grad()
+    def commit(self, name: str, layer: QuantizedLayer, **metrics: float | int | str) -> None:
+        """See `coraq.api.Task.commit`.
+
+        Raises:
+            CoraqError: the layer does not exist, has been committed, or the codes do not fit it.
+        """
+        view = self._view(name)
+        if name in self.committed:
+            raise CoraqError(f"layer {name} was committed twice", "This is a fault of the method.")
+        try:
+            layer.check(view.shape)
+        except ValueError as error:
+            raise CoraqError(f"the method's result for layer {name} is invalid: {error}", "This is a fault of the method.") from None
+        layer = replace(layer, bias=self._bias(view, layer))
+        self._put(name, layer)
+        numbers: Metrics = {**self._measure(view, layer), **metrics}
+        if self._on_commit is not None:
+            self._on_commit(name, layer, numbers)
+        self.committed[name] = (layer, numbers)
+        self._reseed()
+        self._sink(LayerCommitted(name, len(self.committed), len(self._views), numbers))
+
+    def _bias(self, view: LayerView, layer: QuantizedLayer) -> Tensor | None:
+        """The committed bias: the method's own, or the one that makes the mean output right."""
+        if layer.bias is not None or self.scheme.bias == "keep" or not self.has_data:
+            return layer.bias if layer.bias is not None else view.bias
+        stats = self.stats(view.name)
+        weight, effective = view.weight.double(), layer.dequantize().double()
+        mean = stats.mean
+        wanted = stats.teacher_mean if self.scheme.bias == "float" else mean
+        shift = torch.einsum("goi,gi->go", weight, wanted) - torch.einsum("goi,gi->go", effective, mean)
+        bias = shift.reshape(-1) if view.bias is None else view.bias.double() + shift.reshape(-1)
+        return bias.float()
+
+    def _put(self, name: str, layer: QuantizedLayer) -> None:
+        device = self._view(name).weight.device
+        bias = None if layer.bias is None else layer.bias.to(device)
+        install(self.student.get_submodule(name), layer.dequantize().to(device), bias)
+
+    def _measure(self, view: LayerView, layer: QuantizedLayer) -> Metrics:
+        """Weight error, and relative error of inputs and outputs against the float network on one micro-batch."""
+        weight = view.weight.double()
+        signal = float((weight**2).sum())
+        noise = float(((weight - layer.dequantize().double()) ** 2).sum())
+        numbers: Metrics = {"bits": view.bits, "bytes": layer.size_bytes()}
+        if signal > 0 and noise > 0:
+            numbers["weight_sqnr_db"] = 10 * math.log10(signal / noise)
+        if layer.adapter is not None:
+            numbers["rank"] = layer.adapter.rank
+        if self.has_data:
+            start = time.perf_counter()
+            x, y = self.stats(view.name).sample()
+            numbers["input_error"] = relative_error(y, x)
+            # the submodules' own forward, past their hooks: nothing may park here
+            outputs = [net.get_submodule(view.name).forward(z) for net, z in ((self.teacher, x), (self.student, y))]
+            numbers["output_error"] = relative_error(outputs[1], outputs[0])
+            self.clock["statistics"] += time.perf_counter() - start
+        return numbers
+
+    def log(self, metric: str, value: float, step: int) -> None:
+        self._sink(Metric(metric, value, step))
+
+    def note(self, message: str) -> None:
+        self._sink(Note(message))
+
+    def _reseed(self) -> None:
+        # a function of the seed and of what is committed, so that a resumed run draws what a straight run draws
+        self.rng = torch.Generator().manual_seed(self._seed * 1_000_003 + len(self.committed))
+
+    def _view(self, name: str) -> LayerView:
+        try:
+            return self._views[name]
+        except KeyError:
+            raise CoraqError(f"there is no layer {name!r}", "Methods take names from task.layers.") from None
+
+    def finish(self, method: str) -> None:
+        """End the pass. Raises CoraqError if the method forgot a layer."""
+        self.close()
+        missing = [name for name in self._views if name not in self.committed]
+        if missing:
+            raise CoraqError(
+                f"method {method} left {len(missing)} of {len(self._views)} layers unquantized, the first: {missing[0]}",
+                "A method must commit every layer of task.layers.",
+            )
+
+    def close(self) -> None:
+        """Leave the running pass, if any."""
+        if self._stats is not None:
+            self._stats.current = False
+        self._stats, self._at = None, None
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None

@@ -1,0 +1,169 @@
+"""The checkpoint: one safetensors file with packed codes, the float rest, and all that is needed to rebuild the network.
+
+Metadata key "coraq" holds a JSON `CheckpointInfo`; key "sha256" a digest over every tensor's name, type, shape and
+bytes and that JSON, so that a flipped bit is found and not served.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from coraq.artifact.codec import LayerRecord, decode, encode
+from coraq.artifact.files import write_atomic
+from coraq.config import Frozen, Scheme
+from coraq.core.tensors import QuantizedLayer
+from coraq.errors import CoraqError
+from coraq.model.fold import Structure, restructure
+from coraq.model.layers import install
+from coraq.model.load import SAFETENSORS_ONLY, build
+
+
+class CheckpointInfo(Frozen):
+    """What the metadata says: enough to rebuild the network and to know how it was made."""
+
+    format_version: Literal[1] = 1
+    architecture: str = Field(description="timm's function name")
+    model_args: dict[str, Any] = Field(default_factory=dict, description="go with it to timm.create_model")
+    pretrained_cfg: dict[str, Any] = Field(default_factory=dict, description="timm's data configuration and labels")
+    preprocess: dict[str, Any] = Field(default_factory=dict, description="how images were prepared")
+    structure: Structure = Structure()
+    scheme: Scheme = Scheme()
+    layers: dict[str, LayerRecord] = Field(default_factory=dict, description="quantized layers in execution order")
+    provenance: dict[str, Any] = Field(default_factory=dict, description="command, versions, method, options, seed, data")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: the network with its effective weights, its codes, and its metadata."""
+
+    module: nn.Module
+    layers: dict[str, QuantizedLayer]
+    info: CheckpointInfo
+    path: Path
+    size_bytes: int
+
+
+def write_checkpoint(
+    path: Path,
+    student: nn.Module,
+    layers: dict[str, QuantizedLayer],
+    info: CheckpointInfo,
+    float_dtype: torch.dtype = torch.float32,
+) -> int:
+    """Write a checkpoint atomically; returns its size in bytes.
+
+    Args:
+        student: the network that the layers are installed in; all but their weights and biases is stored as it is.
+        float_dtype: of the float rest; tensors that would overflow in it stay float32.
+
+    Raises:
+        CoraqError: no room or no permission.
+    """
+    tensors: dict[str, Tensor] = {}
+    records: dict[str, LayerRecord] = {}
+    for name, layer in layers.items():
+        encoded, records[name] = encode(name, layer)
+        tensors |= encoded
+    for key, value in student.state_dict().items():
+        owner, _, leaf = key.rpartition(".")
+        if not (owner in layers and leaf in ("weight", "bias")):
+            tensors[key] = value.detach().cpu().contiguous()
+    tensors = {key: _rest(key, value, float_dtype) for key, value in tensors.items()}
+    text = info.model_copy(update={"layers": records}).model_dump_json()
+    content = save(tensors, {"coraq": text, "sha256": _digest(tensors, text)})
+    write_atomic(path, content)
+    return len(content)
+
+
+def _rest(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float rest in its type; codes, scales and whatever is not float32 as they are."""
+    ours = key.rpartition(".")[2].startswith(("weight_", "adapter_"))
+    if ours or value.dtype != torch.float32 or dtype == torch.float32:
+        return value
+    small = value.to(dtype)
+    return small if bool(torch.isfinite(small).all()) else value
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint, or the one of a run folder.
+
+    Raises:
+        CoraqError: missing, a pickle, truncated, changed since it was written, not coraq's, or not buildable here.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    tensors, info = read_checkpoint(path)
+    module = build(info.architecture, info.model_args)
+    restructure(module, info.structure)
+    layers = {name: decode(name, record, tensors) for name, record in info.layers.items()}
+    _fill(module, layers, tensors, path)
+    return Checkpoint(module.eval().requires_grad_(False), layers, info, path, path.stat().st_size)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], CheckpointInfo]:
+    """A checkpoint's tensors and metadata, checksum verified; builds no network."""
+    if not path.is_file():
+        raise CoraqError(f"there is no checkpoint {path}", "Name a run folder or its model.safetensors.")
+    with path.open("rb") as file:
+        head = file.read(2)
+    if head == b"PK" or head[:1] == b"\x80":
+        raise CoraqError(f"{path} is a pickle, not safetensors", SAFETENSORS_ONLY)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CoraqError(f"{path} is damaged: {str(error).splitlines()[0]}", "Run the command that wrote it again.") from error
+    if "coraq" not in metadata:
+        raise CoraqError(f"{path} is not a coraq checkpoint", "Float weights go to --checkpoint of `coraq quantize`.")
+    if metadata.get("sha256") != _digest(tensors, metadata["coraq"]):
+        raise CoraqError(f"{path} is damaged: its contents do not match their checksum", "Run the command that wrote it again.")
+    try:
+        info = CheckpointInfo.model_validate_json(metadata["coraq"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CoraqError(f"{path}: metadata {where}: {first['msg']}", "It may come from a newer coraq: upgrade.") from error
+    return tensors, info
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, layers: dict[str, QuantizedLayer], tensors: dict[str, Tensor], path: Path) -> None:
+    """Install the layers and the float rest; every tensor of the network must be in the file, and the reverse."""
+    modules = dict(module.named_modules())
+    for name, layer in layers.items():
+        if name not in modules or not isinstance(getattr(modules[name], "weight", None), Tensor):
+            raise CoraqError(f"{path} is of another architecture: no layer {name!r}", "Was timm changed since? See its provenance.")
+        if modules[name].weight.numel() != layer.weight.codes.numel():  # type: ignore[operator,union-attr]
+            raise CoraqError(f"{path}: layer {name} has another shape in this architecture", "Was timm changed since?")
+        install(modules[name], layer.dequantize(), layer.bias)
+    own = {
+        key: value
+        for key, value in module.state_dict().items()
+        if not (key.rpartition(".")[0] in layers and key.rpartition(".")[2] in ("weight", "bias"))
+    }
+    wrong = sorted(set(own) ^ set(tensors)) or [key for key in own if own[key].shape != tensors[key].shape]
+    if wrong:
+        raise CoraqError(f"{path} is of another architecture: {len(wrong)} tensors differ, e.g. {wrong[0]}", "Was timm changed since?")
+    for key, value in own.items():
+        value.copy_(tensors[key])
+
+
+def _digest(tensors: dict[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for key in sorted(tensors):
+        value = tensors[key].detach().contiguous()
+        digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,96 @@
+"""A QuantizedLayer as named tensors and back: the one encoding that layer files and checkpoints share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from coraq.config import MAX_BITS, Frozen
+from coraq.core.packing import pack, unpack
+from coraq.core.tensors import LowRank, QTensor, QuantizedLayer
+from coraq.errors import CoraqError
+
+# compressed-tensors' names, as far as they go; no compatibility is claimed (it refuses convolutions)
+_PACKED, _SCALE, _ZERO, _CODEBOOK = "packed", "scale", "zero_point", "codebook"
+
+
+class LayerRecord(Frozen):
+    """What the tensors alone do not say. Shapes are [groups, out, in]."""
+
+    shape: tuple[int, int, int] = Field(description="shape of the weight's codes")
+    bits: int = Field(ge=1, le=MAX_BITS)
+    rank: int | None = Field(default=None, ge=0)
+    adapter_bits: tuple[int, int] | None = Field(default=None, description="bits of the adapter's B and A")
+
+
+def encode(name: str, layer: QuantizedLayer) -> tuple[dict[str, Tensor], LayerRecord]:
+    """Tensors under `name.weight_packed`, … and the record; the bias, if any, under `name.bias`."""
+    tensors = _encode_qtensor(f"{name}.weight_", layer.weight)
+    adapter = layer.adapter
+    if adapter is not None and adapter.rank:
+        tensors |= _encode_qtensor(f"{name}.adapter_b_", adapter.b) | _encode_qtensor(f"{name}.adapter_a_", adapter.a)
+    if layer.bias is not None:
+        tensors[f"{name}.bias"] = layer.bias.contiguous()
+    groups, out, inputs = layer.weight.codes.shape
+    record = LayerRecord(
+        shape=(groups, out, inputs),
+        bits=layer.weight.bits,
+        rank=None if adapter is None else adapter.rank,
+        adapter_bits=None if adapter is None else (adapter.b.bits, adapter.a.bits),
+    )
+    return tensors, record
+
+
+def decode(name: str, record: LayerRecord, tensors: dict[str, Tensor]) -> QuantizedLayer:
+    """The layer that `encode` was given, bit for bit; takes its tensors out of `tensors`.
+
+    Raises:
+        CoraqError: tensors are missing, or do not fit the record.
+    """
+    try:
+        adapter = None
+        if record.rank and record.adapter_bits:
+            groups, out, inputs = record.shape
+            b = _decode_qtensor(f"{name}.adapter_b_", (groups, out, record.rank), record.adapter_bits[0], tensors)
+            a = _decode_qtensor(f"{name}.adapter_a_", (groups, record.rank, inputs), record.adapter_bits[1], tensors)
+            adapter = LowRank(b, a)
+        weight = _decode_qtensor(f"{name}.weight_", record.shape, record.bits, tensors)
+        layer = QuantizedLayer(weight, adapter, tensors.pop(f"{name}.bias", None))
+        if layer.bias is not None:
+            layer = QuantizedLayer(weight, adapter, layer.bias.float())
+        layer.check(record.shape)
+    except KeyError as error:
+        raise CoraqError(f"layer {name}: tensor {error} is missing", "The file is damaged or not coraq's.") from None
+    except (ValueError, RuntimeError) as error:
+        raise CoraqError(f"layer {name}: {error}", "The file is damaged or not coraq's.") from None
+    return layer
+
+
+def _encode_qtensor(prefix: str, q: QTensor) -> dict[str, Tensor]:
+    groups, out, inputs = q.codes.shape
+    tensors: dict[str, Any] = {
+        prefix + _PACKED: pack(q.codes.reshape(groups * out, inputs).cpu(), q.bits),
+        prefix + _SCALE: q.scale.reshape(-1).cpu().contiguous(),
+    }
+    if q.zero_point is not None:
+        tensors[prefix + _ZERO] = q.zero_point.reshape(-1).cpu().contiguous()
+    if q.codebook is not None:
+        tensors[prefix + _CODEBOOK] = q.codebook.cpu().contiguous()
+    return tensors
+
+
+def _decode_qtensor(prefix: str, shape: tuple[int, int, int], bits: int, tensors: dict[str, Tensor]) -> QTensor:
+    groups, out, inputs = shape
+    packed = tensors.pop(prefix + _PACKED)
+    if packed.dim() != 2 or packed.shape[0] != groups * out:
+        raise ValueError(f"{prefix}{_PACKED} has shape {list(packed.shape)}, not [{groups * out}, …]")
+    codes = unpack(packed, bits, inputs).reshape(shape)
+    grid = (1, 1, 1) if tensors[prefix + _SCALE].numel() == 1 else (groups, out, 1)
+    scale = tensors.pop(prefix + _SCALE).reshape(grid)
+    zero = tensors.pop(prefix + _ZERO, None)
+    if zero is not None and zero.dtype != torch.uint8:
+        raise ValueError(f"{prefix}{_ZERO} is {zero.dtype}, not uint8")
+    return QTensor(codes, scale, bits, None if zero is None else zero.reshape(grid), tensors.pop(prefix + _CODEBOOK, None))

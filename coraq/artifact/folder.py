@@ -1,0 +1,128 @@
+"""The run folder: everything that a run leaves behind, and what a killed run resumes from.
+
+    config.json  events.jsonl  layers/0000.safetensors …  model.safetensors  metrics.json  report.md  log.txt
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import IO
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from coraq.artifact.codec import LayerRecord, decode, encode
+from coraq.artifact.files import disk_error, write_atomic
+from coraq.config import RunConfig
+from coraq.core.tensors import QuantizedLayer
+from coraq.errors import CoraqError
+from coraq.results import RunResult
+
+Metrics = dict[str, float | int | str]
+
+
+class RunFolder:
+    """One run's folder. `open()` creates and locks it; the lock goes with the process, however it ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.json"
+
+    @property
+    def finished(self) -> bool:
+        """metrics.json is written last, atomically."""
+        return self.metrics.is_file() and self.checkpoint.is_file()
+
+    def open(self) -> None:
+        """Create the folder and lock it for this process.
+
+        Raises:
+            CoraqError: it cannot be written, or another process works in it.
+        """
+        try:
+            (self.path / "layers").mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise disk_error(self.path / "layers", error) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise CoraqError(
+                f"another process is working in {self.path}", "Wait for it, or give another --output."
+            ) from None
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def clear(self) -> None:
+        """Forget all earlier work in this folder (`--force`)."""
+        shutil.rmtree(self.path / "layers", ignore_errors=True)
+        for file in (self.checkpoint, self.metrics):
+            file.unlink(missing_ok=True)
+        (self.path / "layers").mkdir(parents=True, exist_ok=True)
+
+    def write_config(self, config: RunConfig) -> None:
+        write_atomic(self.path / "config.json", config.model_dump_json(indent=1))
+
+    def save_layer(self, index: int, name: str, layer: QuantizedLayer, metrics: Metrics) -> None:
+        """Save a committed layer; the file exists whole or not at all."""
+        tensors, record = encode(name, layer)
+        about = {"name": name, "record": record.model_dump_json(), "metrics": json.dumps(metrics)}
+        write_atomic(self.path / "layers" / f"{index:04d}.safetensors", save(tensors, about))
+
+    def committed(self) -> dict[str, tuple[QuantizedLayer, Metrics]]:
+        """The layers that earlier attempts have committed, in order, up to the first gap or damaged file."""
+        found: dict[str, tuple[QuantizedLayer, Metrics]] = {}
+        for index in range(100_000):
+            path = self.path / "layers" / f"{index:04d}.safetensors"
+            try:
+                with safe_open(path, "pt") as file:
+                    about = file.metadata()
+                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+                record = LayerRecord.model_validate_json(about["record"])
+                found[about["name"]] = decode(about["name"], record, tensors), json.loads(about["metrics"])
+            except (SafetensorError, OSError, KeyError, ValueError, CoraqError):
+                break
+        return found
+
+
+def read_result(run: Path) -> RunResult:
+    """The result of a finished run.
+
+    Raises:
+        CoraqError: the run is unfinished or its metrics.json damaged.
+    """
+    path = run / "metrics.json"
+    try:
+        return RunResult.model_validate_json(path.read_text())
+    except FileNotFoundError:
+        raise CoraqError(f"{run} is not a finished run (no metrics.json)", "Run the same `coraq quantize` again: it resumes.") from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise CoraqError(f"{path} is damaged or of another version", "Run the same `coraq quantize` with --force.") from error
+
+
+def newest_run(runs: Path) -> Path:
+    """The finished run that was written last.
+
+    Raises:
+        CoraqError: there is none.
+    """
+    finished = [path.parent for path in runs.glob("*/metrics.json")]
+    if not finished:
+        raise CoraqError(f"there is no finished run in {runs}", "Start with: coraq quantize demo")
+    return max(finished, key=lambda path: (path / "metrics.json").stat().st_mtime_ns)

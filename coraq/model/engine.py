@@ -1,0 +1,297 @@
+"""The calibration engine: one pass in which all micro-batches of all streams advance together, layer by layer.
+
+Each micro-batch runs the network's ordinary `forward` in its own greenlet. A hook on every stop (a quantizable
+layer) parks it there; once all have arrived, the layer's inputs in the float network (teacher) and in the network
+quantized so far (student) lie side by side. The method commits the layer, and the pass goes on with the committed
+weights. So a sequential method costs one float pass and one student pass, whatever the depth, and any `nn.Module`
+will do, traceable or not.
+
+Memory is what the parked micro-batches keep alive. `Spill` bounds it: past the bound, micro-batches give their
+activations to a temporary file while others run, and get them back bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from coraq.errors import CoraqError
+
+
+class LiveStorages(TorchDispatchMode):
+    """Knows which activations made under it are still alive.
+
+    Args:
+        exclude: modules whose parameters and buffers are no activations.
+    """
+
+    def __init__(self, exclude: Sequence[nn.Module], images: Sequence[Tensor]) -> None:
+        super().__init__()
+        fixed = [t for m in exclude for t in (*m.parameters(), *m.buffers())]
+        self._fixed = {t.untyped_storage()._cdata for t in (*fixed, *images)}
+        self._refs: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._fixed:
+                    self._refs[storage._cdata] = StorageWeakRef(storage)
+        return result
+
+    def alive(self) -> list[Any]:
+        """The storages that something still refers to, largest first."""
+        self._refs = {key: ref for key, ref in self._refs.items() if not ref.expired()}
+        found = [torch.UntypedStorage._new_with_weak_ptr(ref.cdata) for ref in self._refs.values()]
+        return sorted((s for s in found if s is not None), key=lambda s: -s.nbytes())
+
+    def bytes_alive(self) -> int:
+        return sum(storage.nbytes() for storage in self.alive())
+
+
+class Spill:
+    """Keeps one micro-batch's activations in a file while it is parked.
+
+    The storages themselves are emptied and refilled, so that every tensor and view in the parked forward pass
+    stays valid and nothing of it needs to be known.
+    """
+
+    def __init__(self, live: LiveStorages, path: Path) -> None:
+        self.live, self._path = live, path
+        self._file: BinaryIO = path.open("w+b", buffering=0)
+        self._out: list[tuple[Any, int]] = []
+
+    def save(self) -> int:
+        """Move all live activations to the file; returns the bytes freed."""
+        self._file.seek(0)
+        for storage in self.live.alive():
+            size = storage.nbytes()
+            if size:
+                _write(self._file, memoryview(_bytes_of(storage)).cast("B"))
+                storage.resize_(0)
+                self._out.append((storage, size))
+        return sum(size for _, size in self._out)
+
+    def load(self) -> None:
+        """Bring them back."""
+        self._file.seek(0)
+        for storage, size in self._out:
+            storage.resize_(size)
+            _read(self._file, memoryview(_bytes_of(storage)).cast("B"))
+
+    def drop(self) -> None:
+        """Free them again after `load`; the file still holds what they were (nobody writes while parked)."""
+        for storage, _ in self._out:
+            storage.resize_(0)
+
+    def forget(self) -> None:
+        """The micro-batch is about to run on: the file's contents are stale from now on."""
+        self._out.clear()
+
+    def close(self) -> None:
+        self._out.clear()
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+def _bytes_of(storage: Any) -> Any:
+    # not through numpy(): that would pin the storage, which could then no longer be emptied
+    return (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+
+
+def _write(file: BinaryIO, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) :]
+
+
+def _read(file: BinaryIO, data: memoryview) -> None:
+    while data:
+        count = file.readinto(data)  # type: ignore[attr-defined]
+        if not count:
+            raise CoraqError("the activation file ended early", "Is something clearing the temporary folder? Run again.")
+        data = data[count:]
+
+
+class Arrival:
+    """All micro-batches of all streams, parked in front of one layer."""
+
+    def __init__(self, name: str, parked: list[list[_MicroBatch]]) -> None:
+        self.name = name
+        self._parked = parked
+
+    def inputs(self, stream: int) -> Iterator[Tensor]:
+        """The layer's input in each micro-batch of a stream; do not keep a tensor after the next is asked for."""
+        for batch in self._parked[stream]:
+            yield from batch.visit()
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(input in the first stream, input in the second) of each micro-batch."""
+        for first, second in zip(self._parked[0], self._parked[1], strict=True):
+            for x in first.visit():
+                for y in second.visit():
+                    yield x, y
+
+
+class _MicroBatch:
+    """One forward pass of one micro-batch in one stream."""
+
+    def __init__(self, model: nn.Module, images: Tensor, spill: Spill | None) -> None:
+        self._greenlet = greenlet(lambda: model(images))
+        self._greenlet.coraq_seen = set()
+        self._spill = spill
+        self._input: Tensor | None = None
+        self.finished = False
+
+    def visit(self) -> Iterator[Tensor]:
+        assert self._input is not None
+        if self._spill is None:
+            yield self._input
+            return
+        self._spill.load()
+        try:
+            yield self._input
+        finally:
+            self._spill.drop()
+
+    def advance(self, hub: greenlet) -> str | None:
+        """Run on to the next stop; returns its name, or None at the end of the network."""
+        self._input = None
+        self._greenlet.parent = hub
+        if self._spill is None:
+            return self._run()
+        self._spill.load()
+        self._spill.forget()
+        with self._spill.live:
+            name = self._run()
+        if name is not None:
+            self._spill.save()
+        return name
+
+    def _run(self) -> str | None:
+        result = self._greenlet.switch()
+        if self._greenlet.dead:
+            self.finished = True
+            return None
+        name, self._input = result
+        return str(name)
+
+    def close(self) -> None:
+        self._input = None
+        if self._greenlet and not self._greenlet.dead:
+            self._greenlet.throw()  # unwinds the forward pass, so that its hooks and contexts are left in order
+        if self._spill is not None:
+            self._spill.close()
+
+
+class LockStep:
+    """One lock-step pass; iterate `advance()` over the stops, then `close()`.
+
+    Args:
+        streams: networks in eval mode that take the same images; the same stops, under the same names.
+        batches: micro-batches [n, channels, height, width], all on the networks' device.
+        stops: names of the modules to stop at.
+        memory_bytes: bound on live activations; None does not bound them.
+        folder: where the activation files go if the bound asks for them; default: the system's temporary folder.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[nn.Module],
+        batches: Sequence[Tensor],
+        stops: Sequence[str],
+        memory_bytes: int | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self._streams = list(streams)
+        self._stops = set(stops)
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._handles = [self._hook(model, name) for model in self._streams for name in self._stops]
+        self.live_bytes_needed = 0
+        resident = len(batches) * len(self._streams)
+        if memory_bytes is not None and batches:
+            self.live_bytes_needed, one = self._measure(batches)
+            resident = int((memory_bytes - 2 * one) // max(1, one)) if self.live_bytes_needed > memory_bytes else resident
+        self.spilled = max(0, len(batches) * len(self._streams) - max(0, resident))
+        if self.spilled:
+            self._temporary = tempfile.TemporaryDirectory(prefix="coraq-activations-", dir=folder)
+        self._batches: list[list[_MicroBatch]] = [[] for _ in self._streams]
+        count = 0
+        for index, images in enumerate(batches):
+            for stream, model in enumerate(self._streams):
+                spill = self._spill(f"{stream}-{index}", batches) if count < self.spilled else None
+                self._batches[stream].append(_MicroBatch(model, images, spill))
+                count += 1
+
+    def _hook(self, model: nn.Module, name: str) -> Any:
+        def park(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            me = getcurrent()
+            seen = getattr(me, "coraq_seen", None)
+            if seen is None or name in seen:  # an ordinary call, or a module that runs more than once
+                return
+            seen.add(name)
+            me.parent.switch((name, args[0] if args else next(iter(kwargs.values()))))
+
+        return model.get_submodule(name).register_forward_pre_hook(park, with_kwargs=True)
+
+    def _measure(self, batches: Sequence[Tensor]) -> tuple[int, int]:
+        """Bytes that the whole pass would keep alive at its widest stop, and one micro-batch's share."""
+        live = LiveStorages(self._streams, batches)
+        probe = _MicroBatch(self._streams[0], batches[0], None)
+        widest = 0
+        with live:
+            while probe.advance(getcurrent()) is not None:
+                widest = max(widest, live.bytes_alive())
+        return widest * len(batches) * len(self._streams), widest
+
+    def _spill(self, name: str, batches: Sequence[Tensor]) -> Spill:
+        assert self._temporary is not None
+        return Spill(LiveStorages(self._streams, batches), Path(self._temporary.name) / name)
+
+    @torch.no_grad()
+    def advance(self, on_stream: Callable[[int], None] | None = None) -> Arrival | None:
+        """Run all micro-batches to their next stop. None: the network's end.
+
+        `on_stream` is called with a stream's index after its micro-batches have run (for timing).
+
+        Raises:
+            CoraqError: micro-batches stopped at different layers.
+        """
+        arrived: set[str | None] = set()
+        for stream, batches in enumerate(self._batches):
+            for batch in batches:
+                arrived.add(batch.advance(getcurrent()))
+            if on_stream is not None:
+                on_stream(stream)
+        if len(arrived) != 1:
+            raise CoraqError(
+                f"the network ran different layers for different images: {sorted(map(str, arrived))}",
+                "Its forward pass depends on the data; such a network cannot be calibrated layer by layer.",
+            )
+        name = arrived.pop()
+        return None if name is None else Arrival(name, self._batches)
+
+    def close(self) -> None:
+        """Leave the parked forward passes, remove the hooks and the activation files."""
+        for batches in self._batches:
+            for batch in batches:
+                batch.close()
+            batches.clear()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None

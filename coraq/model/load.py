@@ -1,0 +1,234 @@
+"""Float networks from timm names, the hub, local folders and safetensors files."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import socket
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import load_model_config_from_hf, load_model_config_from_path, parse_model_name
+from torch import nn
+
+from coraq.config import RunConfig
+from coraq.errors import CoraqError, UsageError
+
+SAFETENSORS_ONLY = "coraq opens safetensors only, because unpickling a file can run any code that is in it."
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """A timm network with its weights, and what is needed to build it again without them.
+
+    Attributes:
+        module: the network in eval mode, float32.
+        architecture: timm's function name; `model_args` go with it to `timm.create_model`.
+        pretrained_cfg: timm's data configuration and labels, JSON-able.
+        source: what the user asked for.
+    """
+
+    module: nn.Module
+    architecture: str
+    model_args: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+    source: str
+
+    @property
+    def num_classes(self) -> int:
+        return int(getattr(self.module, "num_classes", 0))
+
+
+def load_model(config: RunConfig) -> FloatModel:
+    """The float network that `config` names, with pretrained weights, or those of `config.checkpoint`.
+
+    Raises:
+        CoraqError: unknown name, unreachable weights, a file that is no safetensors, does not fit, or holds NaN.
+    """
+    name = config.model
+    if name == "demo":
+        name = f"local-dir:{resources.files('coraq').joinpath('demo')}"
+    arguments = dict(config.model_kwargs)
+    if config.num_classes is not None:
+        arguments["num_classes"] = config.num_classes
+    architecture, file_args = _locate(name)
+    try:
+        module = timm.create_model(name, pretrained=config.checkpoint is None, **arguments)
+    except CoraqError:
+        raise
+    except Exception as error:
+        raise _creation_error(config, error) from error
+    if config.checkpoint is not None:
+        _load_checkpoint(module, Path(config.checkpoint))
+    cfg = {key: value for key, value in dict(module.pretrained_cfg).items() if _is_json(value) and value is not None}
+    for private in ("file", "source", "state_dict"):
+        cfg.pop(private, None)
+    model = FloatModel(module.eval().float(), architecture, {**file_args, **arguments}, cfg, config.model)
+    check_finite(module, f"the weights of {config.model}")
+    return model
+
+
+def build(architecture: str, model_args: dict[str, Any]) -> nn.Module:
+    """A timm network without weights.
+
+    Raises:
+        CoraqError: this timm does not know the architecture or its arguments.
+    """
+    try:
+        module: nn.Module = timm.create_model(architecture, pretrained=False, **model_args).eval()
+    except Exception as error:
+        raise CoraqError(
+            f"this timm ({timm.__version__}) cannot build {architecture!r}: {_first_line(error)}",
+            "If a file of your own registers the architecture, name its folder with --plugins-dir (or CORAQ_PLUGINS).",
+        ) from error
+    return module
+
+
+def check_finite(module: nn.Module, what: str) -> None:
+    """Raise CoraqError naming the first parameter or buffer that holds NaN or Inf."""
+    for key, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CoraqError(
+                f"{what} are not finite: {key} holds {bad} NaN or Inf of {tensor.numel()} values",
+                "Use another checkpoint: no method can quantize a broken one.",
+            )
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    """Architecture and stored arguments behind a model name; raises before any slow step where it cannot work."""
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        if not (folder / "config.json").is_file():
+            raise CoraqError(
+                f"no config.json in {folder}", "local-dir: takes a folder with config.json and model.safetensors, as on the hub."
+            )
+        if not (folder / "model.safetensors").is_file():
+            raise CoraqError(f"no model.safetensors in {folder}", SAFETENSORS_ONLY)
+        try:
+            _, architecture, arguments = load_model_config_from_path(folder)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CoraqError(f"{folder / 'config.json'} is not a timm configuration: {_first_line(error)}", "") from error
+        if not timm.is_model(architecture):
+            raise CoraqError(
+                f"timm {timm.__version__} has no architecture {architecture!r} (named by {folder / 'config.json'})",
+                _nearest(architecture) + "If a file of your own registers it, name that file's folder with --plugins-dir.",
+            )
+        return architecture, dict(arguments or {})
+    if name.startswith(("hf-hub:", "hf_hub:")):
+        _go_offline_if_unreachable()
+        try:
+            _, architecture, arguments = load_model_config_from_hf(name.split(":", 1)[1])
+        except Exception as error:
+            raise CoraqError(f"cannot read {name}: {_first_line(error)}", _WAYS_OUT) from error
+        return architecture, dict(arguments or {})
+    _, architecture = parse_model_name(name)
+    architecture = architecture.split(".")[0]
+    if not timm.is_model(architecture):
+        raise UsageError(f"unknown model {name!r}", _nearest(architecture) + "`python -c 'import timm; print(timm.list_models())'` lists all.")
+    _go_offline_if_unreachable()
+    return architecture, {}
+
+
+_WAYS_OUT = (
+    "Ways out: --checkpoint FILE.safetensors; local-dir:FOLDER (config.json + model.safetensors); or `coraq quantize demo`, "
+    "which needs no network."
+)
+
+
+def _creation_error(config: RunConfig, error: Exception) -> CoraqError:
+    text = _first_line(error)
+    if isinstance(error, SafetensorError) or "safetensor" in type(error).__name__.lower():
+        return CoraqError(f"the weights of {config.model} are damaged: {text}", "Fetch or copy the file again.")
+    if isinstance(error, RuntimeError) and "pretrained tag" in text:
+        base = config.model.split(".")[0]
+        known = ", ".join(timm.list_pretrained(f"{base}.*")[:8])
+        return UsageError(f"{config.model}: {text}", f"timm has: {known}" if known else _WAYS_OUT)
+    if isinstance(error, RuntimeError) and "No pretrained weights" in text:
+        return CoraqError(f"timm has no pretrained weights for {config.model}", _WAYS_OUT)
+    if isinstance(error, RuntimeError) and "state_dict" in text:
+        return CoraqError(f"the weights of {config.model} do not fit its architecture: {_first_line(error, 2)}", _WAYS_OUT)
+    if isinstance(error, TypeError) and "argument" in text:
+        return UsageError(f"{config.model} refuses its arguments: {text}", "Check --model-kwargs against the architecture.")
+    if isinstance(error, OSError):
+        return CoraqError(f"the weights of {config.model} cannot be reached: {text[:160]}", _WAYS_OUT)
+    return CoraqError(f"timm cannot create {config.model}: {text}", _WAYS_OUT)
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        CoraqError: the file is missing, is a pickle, or is damaged.
+    """
+    if not path.is_file():
+        raise CoraqError(f"no file {path}", "Give the path of a .safetensors file.")
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        raise CoraqError(
+            f"{path} is a pickle, not safetensors",
+            SAFETENSORS_ONLY + " Convert it where you trust it: torch.load, then safetensors.torch.save_file.",
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CoraqError(f"{path} is damaged or no safetensors file: {_first_line(error)}", "Fetch or copy the file again.") from error
+
+
+def _load_checkpoint(module: nn.Module, path: Path) -> None:
+    state = read_safetensors(path)
+    own = module.state_dict()
+    for prefix in ("module.", "model."):
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unknown = [key for key in state if key not in own]
+    if missing or unknown:
+        example = f"{len(missing)} tensors missing (e.g. {missing[0]})" if missing else f"{len(unknown)} unknown (e.g. {unknown[0]})"
+        raise CoraqError(f"{path} is of another architecture: {example}", "Name the architecture that the file was saved from.")
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise CoraqError(
+                f"{path}: {key} has shape {list(value.shape)}, the network wants {list(own[key].shape)}",
+                "If it is the classifier, give --num-classes.",
+            )
+    module.load_state_dict(state, strict=False)
+
+
+def _go_offline_if_unreachable() -> None:
+    """Skip the hub client's minute of retries where there is no network: cached weights still work."""
+    from huggingface_hub import constants
+
+    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return
+    host = constants.ENDPOINT.split("//")[-1].split("/")[0].split(":")[0]
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
+def _nearest(architecture: str) -> str:
+    near = difflib.get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.5)
+    return f"Did you mean {', '.join(near)}? " if near else ""
+
+
+def _first_line(error: BaseException, lines: int = 1) -> str:
+    text = " ".join(part.strip() for part in str(error).strip().splitlines()[:lines])
+    return text or type(error).__name__
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
