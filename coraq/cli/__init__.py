@@ -1,1 +1,1 @@
-"""TODO"""
+"""The command line: the only place that imports typer and rich, and the only one that prints."""
