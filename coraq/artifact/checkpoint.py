@@ -104,7 +104,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if path.is_dir():
         path = path / "model.safetensors"
     tensors, info = read_checkpoint(path)
-    module = build(info.architecture, info.model_args)
+    module = build(info.architecture, info.model_args, info.pretrained_cfg)
     restructure(module, info.structure)
     layers = {name: decode(name, record, tensors) for name, record in info.layers.items()}
     _fill(module, layers, tensors, path)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from coraq.cli import options
-from coraq.errors import UsageError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-
-    from coraq.registry import MethodInfo
 
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
@@ -28,19 +26,26 @@ def methods(
 
     from coraq import registry
 
-    found = registry.available([])
     if name is None:
-        rows = [_as_dict(info) for info in found.values()]
-        print(json.dumps(rows)) if as_json else _show_list(rows)
+        rows = [dataclasses.asdict(info) for info in registry.available().values()]
+        if as_json:
+            print(json.dumps(rows))
+        else:
+            _show_list(rows)
         return
-    if name not in found:
-        hint = options.nearest(name, found) or f"there are: {', '.join(found)}"
-        raise UsageError(f"no method {name!r}", hint)
-    if found[name].error:
-        raise UsageError(f"the method {name!r} is broken: {found[name].error}", f"mend {found[name].source}")
-    settings = method_options(registry.load(name, []).Config)
-    row = _as_dict(found[name])
-    print(json.dumps({**row, "options": settings})) if as_json else _show_one(row, settings)
+    method, source = registry.load(name)
+    row = {
+        "name": method.name,
+        "summary": method.summary,
+        "version": method.version,
+        "needs_data": method.needs_data,
+        "source": source,
+    }
+    settings = method_options(method.Config)
+    if as_json:
+        print(json.dumps({**row, "options": settings}))
+    else:
+        _show_one(row, settings)
 
 
 def method_options(config: type[BaseModel]) -> list[dict[str, Any]]:
@@ -68,10 +73,6 @@ def _type_text(schema: dict[str, Any]) -> str:
         return str(schema["const"])
     bounds = [f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema]
     return " ".join([str(schema.get("type", "any")), ", ".join(bounds)]).strip()
-
-
-def _as_dict(info: MethodInfo) -> dict[str, Any]:
-    return {key: getattr(info, key) for key in ("name", "summary", "version", "needs_data", "source", "error")}
 
 
 def _show_list(rows: list[dict[str, Any]]) -> None:

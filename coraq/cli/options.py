@@ -176,9 +176,9 @@ def find_run(run: str | None, runs_dir: Path) -> Path:
         CoraqError: there is none.
     """
     if run is None:
-        from coraq import pipeline
+        from coraq import artifact
 
-        return pipeline.newest_run(runs_dir)
+        return artifact.newest_run(runs_dir)
     for folder in (Path(run), runs_dir / run):
         if folder.is_dir():
             return folder

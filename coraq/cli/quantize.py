@@ -163,7 +163,10 @@ def quantize(
 
     if dry_run:
         plan = pipeline.plan(config, runs_dir=output)
-        print(plan.model_dump_json()) if as_json else show_plan(plan)
+        if as_json:
+            print(plan.model_dump_json())
+        else:
+            show_plan(plan)
         return
     command = ["coraq", *(context.obj or sys.argv[1:])]
     try:

@@ -7,12 +7,15 @@ Weights are [groups, out, in]. A grid is `(scale, zero_point)` as in `QTensor`: 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from coraq.core.tensors import QTensor
+
+TINY = 1e-30  # a range below this is no range: its reciprocal would leave float32
+CACHED = 1 << 16  # elements of a strip of channels that the search for a range keeps in cache
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,14 @@ class Grid:
         """The nearest levels to `weight`."""
         return self.values(self.codes(weight))
 
+    def scaled(self, factor: float) -> Grid:
+        """The same codes for weights `factor` times as large."""
+        return replace(self, scale=self.scale * factor)
+
+    def shifted(self, by: int) -> Grid:
+        """The levels moved by whole steps (an affine grid's range slides; a symmetric grid stays)."""
+        return self if self.symmetric else replace(self, zero=(self.zero + by).clamp(0, self.top))
+
     def pack(self, codes: Tensor) -> QTensor:
         """A QTensor from integral codes of any dtype."""
         dtype = torch.uint8 if self.bits <= 8 else torch.int32
@@ -57,16 +68,20 @@ def _extremes(weight: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
 
 
 def grid_from_range(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
-    """The grid that covers [low, high] (low ≤ 0 ≤ high): the zero level is always exactly on it."""
+    """The grid that covers [low, high] (low ≤ 0 ≤ high): the zero level is always exactly on it.
+
+    Where the range is empty (a channel of zeros) the scale is 1: every weight there gets the zero level.
+    """
     top = 2**bits - 1
     if symmetric:
         # codes −2^(b−1) … 2^(b−1)−1: the positive side has one level fewer and decides
         scale = torch.maximum(-low / 2 ** (bits - 1), high / (2 ** (bits - 1) - 1))
+        scale = torch.where(scale < TINY, 1.0, scale)
         zero = torch.full_like(scale, 2 ** (bits - 1))
     else:
         scale = (high - low) / top
-        safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-        zero = torch.round(-low / safe).clamp_(0, top)
+        scale = torch.where(scale < TINY, 1.0, scale)
+        zero = torch.round(-low / scale).clamp_(0, top)
     return Grid(scale, zero, bits, symmetric)
 
 
@@ -99,10 +114,35 @@ def mse_grid(
 
     BRECQ (arXiv 2102.05426) uses norm 2.4 and 80 steps.
     """
-    dims = (-1,) if granularity == "channel" else (0, 1, 2)
-    return best_shrink(
-        weight, bits, symmetric, granularity, lambda rounded: (weight - rounded).abs().pow(norm).sum(dims, keepdim=True), steps, floor
-    )
+    widest = minmax_grid(weight, bits, symmetric, granularity)
+    shrinks = torch.linspace(1, floor, steps).tolist()
+    if granularity == "tensor":
+        shrink = _least_error(weight.reshape(1, -1), widest, shrinks, norm)
+        return replace(widest, scale=widest.scale * shrink.reshape(1, 1, 1))
+    rows, scale, zero = weight.flatten(0, 1), widest.scale.flatten(0, 1), widest.zero.flatten(0, 1)
+    strip = max(1, CACHED // max(1, rows.shape[1]))
+    found = [
+        _least_error(rows[i : i + strip], Grid(scale[i : i + strip], zero[i : i + strip], bits, symmetric), shrinks, norm)
+        for i in range(0, len(rows), strip)
+    ]
+    return replace(widest, scale=widest.scale * torch.cat(found).reshape(widest.scale.shape))
+
+
+def _least_error(rows: Tensor, widest: Grid, shrinks: list[float], norm: float) -> Tensor:
+    """The shrink of least `Σ |row − round(row)|^norm` for each row: [rows, 1], from rows [rows, in]."""
+    low, high = -widest.zero, widest.top - widest.zero
+    best = torch.full_like(widest.scale, shrinks[0])
+    best_loss = torch.full_like(best, float("inf"))
+    unit = rows / widest.scale
+    for shrink in shrinks:  # in units of the shrunk scale: round, clamp, compare
+        steps = unit / shrink
+        rest = torch.clamp(steps.round(), low, high).sub_(steps)
+        power = rest.square_() if norm == 2 else rest.abs_().pow_(norm)
+        loss = power.sum(-1, keepdim=True) * shrink**norm
+        better = loss < best_loss
+        best_loss = torch.where(better, loss, best_loss)
+        best = torch.where(better, shrink, best)
+    return best
 
 
 def best_shrink(
@@ -127,5 +167,6 @@ def best_shrink(
         now = loss(grid.round(weight))
         better = now < best_loss
         best_loss = torch.where(better, now, best_loss)
-        best = Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero), bits, symmetric)
+        scale = torch.where(better, grid.scale, best.scale)
+        best = Grid(scale, torch.where(better, grid.zero, best.zero), bits, symmetric)
     return best

@@ -63,8 +63,8 @@ def open_images(
             raise CoraqError(f"no image of {evaluating.where} is left to evaluate on", "give a --calib-dir")
         sink(
             Note(
-                f"calibration has no images but those of {evaluating.where}: calibrating on {len(chosen)} of them, "
-                f"evaluating on the other {len(keep)} only",
+                f"calibration has no images but those of {evaluating.where}: calibrating on {len(chosen)} of them "
+                f"({data.calib_size} were asked for), evaluating on the other {len(keep)} only",
                 "warning",
             )
         )

@@ -315,15 +315,15 @@ def tensor_images(
             break
     if not count:
         raise CoraqError("the data given has no images", "an iterator can be read once only: give the loader itself")
-    content = hashlib.sha256()
+    content, targets = hashlib.sha256(), hashlib.sha256()  # apart, so that the batching does not show
     for images, labels in chunks:
         content.update(images.contiguous().numpy().tobytes())
-        content.update(labels.numpy().tobytes())
+        targets.update(labels.numpy().tobytes())
     return TensorImages(
         chunks,
         description=description or f"{count} images given as tensors",
         count=count,
-        fingerprint=content.hexdigest()[:12],
+        fingerprint=digest(list(chunks[0][0].shape[1:]), content.hexdigest(), targets.hexdigest()),
         batch_size=batch_size,
         labelled=labelled,
     )

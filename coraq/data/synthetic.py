@@ -16,7 +16,7 @@ from torch import Tensor
 from coraq.data.imageset import UNLABELLED, Batch, ImageSet, digest
 from coraq.data.preprocess import Preprocess
 
-LEAVES = 90  # shapes an image
+LEAVES = 50  # shapes an image
 TEXTURES = 24  # fields of noise that all leaves of a set share
 # Mean of natural images, and the axes along which their pixels vary (rows: brightness, blue-yellow, red-green)
 # with the deviation along each: the principal components of ImageNet's pixels (Krizhevsky et al. 2012).
@@ -69,14 +69,14 @@ def _channels(pixels: Tensor, channels: int) -> Tensor:
 
 
 def _texture(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Periodic noise, float32 [height, width], mean 0 and deviation 1, its amplitude falling as 1/f^a, a in 0.6…1.6."""
+    """Periodic noise, float32 [height, width], mean 0 and deviation 1, its amplitude falling as 1/f^a, a in 0.5…1.4."""
     fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     # Stretching one axis by up to three gives grain a direction, as wood, grass and fur have.
     stretch, angle = 3 ** rng.random(), rng.random() * np.pi
     along, across = np.cos(angle) * fx + np.sin(angle) * fy, np.cos(angle) * fy - np.sin(angle) * fx
     frequency = np.hypot(along * stretch, across / stretch)
     frequency[0, 0] = np.inf
-    amplitude = frequency ** -(0.6 + rng.random())
+    amplitude = frequency ** -(0.5 + 0.9 * rng.random())
     noise = np.fft.rfft2(rng.standard_normal((height, width)))
     field = np.fft.irfft2(noise * amplitude, s=(height, width))
     return np.asarray(field / max(field.std(), 1e-12), dtype=np.float32)
@@ -88,9 +88,9 @@ def _dead_leaves(height: int, width: int, textures: np.ndarray, rng: np.random.G
     leaves = LEAVES + 1
     # Variances of the picture's, the leaf's and the texture's share add up to that of natural pixels.
     tint = rng.standard_normal(3).astype(np.float32) * COLOUR_STD * 0.45
-    contrast = np.float32(0.5 + 0.7 * rng.random())
+    contrast = np.float32(0.5 + 0.8 * rng.random())
     colour = rng.standard_normal((leaves, 3)).astype(np.float32) * COLOUR_STD * contrast * 0.8 + tint
-    strength = (rng.gamma(1.0, 0.16, leaves) * contrast).astype(np.float32)
+    strength = (rng.gamma(0.5, 0.35, leaves) * contrast).astype(np.float32)
     slope = (rng.standard_normal((2, leaves)) * 0.25 * contrast).astype(np.float32)
 
     y, x = np.mgrid[0:height, 0:width]
@@ -105,10 +105,10 @@ def _dead_leaves(height: int, width: int, textures: np.ndarray, rng: np.random.G
     picture = components @ COLOUR_AXES + MEAN_COLOUR
 
     # The lens: edges of photographs are never perfectly sharp.
-    blur = np.float32(0.25 * rng.random() + 0.05)
+    blur = np.float32(0.25 * rng.random())
     for axis in (0, 1):
         picture = (1 - 2 * blur) * picture + blur * (np.roll(picture, 1, axis) + np.roll(picture, -1, axis))
-    picture += rng.standard_normal(picture.shape, dtype=np.float32) * np.float32(0.015 * rng.random())  # the sensor
+    picture += rng.standard_normal(picture.shape, dtype=np.float32) * np.float32(0.02 * rng.random())  # the sensor
     return np.asarray(np.clip(picture * 255 + 0.5, 0, 255), dtype=np.uint8)
 
 
@@ -116,7 +116,7 @@ def _leaf_map(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """Which leaf shows at each pixel, int64 [height, width]: ellipses and rectangles, the larger rather below."""
     side = max(height, width)
     smallest, largest = 0.012, 0.6  # radius in sides
-    radius = smallest * (largest / smallest) ** (rng.random(LEAVES) ** 1.3)
+    radius = smallest * (largest / smallest) ** (rng.random(LEAVES) ** 1.2)
     radius = radius[np.argsort(-radius * np.exp(rng.standard_normal(LEAVES) * 0.5))] * side
     centre = rng.random((LEAVES, 2)) * (height, width)
     aspect, angle = np.exp(rng.standard_normal(LEAVES) * 0.4), rng.random(LEAVES) * np.pi

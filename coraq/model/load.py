@@ -15,7 +15,8 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import load_model_config_from_hf, load_model_config_from_path, parse_model_name
+from timm.models import load_model_config_from_hf, parse_model_name
+from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from coraq.config import RunConfig
@@ -70,19 +71,23 @@ def load_model(config: RunConfig) -> FloatModel:
     cfg = {key: value for key, value in dict(module.pretrained_cfg).items() if _is_json(value) and value is not None}
     for private in ("file", "source", "state_dict"):
         cfg.pop(private, None)
+    if getattr(module, "num_classes", None):
+        arguments["num_classes"] = int(module.num_classes)
     model = FloatModel(module.eval().float(), architecture, {**file_args, **arguments}, cfg, config.model)
     check_finite(module, f"the weights of {config.model}")
     return model
 
 
-def build(architecture: str, model_args: dict[str, Any]) -> nn.Module:
-    """A timm network without weights.
+def build(architecture: str, model_args: dict[str, Any], pretrained_cfg: dict[str, Any] | None = None) -> nn.Module:
+    """A timm network without weights. timm takes defaults (classes, pooling) from `pretrained_cfg`, too.
 
     Raises:
         CoraqError: this timm does not know the architecture or its arguments.
     """
     try:
-        module: nn.Module = timm.create_model(architecture, pretrained=False, **model_args).eval()
+        module: nn.Module = timm.create_model(
+            architecture, pretrained=False, pretrained_cfg=pretrained_cfg or None, **model_args
+        ).eval()
     except Exception as error:
         raise CoraqError(
             f"this timm ({timm.__version__}) cannot build {architecture!r}: {_first_line(error)}",

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from coraq.errors import CoraqError
 from coraq.report import summary
 from coraq.results import LayerResult, RunResult
 
@@ -36,33 +33,20 @@ def markdown(result: RunResult) -> str:
 def write_report(result: RunResult, folder: Path) -> Path:
     """Write report.md and metrics.json into `folder`, each atomically; returns the path of report.md.
 
+    metrics.json comes last: it is what makes a run finished.
+
     Raises:
         CoraqError: the folder cannot be written to.
     """
+    from coraq.artifact.files import disk_error, write_atomic  # here: the package behind it imports torch
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(folder / METRICS_NAME, result.model_dump_json(indent=2) + "\n")
-        _write_atomically(folder / REPORT_NAME, markdown(result))
     except OSError as error:
-        raise CoraqError(
-            f"cannot write the report into {folder}: {error.strerror}", "free space or give --output"
-        ) from error
+        raise disk_error(folder, error) from error
+    write_atomic(folder / REPORT_NAME, markdown(result))
+    write_atomic(folder / METRICS_NAME, result.model_dump_json(indent=2) + "\n")
     return folder / REPORT_NAME
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """A reader, or a run resumed after a kill, sees the old file or the whole new one."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 # ---------------------------------------------------------------- sections

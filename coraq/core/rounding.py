@@ -1,0 +1,342 @@
+"""Rounding that minimises a layer's output error, from its Gram alone.
+
+Everything here minimises `tr[(W − Q) H (W − Q)ᵀ]` per group over Q on a uniform grid: exactly in one coordinate
+(COMQ, arXiv 2403.07134), column by column with the later columns still free (GPTQ, arXiv 2210.17323), or exactly in
+the scales. The number of images does not matter, and all output channels go at once.
+
+One kernel serves both kinds of rounding. The new level is the grid's nearest to a target,
+
+    coordinate descent:  target_i = w_i + Σ_{j≠i} (w_j − q_j) · H_ji / H_ii
+    GPTQ:                target_i = w_i + Σ_{j<i} (w_j − q_j) · R_ji / R_ii,   H = R Rᵀ, R upper triangular.
+
+The second is the usual form with `H⁻¹ = UᵀU`, since U = R⁻¹: one Cholesky factor and no inverse. Its error is
+`Σ_i R_ii² (target_i − q_i)²`, so comparing grids costs no more than rounding on each.
+
+Layout: transposed, `[groups, in, out]`, inputs in visiting order, so that one coordinate of all output channels is
+contiguous. `levels` are centred codes `code − zero`; the weight is `scale · levels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from coraq.core.grid import TINY, Grid
+
+DEAD = 1e-9  # an input with less than this share of the mean diagonal of H keeps nearest rounding
+BLOCK = 64  # inputs that are rounded one by one before a matrix product tells all others
+STRIP = 512  # output channels worked on at once: a block of them stays in cache, its small steps on one thread
+
+Order = Literal["cyclic", "common"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`min tr[(W − Q) H (W − Q)ᵀ]`, prepared; inputs stand in visiting order.
+
+    Attributes:
+        weight: [groups, in, out].
+        pull: [groups, in, in], `pull[j, i] = H_ji / H_ii`, diagonal zero; nothing pulls a dead input (H_ii = 0).
+        ideal: [groups, in, out], `H W / diag H`; W itself at dead inputs.
+        curvature: [groups, in, 1], the diagonal of H.
+        order: [groups, in], the input visited at each step.
+    """
+
+    weight: Tensor
+    pull: Tensor
+    ideal: Tensor
+    curvature: Tensor
+    order: Tensor
+
+    def energy(self) -> Tensor:
+        """`w H wᵀ` of each channel, float64 [groups, 1, out]."""
+        return _dot(self.weight * self.curvature, self.ideal)
+
+    def targets(self, levels: Tensor, scale: Tensor) -> Tensor:
+        """The best value of every coordinate while all others stay, in units of the scale [groups, in, out]."""
+        weight = self.weight / scale
+        return torch.baddbmm(weight, self.pull.mT, weight - levels)
+
+    def error(self, levels: Tensor, scale: Tensor, targets: Tensor) -> Tensor:
+        """The objective, float64 [groups, 1, out], where `targets` belong to `levels` and `scale`."""
+        error = _dot((self.weight / scale).sub_(levels).mul_(self.curvature), targets - levels)
+        return (error * scale.double().square()).clamp_(min=0)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """`H + damping = R Rᵀ` (R upper triangular, visiting order), as GPTQ reads it.
+
+    Attributes:
+        pull: [groups, in, in], `R_ji / R_ii` above the diagonal, zero elsewhere.
+        curvature: [groups, in, 1], `R_ii²`.
+        damping: float64 [groups], the share of the mean diagonal that was added to the diagonal.
+    """
+
+    pull: Tensor
+    curvature: Tensor
+    damping: Tensor
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A rounding of a Problem's weight, in the Problem's layout.
+
+    Attributes:
+        levels: integral, [groups, in, out], from `low` to `high`.
+        scale: positive, [groups, 1, out], or [1, 1, 1] for one per tensor.
+        low, high: [groups, 1, out]; both 0 where the grid's scale was 0.
+        error: float64 [groups, 1, out], the objective.
+    """
+
+    levels: Tensor
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+    error: Tensor
+
+    def better(self, other: Rounding) -> Rounding:
+        """The better of two, channel by channel; as a whole where one scale serves the tensor."""
+        if self.scale.numel() == 1:
+            return self if bool(self.error.sum() <= other.error.sum()) else other
+        keep = self.error <= other.error
+        return Rounding(
+            *(
+                torch.where(keep, getattr(self, field.name), getattr(other, field.name))
+                for field in fields(Rounding)
+            )
+        )
+
+
+def prepare(weight: Tensor, gram: Tensor, order: Order = "common", dtype: torch.dtype = torch.float32) -> Problem:
+    """The problem of rounding `weight` [groups, out, in] under `gram` [groups, in, in], in `dtype`.
+
+    Order "common" visits inputs by falling `√H_ii · mean |w_i|`, one order for all channels; "cyclic" as they come.
+    """
+    gram = gram.double()
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    if order == "common":
+        strength = diagonal.clamp(min=0).sqrt() * weight.abs().mean(1)
+        visit = strength.argsort(dim=-1, descending=True, stable=True)
+    else:
+        visit = torch.arange(gram.shape[-1], device=gram.device).expand(gram.shape[0], -1)
+    dead = diagonal <= DEAD * diagonal.mean(-1, keepdim=True)
+    inverse = torch.where(dead, 0.0, 1 / torch.where(dead, 1.0, diagonal))
+    pull = _visit_both(gram * inverse.unsqueeze(1), visit).to(dtype)
+    pull.diagonal(dim1=-2, dim2=-1).zero_()
+    ordered = _visit(weight.mT, visit).to(dtype).contiguous()
+    curvature = _visit(torch.where(dead, 0.0, diagonal).unsqueeze(-1), visit).to(dtype)
+    return Problem(ordered, pull, torch.baddbmm(ordered, pull.mT, ordered), curvature, visit)
+
+
+def factorise(problem: Problem, gram: Tensor, damping: float = 0.01) -> Factor:
+    """Cholesky factor of `gram` in the problem's order, float64.
+
+    `damping` times the mean diagonal is added, ten times more as often as a group's factor does not exist; an input
+    that is dead gets the mean diagonal itself, which leaves it alone.
+    """
+    work = _visit_both(gram.double(), problem.order)
+    diagonal = work.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    mean = torch.where(mean > 0, mean, 1.0)
+    dead = problem.curvature.squeeze(-1) <= 0
+    work.masked_fill_(dead.unsqueeze(1) | dead.unsqueeze(2), 0.0)
+    diagonal += torch.where(dead, mean, damping * mean)
+    share = torch.full_like(mean[:, 0], damping)
+    lower, failed = torch.linalg.cholesky_ex(work.flip(-2, -1))
+    while bool(failed.any()):
+        more = torch.where(failed > 0, share.clamp(min=1e-6) * 9, 0.0)
+        share = share + more
+        diagonal += more.unsqueeze(-1) * mean
+        lower, failed = torch.linalg.cholesky_ex(work.flip(-2, -1))
+    upper = lower.flip(-2, -1)
+    pivots = upper.diagonal(dim1=-2, dim2=-1)
+    dtype = problem.weight.dtype
+    pull = (upper / pivots.unsqueeze(1)).to(dtype).triu_(1)
+    return Factor(pull, pivots.square().unsqueeze(-1).to(dtype), share)
+
+
+def nearest(problem: Problem, grid: Grid) -> Rounding:
+    """Nearest rounding on `grid`."""
+    scale, low, high = _bounds(grid, problem.weight.dtype)
+    levels = (problem.weight / scale).round_().clamp_(low, high)
+    return Rounding(levels, scale, low, high, problem.error(levels, scale, problem.targets(levels, scale)))
+
+
+def feedback(problem: Problem, factor: Factor, grid: Grid) -> Rounding:
+    """GPTQ (arXiv 2210.17323) on `grid`: each input's rounding error is fed to the inputs still to come.
+
+    `error` is that of the damped problem, which is what GPTQ minimises; `reassess` gives the true one.
+    """
+    scale, low, high = _bounds(grid, problem.weight.dtype)
+    targets = problem.weight / scale
+    levels = targets.clone()
+    _sweep(targets, levels, factor.pull, low, high, onward=True)
+    error = _dot((targets - levels).square_(), factor.curvature) * scale.double().square()
+    return Rounding(levels, scale, low, high, error)
+
+
+def reassess(problem: Problem, rounding: Rounding) -> Rounding:
+    """The same rounding with its error computed afresh from H."""
+    targets = problem.targets(rounding.levels, rounding.scale)
+    return replace(rounding, error=problem.error(rounding.levels, rounding.scale, targets))
+
+
+def search(problem: Problem, factor: Factor, grids: Iterable[Grid]) -> Rounding:
+    """GPTQ on every grid; the best per channel (per tensor where a grid has one scale), its true error known."""
+    best: Rounding | None = None
+    for grid in grids:
+        now = feedback(problem, factor, grid)
+        best = now if best is None else best.better(now)
+    if best is None:
+        raise ValueError("no grid to search")
+    return reassess(problem, best)
+
+
+def descend(
+    problem: Problem,
+    start: Rounding,
+    sweeps: int,
+    *,
+    scales: bool = True,
+    greedy: bool = False,
+    from_float: bool = False,
+    tolerance: float = 0.0,
+) -> Rounding:
+    """COMQ's coordinate descent: up to `sweeps` rounds of closed-form scales (if `scales`) and one visit to every code.
+
+    No round raises the error, in exact arithmetic; in float32 a channel that ends above its start gets it back. Stops
+    when no code changes, or when a round lowers the total error by a smaller share than `tolerance`. `from_float` is
+    the authors' released start, all codes at their unrounded weights (then the error may rise, and stays risen);
+    `greedy` visits each channel's inputs by falling `‖x_i‖·|w_i|` (the paper's order; slow).
+    """
+    scale = start.scale
+    levels = problem.weight / scale if from_float else start.levels.clone()
+    targets = problem.targets(levels, scale)
+    total = float("inf")
+    for round_ in range(sweeps):
+        if scales and not (from_float and round_ == 0):
+            scale = refit_scale(problem, levels, targets, scale)
+        before = levels.clone()
+        if greedy:
+            _greedy_sweep(problem, targets, levels, start.low, start.high)
+        else:
+            _sweep(targets, levels, problem.pull, start.low, start.high, onward=False)
+        last, total = total, float(problem.error(levels, scale, targets).sum())
+        if bool((before == levels).all()) or total >= (1 - tolerance) * last:
+            break
+    if scales and sweeps:
+        scale = refit_scale(problem, levels, targets, scale)
+    end = reassess(problem, replace(start, levels=levels, scale=scale))
+    return end if from_float else end.better(start)
+
+
+def refit_scale(problem: Problem, levels: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    """The scale of least error for these levels, `kᵀHw / kᵀHk`, in closed form; moves `targets` along, in place.
+
+    Numerators and denominators are summed over the tensor where it has one scale. A scale that would not be
+    positive stays as it is.
+    """
+    weighted = levels * problem.curvature
+    top = _dot(weighted, problem.ideal)
+    bottom = _dot(weighted, (problem.ideal / scale).sub_(targets).add_(levels))
+    if scale.numel() == 1:
+        top, bottom = top.sum((0, 2), keepdim=True), bottom.sum((0, 2), keepdim=True)
+    good = (top > TINY * bottom) & (bottom > 0)
+    fitted = torch.where(good, top / torch.where(good, bottom, 1.0), scale.double()).to(scale.dtype)
+    targets.addcmul_(problem.ideal, 1 / fitted - 1 / scale)
+    return fitted
+
+
+def unpack(problem: Problem, rounding: Rounding, bits: int, symmetric: bool) -> tuple[Grid, Tensor]:
+    """A rounding as (grid, codes [groups, out, in]), ready for `grid.pack(codes)`."""
+    scale = rounding.scale.mT.float().contiguous()
+    zero = (-rounding.low).mT.float()
+    if rounding.scale.numel() == 1:
+        zero = zero[:1, :1]
+    if symmetric:
+        zero = torch.full_like(zero, 2 ** (bits - 1))  # also where the scale was 0 and the levels are all 0
+    levels = torch.empty_like(rounding.levels)
+    levels.scatter_(1, problem.order.unsqueeze(-1).expand_as(levels), rounding.levels)
+    return Grid(scale, zero, bits, symmetric), levels.mT.float() + zero
+
+
+def _bounds(grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale, lowest and highest level in a Problem's layout; a channel without a scale has level 0 alone."""
+    scale, zero = grid.scale.mT.to(dtype), grid.zero.mT.to(dtype)
+    empty = scale < TINY
+    low = torch.where(empty, 0.0, -zero).contiguous()
+    high = torch.where(empty, 0.0, grid.top - zero).contiguous()
+    return torch.where(empty, 1.0, scale).contiguous(), low, high
+
+
+def _sweep(targets: Tensor, levels: Tensor, pull: Tensor, low: Tensor, high: Tensor, *, onward: bool) -> None:
+    """Round every input once, in order, in place; `onward`: `pull` is upper triangular (GPTQ)."""
+    for start in range(0, targets.shape[-1], STRIP):
+        strip = slice(start, start + STRIP)
+        bounds = [b if b.shape[-1] == 1 else b[..., strip] for b in (low, high)]
+        ours, codes = targets[..., strip].contiguous(), levels[..., strip].contiguous()
+        _sweep_strip(ours, codes, pull, *(b.squeeze(1) for b in bounds), onward=onward)
+        targets[..., strip] = ours
+        levels[..., strip] = codes
+
+
+def _sweep_strip(targets: Tensor, levels: Tensor, pull: Tensor, low: Tensor, high: Tensor, *, onward: bool) -> None:
+    """Blocks of inputs: one by one inside a block, one matrix product for the effect on all others."""
+    groups, inputs, out = levels.shape
+    code = levels.new_empty(groups, out)
+    for start in range(0, inputs, BLOCK):
+        stop = min(inputs, start + BLOCK)
+        block, local = targets[:, start:stop], pull[:, start:stop, start:stop]
+        change = levels.new_empty(stop - start, groups, out)  # old level minus new one
+        for i in range(stop - start):
+            torch.round(block[:, i], out=code)
+            torch.clamp(code, low, high, out=code)
+            torch.sub(levels[:, start + i], code, out=change[i])
+            if i + 1 < stop - start:
+                if groups == 1:
+                    block[0, i + 1 :].addr_(local[0, i, i + 1 :], change[i, 0])
+                else:
+                    block[:, i + 1 :].addcmul_(local[:, i, i + 1 :, None], change[i].unsqueeze(1))
+        told = change.transpose(0, 1)
+        levels[:, start:stop] -= told
+        if stop < inputs:
+            targets[:, stop:].baddbmm_(pull[:, start:stop, stop:].mT, told)
+        if not onward:  # earlier inputs too: their next visit must know
+            block.baddbmm_(local.tril(-1).mT, told)
+            if start:
+                targets[:, :start].baddbmm_(pull[:, start:stop, :start].mT, told)
+
+
+def _greedy_sweep(problem: Problem, targets: Tensor, levels: Tensor, low: Tensor, high: Tensor) -> None:
+    """One visit to every input in each channel's own order, falling `‖x_i‖·|w_i|`; in place. `O(in²·out)`, unblocked."""
+    visits = (problem.curvature.sqrt() * problem.weight).abs().argsort(dim=1, descending=True, stable=True)
+    rows = torch.arange(levels.shape[0], device=levels.device).unsqueeze(-1)
+    for step in range(levels.shape[1]):
+        visit = visits[:, step : step + 1]
+        code = targets.gather(1, visit).round_().clamp_(low, high)
+        change = levels.gather(1, visit) - code
+        levels.scatter_(1, visit, code)
+        targets.addcmul_(problem.pull[rows, visit.squeeze(1)].mT, change)
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Sum over inputs of a product, accumulated in float64: [groups, 1, out]."""
+    return (left * right).sum(-2, keepdim=True, dtype=torch.float64)
+
+
+def _visit(rows: Tensor, order: Tensor) -> Tensor:
+    """Rows [groups, in, k] in visiting order."""
+    return rows.gather(1, order.unsqueeze(-1).expand_as(rows))
+
+
+def _visit_both(matrix: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of [groups, in, in] in visiting order; a copy."""
+    if matrix.shape[0] == 1:
+        return matrix[0].index_select(0, order[0]).index_select(1, order[0]).unsqueeze(0)
+    groups = torch.arange(matrix.shape[0], device=matrix.device)[:, None, None]
+    return matrix[groups, order.unsqueeze(2), order.unsqueeze(1)]

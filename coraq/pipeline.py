@@ -1,0 +1,623 @@
+"""The flow: load → fold → calibrate and commit layer by layer → write → reload → evaluate → report.
+
+Accuracy is measured on what was read back from disk, never on the object in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+import coraq
+from coraq import registry
+from coraq.api import MethodConfig, QuantizedLayer, Quantizer
+from coraq.artifact import Checkpoint, RunFolder, load_checkpoint, read_result, write_checkpoint
+from coraq.artifact import newest_run as newest_run
+from coraq.artifact.checkpoint import CheckpointInfo
+from coraq.config import DataConfig, RunConfig, Scheme
+from coraq.data import Images, ImageSet, Preprocess, demo_images, open_images, tensor_images
+from coraq.errors import CoraqError, UsageError
+from coraq.evaluate.accuracy import compare_networks
+from coraq.events import Event, JsonLinesSink, LayerCommitted, Note, Sink, StageFinished, null_sink, stage, tee
+from coraq.model.calibration import CalibrationTask
+from coraq.model.fold import Trace, fold
+from coraq.model.load import FloatModel, check_finite, load_model
+from coraq.report.render import write_report
+from coraq.results import (
+    CalibrationInfo,
+    Comparison,
+    CostInfo,
+    LayerResult,
+    MachineInfo,
+    RunResult,
+    SizeInfo,
+)
+
+FIDELITY_IMAGES = 256  # without evaluation data, fidelity to the float network is measured on so many
+
+
+class Plan(BaseModel):
+    """What `--dry-run` shows: everything that would be done, and nothing done."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    run_dir: str
+    method: str
+    scheme_line: str
+    calibration: str
+    evaluation: str | None
+    layers: list[dict[str, Any]]
+    resume_at: str | None
+    finished: bool
+    float_bytes: int
+    estimated_bytes: int
+
+
+@dataclass
+class _Prepared:
+    """A network and its images, ready to be quantized."""
+
+    config: RunConfig
+    float_model: FloatModel
+    found: Trace
+    preprocess: Preprocess
+    images: Images
+    method: type[Quantizer]
+    method_source: str
+    options: MethodConfig
+    folder: RunFolder
+    float_bytes: int
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self.float_model.module
+
+
+class _Recorder:
+    """Keeps what the report needs from the events: notes, and seconds by stage."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.stages: dict[str, float] = {}
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Note):
+            self.notes.append(event.message)
+        elif isinstance(event, StageFinished):
+            self.stages[event.stage] = self.stages.get(event.stage, 0.0) + event.time_s
+
+
+def run(
+    config: RunConfig, *, runs_dir: Path, sink: Sink = null_sink, force: bool = False, command: list[str] | None = None
+) -> RunResult:
+    """Quantize, write, reload, evaluate and report, in a run folder under `runs_dir`.
+
+    A finished run of the same configuration is returned as it is, an unfinished one goes on at its first
+    uncommitted layer; `force` starts over.
+
+    Raises:
+        CoraqError: whatever a person can mend; other exceptions carry the run folder in `run_dir`.
+    """
+    started = time.perf_counter()
+    recorder = _Recorder()
+    sink = tee(sink, recorder)
+    prepared = _prepare(config, runs_dir, sink)
+    folder = prepared.folder
+    folder.open()
+    try:
+        if folder.finished and not force:
+            sink(Note(f"{folder.path} is finished already: this is its result (--force runs it again)"))
+            return read_result(folder.path)
+        if force:
+            folder.clear()
+        folder.write_config(config)
+        log = JsonLinesSink(folder.path / "events.jsonl")
+        try:
+            return _work(prepared, tee(sink, log), recorder, started, command or [])
+        finally:
+            log.close()
+    except BaseException as error:
+        with contextlib.suppress(AttributeError):
+            error.run_dir = folder.path  # type: ignore[attr-defined]
+        raise
+    finally:
+        folder.close()
+
+
+def plan(config: RunConfig, *, runs_dir: Path, sink: Sink = null_sink) -> Plan:
+    """What `run` would do. Loads and folds the network, opens the images, writes nothing."""
+    prepared = _prepare(config, runs_dir, sink)
+    task = CalibrationTask(prepared.teacher, prepared.found, config.scheme, [], config.seed)
+    layers = [
+        {"name": v.name, "kind": v.kind, "shape": list(v.shape), "bits": v.bits, "macs": v.macs} for v in task.all_layers
+    ]
+    committed = prepared.folder.committed()
+    waiting = [view.name for view in task.all_layers if view.name not in committed]
+    codes = sum(v.shape[0] * v.shape[1] * (-(-v.shape[2] * v.bits // 8) + 4) for v in task.all_layers)
+    quantized = sum(v.weight.numel() for v in task.all_layers)
+    evaluation = prepared.images.evaluation
+    return Plan(
+        run_dir=str(prepared.folder.path),
+        method=config.method,
+        scheme_line=config.scheme.describe(),
+        calibration=prepared.images.calibration.description,
+        evaluation=None if evaluation is None else evaluation.description,
+        layers=layers,
+        resume_at=waiting[0] if committed and waiting else None,
+        finished=prepared.folder.finished,
+        float_bytes=prepared.float_bytes,
+        estimated_bytes=codes + _state_bytes(prepared.teacher) - 4 * quantized,
+    )
+
+
+def _prepare(config: RunConfig, runs_dir: Path, sink: Sink) -> _Prepared:
+    """Check everything that can be checked, the cheap things first, and load the network."""
+    method, source = registry.find(config.method)
+    options = registry.configure(method, config.options)
+    device = _device(config.device)
+    _check_paths(config.data)
+    for line in registry.import_plugins():
+        sink(Note(line, "warning"))
+    with stage(sink, "load network"):
+        float_model = load_model(config)
+        float_bytes = _state_bytes(float_model.module)
+        float_model.module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        preprocess = Preprocess.resolve(float_model.module, config.data)
+        found = fold(float_model.module, _example(preprocess, device))
+    if not found.order:
+        raise CoraqError(f"{config.model} has no convolution or Linear layer", "There is nothing to quantize.")
+    if config.model == "demo" and config.data.data_dir is None and not config.data.dataset:
+        images = demo_images(preprocess, config.data, config.seed, sink)
+    else:
+        images = open_images(config.data, preprocess, float_model.num_classes or None, config.seed, sink)
+    digest = config.digest(calibration=images.calibration.fingerprint, method_version=method.version)
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", Path(config.model.split(":")[-1]).name or config.model)
+    folder = RunFolder(runs_dir / f"{name}-{config.method}-w{config.scheme.bits}-{digest}")
+    return _Prepared(
+        config, float_model, found, preprocess, images, method, source, options, folder, float_bytes
+    )
+
+
+def _work(prepared: _Prepared, sink: Sink, recorder: _Recorder, started: float, command: list[str]) -> RunResult:
+    config, folder = prepared.config, prepared.folder
+    device = next(prepared.teacher.parameters()).device
+    batches = _load_batches(prepared.images.calibration, device, sink)
+    bound = config.calib_memory or default_memory_bound()
+    done = folder.committed()
+
+    def save(name: str, layer: QuantizedLayer, metrics: dict[str, float | int | str]) -> None:
+        folder.save_layer(len(task.committed), name, layer, metrics)
+
+    with stage(sink, "quantize", len(prepared.found.order)) as quantizing:
+        task = CalibrationTask(
+            prepared.teacher,
+            prepared.found,
+            config.scheme,
+            batches,
+            config.seed,
+            _with_progress(sink, quantizing),
+            done,
+            save,
+            bound,
+        )
+        try:
+            prepared.method(prepared.options).quantize(task)
+            task.finish(config.method)
+        finally:
+            task.close()
+    layers = {name: layer for name, (layer, _) in task.committed.items()}
+    ordered = {name: layers[name] for name in prepared.found.order}
+    info = _info(prepared, command)
+    with stage(sink, "write checkpoint"):
+        file_bytes = write_checkpoint(folder.checkpoint, task.student, ordered, info, getattr(torch, config.float_dtype))
+    float_pass = task.clock.get("float pass") if not done else None
+    clock = {f"quantize: {name}": seconds for name, seconds in task.clock.items()}
+    metrics = {name: numbers for name, (_, numbers) in task.committed.items()}
+    views, passes_note = task.all_layers, task.passes
+    if passes_note > 1:
+        recorder.notes.append(f"the method went back to earlier layers: {passes_note} calibration passes instead of one")
+    del task, batches
+    with stage(sink, "reload checkpoint"):
+        reloaded = load_checkpoint(folder.checkpoint)
+        student = reloaded.module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    comparison, fidelity, fidelity_data = _measure(prepared.teacher, student, prepared.images, device, sink)
+    result = RunResult(
+        coraq_version=coraq.__version__,
+        command=command,
+        versions=_versions(),
+        machine=_machine(device),
+        seed=config.seed,
+        config=config,
+        method=config.method,
+        method_version=prepared.method.version,
+        method_source=prepared.method_source,
+        scheme_line=config.scheme.describe(),
+        calibration=_calibration_info(prepared.images.calibration),
+        evaluation_data=None if comparison is None else prepared.images.evaluation.description,  # type: ignore[union-attr]
+        comparison=comparison,
+        fidelity_data=fidelity_data,
+        fidelity=fidelity,
+        size=_size(ordered, file_bytes, prepared.float_bytes, reloaded),
+        cost=CostInfo(macs=sum(v.macs for v in views), bitops=sum(v.macs * v.bits * 32 for v in views)),
+        stages={**recorder.stages, **clock},
+        total_s=time.perf_counter() - started,
+        float_pass_s=float_pass,
+        peak_memory_bytes=peak_memory(),
+        memory_bound_bytes=bound,
+        layers=[_layer_result(view.name, view, ordered[view.name], metrics[view.name]) for view in views],
+        notes=recorder.notes,
+        run_dir=str(folder.path),
+    )
+    write_report(result, folder.path)
+    return result
+
+
+def _with_progress(sink: Sink, quantizing: stage) -> Sink:
+    def send(event: Event) -> None:
+        sink(event)
+        if isinstance(event, LayerCommitted):
+            quantizing.advance(event.index, event.name)
+
+    return send
+
+
+def _load_batches(images: ImageSet, device: torch.device, sink: Sink) -> list[Tensor]:
+    """The calibration images, decoded once, channels last."""
+    batches: list[Tensor] = []
+    with stage(sink, "read calibration images", images.count) as reading:
+        seen = 0
+        for pixels, _ in images.batches():
+            batches.append(pixels.to(device, memory_format=torch.channels_last))
+            seen += len(pixels)
+            reading.advance(seen)
+    if not batches:
+        raise CoraqError(f"no image of {images.description} can be read", "Check the folder; `file` tells what they are.")
+    return batches
+
+
+def _measure(
+    teacher: nn.Module, student: nn.Module, images: Images, device: torch.device, sink: Sink
+) -> tuple[Comparison | None, Comparison | None, str | None]:
+    """Accuracy on evaluation images; without them, fidelity on some of the calibration images."""
+    if images.evaluation is not None:
+        evaluation = images.evaluation
+        comparison = compare_networks(teacher, student, _channels_last(evaluation.batches()), device, sink, evaluation.count)
+        return comparison, None, None
+    calibration = images.calibration
+    limited = _limit(((x, torch.full_like(y, -1)) for x, y in calibration.batches()), FIDELITY_IMAGES)
+    total = min(FIDELITY_IMAGES, calibration.count)
+    fidelity = compare_networks(teacher, student, _channels_last(limited), device, sink, total)
+    return None, fidelity, f"{total} of the calibration images ({calibration.description})"
+
+
+def _channels_last(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    for pixels, labels in batches:
+        yield pixels.contiguous(memory_format=torch.channels_last), labels
+
+
+def _limit(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for pixels, labels in batches:
+        yield pixels[:count], labels[:count]
+        count -= len(pixels)
+        if count <= 0:
+            return
+
+
+def evaluate_run(run_path: Path, data: DataConfig | None = None, *, sink: Sink = null_sink) -> RunResult:
+    """Measure a finished run's checkpoint again, on its own evaluation images or on `data`'s.
+
+    The float network is loaded again as the run loaded it. Nothing is written.
+
+    Raises:
+        CoraqError: the run is unfinished, damaged, or there are no evaluation images.
+    """
+    result = read_result(run_path)
+    config = result.config if data is None else result.config.model_copy(update={"data": data})
+    recorder = _Recorder()
+    sink = tee(sink, recorder)
+    device = _device(config.device)
+    registry.import_plugins()
+    with stage(sink, "load network"):
+        float_model = load_model(config)
+        teacher = float_model.module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with stage(sink, "reload checkpoint"):
+        checkpoint = load_checkpoint(run_path)
+        student = checkpoint.module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if data is None:
+        preprocess = Preprocess.from_dict(checkpoint.info.preprocess)
+    else:
+        preprocess = Preprocess.resolve(teacher, config.data)
+    if config.model == "demo" and config.data.data_dir is None and not config.data.dataset:
+        images = demo_images(preprocess, config.data, config.seed, sink)
+    else:
+        images = open_images(config.data, preprocess, float_model.num_classes or None, config.seed, sink)
+    comparison, fidelity, fidelity_data = _measure(teacher, student, images, device, sink)
+    return result.model_copy(
+        update={
+            "config": config,
+            "comparison": comparison,
+            "fidelity": fidelity,
+            "fidelity_data": fidelity_data,
+            "evaluation_data": None if comparison is None else images.evaluation.description,  # type: ignore[union-attr]
+            "machine": _machine(device),
+            "notes": [*result.notes, *recorder.notes],
+        }
+    )
+
+
+class Quantized(NamedTuple):
+    """What `coraq.quantize` returns: the quantized module, and the result with every layer's numbers."""
+
+    module: nn.Module
+    result: RunResult
+
+
+def quantize(
+    model: nn.Module | str,
+    method: str = "comq",
+    bits: int = 4,
+    data: Tensor | Iterable[Any] | None = None,
+    *,
+    scheme: Scheme | None = None,
+    options: dict[str, Any] | None = None,
+    calib_size: int = 1024,
+    seed: int = 0,
+    path: str | Path | None = None,
+    sink: Sink = null_sink,
+) -> Quantized:
+    """Quantize a network from Python.
+
+    Args:
+        model: a timm module (it is left alone: a copy is quantized) or any name that `coraq quantize` takes.
+        method: name of a registered method.
+        bits: of the weights; ignored where `scheme` is given.
+        data: calibration images: a DataLoader, an iterable of batches, or a tensor [n, channels, height, width];
+            already normalised as the network expects. None: synthetic images.
+        scheme: everything about the grid, instead of `bits`.
+        options: the method's own.
+        calib_size: at most so many images.
+        path: where to write the checkpoint (`coraq.load` opens it); None writes nothing.
+
+    Returns:
+        the quantized module (dequantized weights on the grid), and the result.
+
+    Raises:
+        CoraqError: whatever a person can mend.
+    """
+    import copy
+
+    started = time.perf_counter()
+    recorder = _Recorder()
+    sink = tee(sink, recorder)
+    chosen, source = registry.find(method)
+    config = RunConfig(
+        model=model if isinstance(model, str) else type(model).__name__,
+        method=method,
+        options=options or {},
+        scheme=scheme or Scheme(bits=bits),
+        seed=seed,
+        data=DataConfig(calib_size=calib_size),
+    )
+    configured = registry.configure(chosen, config.options)
+    if isinstance(model, str):
+        float_model = load_model(config)
+    else:
+        cfg = dict(getattr(model, "pretrained_cfg", None) or {})
+        arguments = dict(getattr(model, "_model_args", None) or {})
+        float_model = FloatModel(
+            copy.deepcopy(model).eval().float(), cfg.get("architecture", ""), arguments, _json_only(cfg), config.model
+        )
+        check_finite(float_model.module, "the weights of the module")
+    float_bytes = _state_bytes(float_model.module)
+    teacher = float_model.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    device = next(teacher.parameters()).device
+    preprocess = Preprocess.resolve(teacher, config.data)
+    if data is None:
+        images = (demo_images if config.model == "demo" else _synthetic)(preprocess, config.data, seed, sink).calibration
+    else:
+        images = tensor_images(data, limit=calib_size)
+    batches = _load_batches(images, device, sink)
+    found = fold(teacher, batches[0][:2])
+    with stage(sink, "quantize", len(found.order)) as quantizing:
+        bound = default_memory_bound()
+        task = CalibrationTask(
+            teacher, found, config.scheme, batches, seed, _with_progress(sink, quantizing), memory_bytes=bound
+        )
+        try:
+            chosen(configured).quantize(task)
+            task.finish(method)
+        finally:
+            task.close()
+    layers = {name: task.committed[name][0] for name in found.order}
+    file_bytes = 0
+    if path is not None:
+        if not float_model.architecture:
+            raise UsageError("only timm networks can be written to a checkpoint", "Use the returned module, or path=None.")
+        info = CheckpointInfo(
+            architecture=float_model.architecture,
+            model_args=float_model.model_args,
+            pretrained_cfg=float_model.pretrained_cfg,
+            preprocess=preprocess.as_dict(),
+            structure=found.structure,
+            scheme=config.scheme,
+            provenance={"coraq": coraq.__version__, "method": method, "options": config.options, "seed": seed},
+        )
+        file_bytes = write_checkpoint(Path(path), task.student, layers, info)
+    fidelity = compare_networks(
+        teacher, task.student, _limit(((b, torch.full((len(b),), -1)) for b in batches), FIDELITY_IMAGES), device, sink
+    )
+    views = task.all_layers
+    result = RunResult(
+        coraq_version=coraq.__version__,
+        command=[],
+        versions=_versions(),
+        machine=_machine(device),
+        seed=seed,
+        config=config,
+        method=method,
+        method_version=chosen.version,
+        method_source=source,
+        scheme_line=config.scheme.describe(),
+        calibration=_calibration_info(images),
+        fidelity_data=f"at most {FIDELITY_IMAGES} of the calibration images",
+        fidelity=fidelity,
+        size=_size(layers, file_bytes, float_bytes, None),
+        cost=CostInfo(macs=sum(v.macs for v in views), bitops=sum(v.macs * v.bits * 32 for v in views)),
+        stages={**recorder.stages, **{f"quantize: {name}": s for name, s in task.clock.items()}},
+        total_s=time.perf_counter() - started,
+        float_pass_s=task.clock.get("float pass"),
+        peak_memory_bytes=peak_memory(),
+        memory_bound_bytes=bound,
+        layers=[_layer_result(v.name, v, layers[v.name], task.committed[v.name][1]) for v in views],
+        notes=recorder.notes,
+        run_dir="",
+    )
+    return Quantized(task.student, result)
+
+
+def load(path: str | Path) -> nn.Module:
+    """The network of a checkpoint or a run folder: a timm module with dequantized weights, in eval mode.
+
+    Raises:
+        CoraqError: see `coraq.artifact.load_checkpoint`.
+    """
+    registry.import_plugins()
+    return load_checkpoint(path).module
+
+
+def default_memory_bound() -> int:
+    """Half of the memory that is free, in bytes; a container's limit counts."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return max(free // 2, 64 << 20)
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}", "Use --device cpu.") from None
+    return device
+
+
+def _check_paths(data: DataConfig) -> None:
+    """Folders and files that are named must exist, before anything slow begins."""
+    for option, path in (("--data-dir", data.data_dir), ("--calib-dir", data.calib_dir), ("--class-map", data.class_map)):
+        if path is not None and not Path(path).exists() and not (option == "--data-dir" and data.dataset):
+            raise UsageError(f"{option} {path} does not exist", "Check the path; it is relative to the current folder.")
+
+
+def _example(preprocess: Preprocess, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, *preprocess.input_size, generator=generator)
+    return images.to(device, memory_format=torch.channels_last)
+
+
+def _info(prepared: _Prepared, command: list[str]) -> CheckpointInfo:
+    config = prepared.config
+    return CheckpointInfo(
+        architecture=prepared.float_model.architecture,
+        model_args=prepared.float_model.model_args,
+        pretrained_cfg=prepared.float_model.pretrained_cfg,
+        preprocess=prepared.preprocess.as_dict(),
+        structure=prepared.found.structure,
+        scheme=config.scheme,
+        provenance={
+            "coraq": coraq.__version__,
+            "model": config.model,
+            "method": config.method,
+            "method_version": prepared.method.version,
+            "options": config.options,
+            "seed": config.seed,
+            "calibration": prepared.images.calibration.description,
+            "calibration_fingerprint": prepared.images.calibration.fingerprint,
+            "versions": _versions(),
+        },
+    )
+
+
+def _synthetic(preprocess: Preprocess, data: DataConfig, seed: int, sink: Sink) -> Images:
+    return open_images(data, preprocess, None, seed, sink)
+
+
+def _state_bytes(module: nn.Module) -> int:
+    return sum(value.numel() * value.element_size() for value in module.state_dict().values())
+
+
+def _json_only(cfg: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in cfg.items() if isinstance(v, (str, int, float, bool, list, tuple)) and k not in ("file", "source")}
+
+
+def _size(layers: dict[str, QuantizedLayer], file_bytes: int, float_bytes: int, reloaded: Checkpoint | None) -> SizeInfo:
+    weights = sum(layer.weight.codes.numel() for layer in layers.values())
+    stored = sum(layer.size_bytes() for layer in layers.values())
+    total = float_bytes // 4 if reloaded is None else sum(p.numel() for p in reloaded.module.parameters())
+    return SizeInfo(
+        float_bytes=float_bytes,
+        file_bytes=file_bytes,
+        effective_bits=8 * stored / weights,
+        quantized_weights=weights,
+        total_params=total,
+        float_params=total - weights,
+    )
+
+
+def _layer_result(name: str, view: Any, layer: QuantizedLayer, numbers: dict[str, float | int | str]) -> LayerResult:
+    own = {"bits", "bytes", "rank", "weight_sqnr_db", "input_error", "output_error"}
+    values: dict[str, Any] = {key: numbers[key] for key in own & numbers.keys()}
+    return LayerResult(
+        name=name,
+        kind=view.kind,
+        shape=view.shape,
+        macs=view.macs,
+        metrics={key: value for key, value in numbers.items() if key not in own},
+        **{"bits": view.bits, "bytes": layer.size_bytes(), **values},
+    )
+
+
+def _calibration_info(images: ImageSet) -> CalibrationInfo:
+    return CalibrationInfo(
+        description=images.description,
+        count=images.count - len(images.skipped),
+        fingerprint=images.fingerprint,
+        synthetic="synthetic" in images.description,
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
+
+
+def _machine(device: torch.device) -> MachineInfo:
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    return MachineInfo(cpu=cpu, threads=torch.get_num_threads(), device=name)

@@ -1,0 +1,220 @@
+"""Methods by name: built-ins, entry points, and single-file plugins, all through one door.
+
+Nothing of a method is imported until it is listed or used. Plugin files come from the folders given, from
+`CORAQ_PLUGINS`, and from the `plugins/` folder of a source checkout; never from the current folder or from a
+checkpoint, which would run strangers' code. A plugin file may also register timm architectures of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from coraq.api import MethodConfig, Quantizer
+from coraq.errors import CoraqError, UsageError
+
+BUILT_IN = {
+    # "rtn": "coraq.methods.rtn:RoundToNearest",
+    # "comq": "coraq.methods.comq:COMQ",
+}
+ENTRY_POINTS = "coraq.methods"
+REQUIRED = ("name", "summary", "version", "needs_data", "Config", "quantize")
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A line of `coraq methods`. `error` is the traceback or reason where the method cannot be used."""
+
+    name: str
+    summary: str
+    version: str
+    needs_data: bool
+    source: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A method class, or the reason why there is none."""
+
+    name: str
+    source: str
+    method: type[Quantizer] | None
+    error: str | None = None
+
+
+def plugin_folders(given: Iterable[Path | str] = ()) -> list[Path]:
+    """Folders whose `*.py` are plugins, in order.
+
+    Raises:
+        UsageError: a folder that was asked for does not exist.
+    """
+    wanted = [Path(folder) for folder in given]
+    wanted += [Path(folder) for folder in os.environ.get("CORAQ_PLUGINS", "").split(os.pathsep) if folder]
+    for folder in wanted:
+        if not folder.is_dir():
+            raise UsageError(f"there is no plugin folder {folder}", "Check --plugins-dir and CORAQ_PLUGINS.")
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / "pyproject.toml").is_file() and (checkout / "plugins").is_dir():
+        wanted.append(checkout / "plugins")
+    return list(dict.fromkeys(folder.resolve() for folder in wanted))
+
+
+def available(plugins_dirs: Iterable[Path | str] = ()) -> dict[str, MethodInfo]:
+    """All methods that can be found, broken ones with their error, by name."""
+    infos: dict[str, MethodInfo] = {}
+    for found in _find(plugins_dirs):
+        key = found.name
+        if key in infos:
+            both = f"two methods are named {key!r}: {infos[key].source} and {found.source}"
+            infos[key] = MethodInfo(key, infos[key].summary, infos[key].version, infos[key].needs_data, infos[key].source, both)
+        elif found.method is None:
+            infos[key] = MethodInfo(key, "(broken)", "", False, found.source, found.error)
+        else:
+            method = found.method
+            infos[key] = MethodInfo(key, method.summary, method.version, method.needs_data, found.source)
+    return infos
+
+
+def load(name: str, plugins_dirs: Iterable[Path | str] = ()) -> type[Quantizer]:
+    """A method's class; raises as `find` does."""
+    return find(name, plugins_dirs)[0]
+
+
+def find(name: str, plugins_dirs: Iterable[Path | str] = ()) -> tuple[type[Quantizer], str]:
+    """A method's class, and where it comes from.
+
+    Raises:
+        UsageError: there is no such method (the nearest are named).
+        CoraqError: it is broken, or two methods have that name.
+    """
+    if name in BUILT_IN and not any(found.name == name for found in _outsiders(plugins_dirs)):
+        return _import_object(BUILT_IN[name]), "built-in"
+    matches = [found for found in _find(plugins_dirs) if found.name == name]
+    if not matches:
+        known = sorted({found.name for found in _find(plugins_dirs)})
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        raise UsageError(
+            f"unknown method {name!r}",
+            (f"Did you mean {', '.join(near)}? " if near else "") + f"There are: {', '.join(known)}.",
+        )
+    if len(matches) > 1:
+        raise CoraqError(
+            f"two methods are named {name!r}: {matches[0].source} and {matches[1].source}", "Rename or remove one of them."
+        )
+    if matches[0].method is None:
+        raise CoraqError(f"method {name!r} ({matches[0].source}) is broken: {_last_line(matches[0].error)}", "`coraq methods` shows its traceback.")
+    return matches[0].method, matches[0].source
+
+
+def configure(method: type[Quantizer], options: dict[str, Any]) -> MethodConfig:
+    """A method's Config from its options.
+
+    Raises:
+        UsageError: an unknown option (nearest and all named) or a value out of range.
+    """
+    try:
+        return method.Config.model_validate(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(str(part) for part in first["loc"]) or "options"
+        known = list(method.Config.model_fields)
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(option, known, n=2, cutoff=0.5)
+            hint = (f"Did you mean {', '.join(near)}? " if near else "") + (
+                f"{method.name} has: {', '.join(known)}." if known else f"{method.name} has no options."
+            )
+            raise UsageError(f"method {method.name} has no option {option!r}", hint) from None
+        raise UsageError(
+            f"option {option} of {method.name} is {first.get('input')!r}: {first['msg']}", f"See `coraq methods {method.name}`."
+        ) from None
+
+
+def import_plugins(plugins_dirs: Iterable[Path | str] = ()) -> list[str]:
+    """Import every plugin file, so that architectures they register exist; returns a line for each broken one."""
+    broken = []
+    for folder in plugin_folders(plugins_dirs):
+        for path in sorted(folder.glob("*.py")):
+            _, error = _import_file(path)
+            if error is not None:
+                broken.append(f"plugin {path} is broken and ignored: {_last_line(error)}")
+    return broken
+
+
+def _find(plugins_dirs: Iterable[Path | str]) -> list[_Found]:
+    built_in = [_Found(name, "built-in", _import_object(target)) for name, target in BUILT_IN.items()]
+    return [*built_in, *_outsiders(plugins_dirs)]
+
+
+def _outsiders(plugins_dirs: Iterable[Path | str]) -> list[_Found]:
+    found = [_from_entry_point(point) for point in entry_points(group=ENTRY_POINTS)]
+    for folder in plugin_folders(plugins_dirs):
+        for path in sorted(folder.glob("*.py")):
+            found += _from_file(path)
+    return found
+
+
+def _from_entry_point(point: EntryPoint) -> _Found:
+    source = f"entry point {point.value}" + (f" of {point.dist.name}" if point.dist else "")
+    try:
+        method = point.load()
+    except Exception:
+        return _Found(point.name, source, None, traceback.format_exc())
+    return _check(method, source, point.name)
+
+
+def _from_file(path: Path) -> list[_Found]:
+    module, error = _import_file(path)
+    if error is not None:
+        return [_Found(path.stem, str(path), None, error)]
+    methods = getattr(module, "METHODS", [])
+    return [_check(method, str(path), path.stem) for method in methods]
+
+
+def _check(method: Any, source: str, fallback: str) -> _Found:
+    missing = [name for name in REQUIRED if not hasattr(method, name)]
+    if not missing and not (isinstance(method.Config, type) and issubclass(method.Config, MethodConfig)):
+        missing = ["Config, a subclass of coraq.api.MethodConfig"]
+    if missing:
+        return _Found(getattr(method, "name", fallback), source, None, f"the method lacks {', '.join(missing)}")
+    return _Found(method.name, source, method)
+
+
+@lru_cache(maxsize=None)
+def _import_file(path: Path) -> tuple[Any, str | None]:
+    """The module of a plugin file, once; with a traceback instead where it fails."""
+    tag = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    name = f"coraq_plugin_{path.stem}_{tag}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # pydantic and dataclasses look their own module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception:
+        del sys.modules[name]
+        return None, traceback.format_exc()
+    return module, None
+
+
+def _import_object(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _last_line(text: str | None) -> str:
+    return (text or "").strip().splitlines()[-1] if text and text.strip() else "unknown reason"
