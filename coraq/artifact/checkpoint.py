@@ -25,7 +25,7 @@ from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.model.fold import Structure, restructure
 from coraq.model.layers import install
-from coraq.model.load import SAFETENSORS_ONLY, build
+from coraq.model.load import build, refuse_pickle
 
 
 class CheckpointInfo(Frozen):
@@ -115,10 +115,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], CheckpointInfo]:
     """A checkpoint's tensors and metadata, checksum verified; builds no network."""
     if not path.is_file():
         raise CoraqError(f"there is no checkpoint {path}", "Name a run folder or its model.safetensors.")
-    with path.open("rb") as file:
-        head = file.read(2)
-    if head == b"PK" or head[:1] == b"\x80":
-        raise CoraqError(f"{path} is a pickle, not safetensors", SAFETENSORS_ONLY)
+    refuse_pickle(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

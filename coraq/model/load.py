@@ -175,17 +175,22 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """
     if not path.is_file():
         raise CoraqError(f"no file {path}", "Give the path of a .safetensors file.")
-    with path.open("rb") as file:
-        head = file.read(4)
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        raise CoraqError(
-            f"{path} is a pickle, not safetensors",
-            SAFETENSORS_ONLY + " Convert it where you trust it: torch.load, then safetensors.torch.save_file.",
-        )
+    refuse_pickle(path)
     try:
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
         raise CoraqError(f"{path} is damaged or no safetensors file: {_first_line(error)}", "Fetch or copy the file again.") from error
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise CoraqError if a file is a pickle or a zip of pickles; a safetensors header has a `{` at byte 8."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
+        raise CoraqError(
+            f"{path} is a pickle, not safetensors",
+            SAFETENSORS_ONLY + " Convert it where you trust it: torch.load, then safetensors.torch.save_file.",
+        )
 
 
 def _load_checkpoint(module: nn.Module, path: Path) -> None:
