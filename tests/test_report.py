@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -13,7 +14,6 @@ import pytest
 from coraq.config import DataConfig, LayerScheme, RunConfig, Scheme
 from coraq.errors import CoraqError
 from coraq.report import markdown, summary, write_report
-from coraq.report import render as render_module
 from coraq.results import (
     CalibrationInfo,
     Comparison,
@@ -269,18 +269,30 @@ def test_write_report_writes_what_can_be_read_back(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "run")) == ["metrics.json", "report.md"]
 
 
-def test_a_write_that_dies_leaves_the_old_files_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_old_files_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_report(run_result(), tmp_path)
     before = (tmp_path / "metrics.json").read_text()
 
-    def die(source: str, target: Path) -> None:
-        raise KeyboardInterrupt
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(render_module.os, "replace", die)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr("coraq.artifact.files.os.replace", full)
+    with pytest.raises(CoraqError, match="no room on the disk"):
         write_report(unmeasured(), tmp_path)
     assert (tmp_path / "metrics.json").read_text() == before
     assert sorted(os.listdir(tmp_path)) == ["metrics.json", "report.md"]
+
+
+def test_metrics_json_comes_last_because_it_makes_a_run_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(result: RunResult) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coraq.report.render.markdown", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(run_result(), tmp_path)
+    assert not (tmp_path / "metrics.json").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:

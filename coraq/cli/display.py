@@ -23,8 +23,8 @@ def stdout() -> Console:
     return Console(highlight=False, markup=False, emoji=False)
 
 
-def show_result(result: RunResult, commands: Collection[str]) -> None:
-    """The closing tables of a run, then what to try next among the existing `commands`."""
+def show_result(result: RunResult, commands: Collection[str], notes: Iterable[str] = ()) -> None:
+    """The closing tables of a run, its notes and other `notes`, then what to try next among the existing `commands`."""
     console = stdout()
     console.print()
     console.print(Text(summary.title(result), style="bold"))
@@ -42,7 +42,7 @@ def show_result(result: RunResult, commands: Collection[str]) -> None:
     ]
     console.print(facts_table(facts))
     _show_worst(console, result)
-    for note in result.notes:
+    for note in dict.fromkeys([*result.notes, *notes]):
         console.print(Text(f"note: {note}", style="yellow"))
     _show_next(console, result, commands)
 
@@ -116,11 +116,12 @@ def show_plan(plan: Plan) -> None:
     console = stdout()
     facts = [
         ("run folder", plan.run_dir),
+        ("method", plan.method),
         ("scheme", plan.scheme_line),
         ("calibration", plan.calibration),
         ("evaluation", plan.evaluation or summary.NOT_MEASURED),
         ("size", f"about {summary.bytes_text(plan.estimated_bytes)} of {summary.bytes_text(plan.float_bytes)}"),
-        ("resumes at", plan.resume_at or "the first layer"),
+        ("starts at", "nothing to do: finished already" if plan.finished else plan.resume_at or "the first layer"),
     ]
     console.print(facts_table((label, str(text)) for label, text in facts))
     rows = [

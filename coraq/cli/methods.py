@@ -33,7 +33,7 @@ def methods(
         else:
             _show_list(rows)
         return
-    method, source = registry.load(name)
+    method, source = registry.find(name)
     row = {
         "name": method.name,
         "summary": method.summary,

@@ -38,18 +38,11 @@ def progress(quiet: bool, verbose: bool) -> Iterator[Sink]:
         yield BarProgress(bars, verbose)
 
 
-class Layers:
-    """Counts commits, as a stage that commits layers may have no steps of its own."""
-
-    def __init__(self) -> None:
-        self.done = 0
-
-    def line(self, event: LayerCommitted) -> str:
-        """One line for one layer: place, name, measures."""
-        measures = ", ".join(f"{key} {number_text(value)}" for key, value in event.metrics.items())
-        resumed = "done before" if event.resumed else ""
-        details = ", ".join(part for part in (resumed, measures) if part)
-        return f"  {self.done}/{event.total} {event.name}  {details}".rstrip()
+def layer_line(event: LayerCommitted) -> str:
+    """One line for one layer: place, name, measures."""
+    measures = [f"{key} {number_text(value)}" for key, value in event.metrics.items()]
+    details = ", ".join([*(["done before"] if event.resumed else []), *measures])
+    return f"  {event.index}/{event.total} {event.name}  {details}".rstrip()
 
 
 class PlainProgress:
@@ -60,7 +53,6 @@ class PlainProgress:
     ) -> None:
         self._write, self._verbose, self._clock = write, verbose, clock
         self._stages: dict[str, tuple[float, int]] = {}  # running stages, innermost last: start, total
-        self._layers = Layers()
         self._last_line = 0.0
 
     def __call__(self, event: Event) -> None:
@@ -74,11 +66,10 @@ class PlainProgress:
             if event.time_s >= SHOWN_AFTER_S:
                 self._line(f"{event.stage}: done in {time_text(event.time_s)}")
         elif isinstance(event, LayerCommitted):
-            self._layers.done += 1
             if self._verbose:
-                self._line(self._layers.line(event))
+                self._line(layer_line(event))
             elif self._stages:
-                self._step(next(reversed(self._stages)), self._layers.done, event.total, event.name)
+                self._step(next(reversed(self._stages)), event.index, event.total, event.name)
         elif isinstance(event, Note) and (self._verbose or event.level == "warning"):
             self._line(f"{event.level}: {event.message}")
 
@@ -125,7 +116,6 @@ class BarProgress:
         self._bars, self._verbose = bars, verbose
         self._stages: dict[str, TaskID] = {}  # running stages, innermost last
         self._totals: dict[str, int] = {}
-        self._layers = Layers()
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, StageStarted):
@@ -136,10 +126,9 @@ class BarProgress:
         elif isinstance(event, StageFinished) and event.stage in self._stages:
             self._finish(self._stages.pop(event.stage), event.time_s)
         elif isinstance(event, LayerCommitted):
-            self._layers.done += 1
             self._advance_layers(event)
             if self._verbose:
-                self._bars.console.print(Text(self._layers.line(event)))
+                self._bars.console.print(Text(layer_line(event)))
         elif isinstance(event, Note) and (self._verbose or event.level == "warning"):
             self._bars.console.print(Text(f"{event.level}: {event.message}"))
 
@@ -148,7 +137,7 @@ class BarProgress:
             return
         stage, task = next(reversed(self._stages.items()))
         if self._totals[stage] in (0, event.total):  # the stage counts layers, or nothing
-            self._bars.update(task, total=event.total, completed=self._layers.done, detail=event.name)
+            self._bars.update(task, total=event.total, completed=event.index, detail=event.name)
         else:
             self._bars.update(task, detail=event.name)
 

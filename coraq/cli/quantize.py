@@ -12,6 +12,7 @@ from coraq.cli import options
 from coraq.cli.options import METHOD_PANEL, MODEL_PANEL, RUN_PANEL, SCHEME_PANEL, option
 from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.errors import EXIT_INTERRUPTED, CoraqError, UsageError
+from coraq.events import ListSink, Note, tee
 
 RUN, SCHEME, DATA = RunConfig(model="demo"), Scheme(), DataConfig()  # the defaults, from where they are written
 
@@ -169,9 +170,10 @@ def quantize(
             show_plan(plan)
         return
     command = ["coraq", *(context.obj or sys.argv[1:])]
+    heard = ListSink()  # a finished run is returned as it was: that it is, only the events say
     try:
         with progress(quiet, verbose) as sink:
-            result = pipeline.run(config, runs_dir=output, sink=sink, force=force, command=command)
+            result = pipeline.run(config, runs_dir=output, sink=tee(sink, heard), force=force, command=command)
     except KeyboardInterrupt:
         raise CoraqError(
             "interrupted", f"finished layers are kept; to go on: {shlex.join(command)}", EXIT_INTERRUPTED
@@ -179,7 +181,8 @@ def quantize(
     if as_json:
         print(result.model_dump_json())
     else:
-        show_result(result, options.command_names(context))
+        notes = [event.message for event in heard.events if isinstance(event, Note)]
+        show_result(result, options.command_names(context), notes)
     options.enforce_threshold(result, fail_under)
 
 
