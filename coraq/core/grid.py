@@ -15,7 +15,7 @@ from torch import Tensor
 from coraq.core.tensors import QTensor
 
 TINY = 1e-30  # a range below this is no range: its reciprocal would leave float32
-CACHED = 1 << 16  # elements of a strip of channels that the search for a range keeps in cache
+CACHED = 1 << 15  # elements of a strip of channels that the search for a range keeps in cache
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ def mse_grid(
     rows, scale, zero = weight.flatten(0, 1), widest.scale.flatten(0, 1), widest.zero.flatten(0, 1)
     strip = max(1, CACHED // max(1, rows.shape[1]))
     found = [
-        _least_error(rows[i : i + strip], Grid(scale[i : i + strip], zero[i : i + strip], bits, symmetric), shrinks, norm)
+        _least_error(
+            rows[i : i + strip], Grid(scale[i : i + strip], zero[i : i + strip], bits, symmetric), shrinks, norm
+        )
         for i in range(0, len(rows), strip)
     ]
     return replace(widest, scale=widest.scale * torch.cat(found).reshape(widest.scale.shape))

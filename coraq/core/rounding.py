@@ -18,7 +18,7 @@ contiguous. `levels` are centred codes `code − zero`; the weight is `scale · 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -105,10 +105,7 @@ class Rounding:
             return self if bool(self.error.sum() <= other.error.sum()) else other
         keep = self.error <= other.error
         return Rounding(
-            *(
-                torch.where(keep, getattr(self, field.name), getattr(other, field.name))
-                for field in fields(Rounding)
-            )
+            *(torch.where(keep, getattr(self, field.name), getattr(other, field.name)) for field in fields(Rounding))
         )
 
 
@@ -117,19 +114,18 @@ def prepare(weight: Tensor, gram: Tensor, order: Order = "common", dtype: torch.
 
     Order "common" visits inputs by falling `√H_ii · mean |w_i|`, one order for all channels; "cyclic" as they come.
     """
-    gram = gram.double()
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1).double()
     if order == "common":
         strength = diagonal.clamp(min=0).sqrt() * weight.abs().mean(1)
         visit = strength.argsort(dim=-1, descending=True, stable=True)
     else:
-        visit = torch.arange(gram.shape[-1], device=gram.device).expand(gram.shape[0], -1)
+        visit = torch.arange(gram.shape[-1], device=gram.device).repeat(gram.shape[0], 1)
     dead = diagonal <= DEAD * diagonal.mean(-1, keepdim=True)
     inverse = torch.where(dead, 0.0, 1 / torch.where(dead, 1.0, diagonal))
-    pull = _visit_both(gram * inverse.unsqueeze(1), visit).to(dtype)
+    curvature = _visit(torch.where(dead, 0.0, diagonal).unsqueeze(-1), visit).to(dtype)
+    pull = _visit_both(gram.to(dtype), visit).mul_(_visit(inverse.unsqueeze(-1), visit).to(dtype).mT)
     pull.diagonal(dim1=-2, dim2=-1).zero_()
     ordered = _visit(weight.mT, visit).to(dtype).contiguous()
-    curvature = _visit(torch.where(dead, 0.0, diagonal).unsqueeze(-1), visit).to(dtype)
     return Problem(ordered, pull, torch.baddbmm(ordered, pull.mT, ordered), curvature, visit)
 
 
@@ -139,24 +135,26 @@ def factorise(problem: Problem, gram: Tensor, damping: float = 0.01) -> Factor:
     `damping` times the mean diagonal is added, ten times more as often as a group's factor does not exist; an input
     that is dead gets the mean diagonal itself, which leaves it alone.
     """
-    work = _visit_both(gram.double(), problem.order)
+    work = _visit_both(gram.double(), problem.order.flip(-1))  # backwards: its lower factor is R, backwards
     diagonal = work.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
     mean = torch.where(mean > 0, mean, 1.0)
-    dead = problem.curvature.squeeze(-1) <= 0
-    work.masked_fill_(dead.unsqueeze(1) | dead.unsqueeze(2), 0.0)
+    dead = problem.curvature.squeeze(-1).flip(-1) <= 0
+    if bool(dead.any()):
+        work.masked_fill_(dead.unsqueeze(1) | dead.unsqueeze(2), 0.0)
     diagonal += torch.where(dead, mean, damping * mean)
     share = torch.full_like(mean[:, 0], damping)
-    lower, failed = torch.linalg.cholesky_ex(work.flip(-2, -1))
+    lower, failed = torch.linalg.cholesky_ex(work)
     while bool(failed.any()):
         more = torch.where(failed > 0, share.clamp(min=1e-6) * 9, 0.0)
         share = share + more
         diagonal += more.unsqueeze(-1) * mean
-        lower, failed = torch.linalg.cholesky_ex(work.flip(-2, -1))
-    upper = lower.flip(-2, -1)
-    pivots = upper.diagonal(dim1=-2, dim2=-1)
+        lower, failed = torch.linalg.cholesky_ex(work)
+    pivots = lower.diagonal(dim1=-2, dim2=-1).flip(-1)
     dtype = problem.weight.dtype
-    pull = (upper / pivots.unsqueeze(1)).to(dtype).triu_(1)
+    pull = lower.to(dtype).flip(-2, -1)
+    pull /= pivots.unsqueeze(1).to(dtype)
+    pull.diagonal(dim1=-2, dim2=-1).zero_()
     return Factor(pull, pivots.square().unsqueeze(-1).to(dtype), share)
 
 
@@ -186,11 +184,11 @@ def reassess(problem: Problem, rounding: Rounding) -> Rounding:
     return replace(rounding, error=problem.error(rounding.levels, rounding.scale, targets))
 
 
-def search(problem: Problem, factor: Factor, grids: Iterable[Grid]) -> Rounding:
-    """GPTQ on every grid; the best per channel (per tensor where a grid has one scale), its true error known."""
+def search(problem: Problem, round_on: Callable[[Grid], Rounding], grids: Iterable[Grid]) -> Rounding:
+    """Round on every grid; the best per channel (per tensor where a grid has one scale), its true error known."""
     best: Rounding | None = None
     for grid in grids:
-        now = feedback(problem, factor, grid)
+        now = round_on(grid)
         best = now if best is None else best.better(now)
     if best is None:
         raise ValueError("no grid to search")
@@ -313,7 +311,7 @@ def _sweep_strip(targets: Tensor, levels: Tensor, pull: Tensor, low: Tensor, hig
 
 
 def _greedy_sweep(problem: Problem, targets: Tensor, levels: Tensor, low: Tensor, high: Tensor) -> None:
-    """One visit to every input in each channel's own order, falling `‖x_i‖·|w_i|`; in place. `O(in²·out)`, unblocked."""
+    """One visit to every input in each channel's own order, falling `‖x_i‖·|w_i|`; in place, unblocked."""
     visits = (problem.curvature.sqrt() * problem.weight).abs().argsort(dim=1, descending=True, stable=True)
     rows = torch.arange(levels.shape[0], device=levels.device).unsqueeze(-1)
     for step in range(levels.shape[1]):
