@@ -42,14 +42,17 @@ class Scheme(Frozen):
     granularity: Literal["channel", "tensor"] = Field(
         default="channel", description="one scale per output channel, or one per weight tensor"
     )
-    symmetric: bool = Field(default=True, description="zero point fixed at the middle code: every integer runtime takes it")
+    symmetric: bool = Field(
+        default=True, description="zero point fixed at the middle code: every integer runtime takes it"
+    )
     bias: Literal["float", "layer", "keep"] = Field(
         default="float",
-        description="bias correction: make a layer's mean output equal the float network's (float), or that of the same "
+        description="bias correction: make a layer's mean output equal the float network's (float), that of the same "
         "layer with float weights on the quantized network's inputs (layer), or leave the bias alone (keep)",
     )
     overrides: dict[str, LayerScheme] = Field(
-        default_factory=dict, description="regular expression over layer names -> that layer's own bits and rank; first match wins"
+        default_factory=dict,
+        description="regular expression over layer names -> that layer's own bits and rank; first match wins",
     )
 
     @field_validator("overrides")
@@ -118,7 +121,9 @@ class RunConfig(Frozen):
     data: DataConfig = DataConfig()
     seed: int = Field(default=0, description="seed of everything random")
     device: str = Field(default="cpu", description="torch device")
-    calib_memory: int | None = Field(default=None, ge=1, description="bytes for live activations (default: half of what is free)")
+    calib_memory: int | None = Field(
+        default=None, ge=1, description="bytes for live activations (default: half of what is free)"
+    )
     float_dtype: Literal["float32", "float16"] = Field(
         default="float32", description="type of what stays unquantized in the checkpoint: biases, norms"
     )

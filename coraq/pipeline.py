@@ -12,7 +12,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 import coraq
 from coraq import registry
-from coraq.api import MethodConfig, QuantizedLayer, Quantizer
-from coraq.artifact import Checkpoint, RunFolder, load_checkpoint, read_result, write_checkpoint
+from coraq.api import LayerView, MethodConfig, QuantizedLayer, Quantizer
+from coraq.artifact import RunFolder, load_checkpoint, read_result, write_checkpoint
 from coraq.artifact import newest_run as newest_run
 from coraq.artifact.checkpoint import CheckpointInfo
 from coraq.config import DataConfig, RunConfig, Scheme
@@ -33,9 +33,9 @@ from coraq.data import Images, ImageSet, Preprocess, demo_images, open_images, t
 from coraq.errors import CoraqError, UsageError
 from coraq.evaluate.accuracy import compare_networks
 from coraq.events import Event, JsonLinesSink, LayerCommitted, Note, Sink, StageFinished, null_sink, stage, tee
-from coraq.model.calibration import CalibrationTask
+from coraq.model.calibration import CalibrationTask, Metrics
 from coraq.model.fold import Trace, fold
-from coraq.model.load import FloatModel, check_finite, load_model
+from coraq.model.load import FloatModel, copy_of, load_model
 from coraq.report.render import write_report
 from coraq.results import (
     CalibrationInfo,
@@ -78,12 +78,22 @@ class _Prepared:
     method: type[Quantizer]
     method_source: str
     options: MethodConfig
-    folder: RunFolder
     float_bytes: int
 
     @property
     def teacher(self) -> nn.Module:
         return self.float_model.module
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.teacher.parameters()).device
+
+    def folder(self, runs_dir: Path) -> RunFolder:
+        """Where the run lives: a name that people can read, and a hash of all that decides the result."""
+        config, calibration = self.config, self.images.calibration
+        digest = config.digest(calibration=calibration.fingerprint, method_version=self.method.version)
+        name = re.sub(r"[^A-Za-z0-9._]+", "-", Path(config.model.split(":")[-1]).name or config.model)
+        return RunFolder(runs_dir / f"{name}-{config.method}-w{config.scheme.bits}-{digest}")
 
 
 class _Recorder:
@@ -114,8 +124,8 @@ def run(
     started = time.perf_counter()
     recorder = _Recorder()
     sink = tee(sink, recorder)
-    prepared = _prepare(config, runs_dir, sink)
-    folder = prepared.folder
+    prepared = _prepare(config, sink)
+    folder = prepared.folder(runs_dir)
     folder.open()
     try:
         if folder.finished and not force:
@@ -124,11 +134,8 @@ def run(
         if force:
             folder.clear()
         folder.write_config(config)
-        log = JsonLinesSink(folder.path / "events.jsonl")
-        try:
-            return _work(prepared, tee(sink, log), recorder, started, command or [])
-        finally:
-            log.close()
+        with contextlib.closing(JsonLinesSink(folder.path / "events.jsonl")) as log:
+            return _work(prepared, folder, tee(sink, log), recorder, started, command or [])
     except BaseException as error:
         with contextlib.suppress(AttributeError):
             error.run_dir = folder.path  # type: ignore[attr-defined]
@@ -139,31 +146,29 @@ def run(
 
 def plan(config: RunConfig, *, runs_dir: Path, sink: Sink = null_sink) -> Plan:
     """What `run` would do. Loads and folds the network, opens the images, writes nothing."""
-    prepared = _prepare(config, runs_dir, sink)
-    task = CalibrationTask(prepared.teacher, prepared.found, config.scheme, [], config.seed)
-    layers = [
-        {"name": v.name, "kind": v.kind, "shape": list(v.shape), "bits": v.bits, "macs": v.macs} for v in task.all_layers
-    ]
-    committed = prepared.folder.committed()
-    waiting = [view.name for view in task.all_layers if view.name not in committed]
-    codes = sum(v.shape[0] * v.shape[1] * (-(-v.shape[2] * v.bits // 8) + 4) for v in task.all_layers)
-    quantized = sum(v.weight.numel() for v in task.all_layers)
+    prepared = _prepare(config, sink)
+    folder = prepared.folder(runs_dir)
+    views = CalibrationTask(prepared.teacher, prepared.found, config.scheme, [], config.seed).all_layers
+    committed = folder.committed()
+    waiting = [view.name for view in views if view.name not in committed]
+    codes = sum(v.shape[0] * v.shape[1] * (-(-v.shape[2] * v.bits // 8) + 4) for v in views)
+    quantized = sum(v.weight.numel() for v in views)
     evaluation = prepared.images.evaluation
     return Plan(
-        run_dir=str(prepared.folder.path),
+        run_dir=str(folder.path),
         method=config.method,
         scheme_line=config.scheme.describe(),
         calibration=prepared.images.calibration.description,
         evaluation=None if evaluation is None else evaluation.description,
-        layers=layers,
+        layers=[v.summary() for v in views],
         resume_at=waiting[0] if committed and waiting else None,
-        finished=prepared.folder.finished,
+        finished=folder.finished,
         float_bytes=prepared.float_bytes,
         estimated_bytes=codes + _state_bytes(prepared.teacher) - 4 * quantized,
     )
 
 
-def _prepare(config: RunConfig, runs_dir: Path, sink: Sink) -> _Prepared:
+def _prepare(config: RunConfig, sink: Sink) -> _Prepared:
     """Check everything that can be checked, the cheap things first, and load the network."""
     method, source = registry.find(config.method)
     options = registry.configure(method, config.options)
@@ -179,28 +184,48 @@ def _prepare(config: RunConfig, runs_dir: Path, sink: Sink) -> _Prepared:
         found = fold(float_model.module, _example(preprocess, device))
     if not found.order:
         raise CoraqError(f"{config.model} has no convolution or Linear layer", "There is nothing to quantize.")
-    if config.model == "demo" and config.data.data_dir is None and not config.data.dataset:
-        images = demo_images(preprocess, config.data, config.seed, sink)
-    else:
-        images = open_images(config.data, preprocess, float_model.num_classes or None, config.seed, sink)
-    digest = config.digest(calibration=images.calibration.fingerprint, method_version=method.version)
-    name = re.sub(r"[^A-Za-z0-9._]+", "-", Path(config.model.split(":")[-1]).name or config.model)
-    folder = RunFolder(runs_dir / f"{name}-{config.method}-w{config.scheme.bits}-{digest}")
-    return _Prepared(
-        config, float_model, found, preprocess, images, method, source, options, folder, float_bytes
-    )
+    images = _open_images(config, preprocess, float_model, sink)
+    return _Prepared(config, float_model, found, preprocess, images, method, source, options, float_bytes)
 
 
-def _work(prepared: _Prepared, sink: Sink, recorder: _Recorder, started: float, command: list[str]) -> RunResult:
-    config, folder = prepared.config, prepared.folder
-    device = next(prepared.teacher.parameters()).device
-    batches = _load_batches(prepared.images.calibration, device, sink)
-    bound = config.calib_memory or default_memory_bound()
+def _open_images(config: RunConfig, preprocess: Preprocess, float_model: FloatModel, sink: Sink) -> Images:
+    data = config.data
+    if config.model == "demo" and data.data_dir is None and data.calib_dir is None and not data.dataset:
+        return demo_images(preprocess, data, config.seed, sink)
+    return open_images(data, preprocess, float_model.num_classes or None, config.seed, sink)
+
+
+def _work(
+    prepared: _Prepared, folder: RunFolder, sink: Sink, recorder: _Recorder, started: float, command: list[str]
+) -> RunResult:
+    config, device = prepared.config, prepared.device
     done = folder.committed()
+    task = _calibrate(prepared, sink, done, folder.save_layer)
+    with stage(sink, "write checkpoint"):
+        dtype = getattr(torch, config.float_dtype)
+        file_bytes = write_checkpoint(folder.checkpoint, task.student, task.quantized, _info(prepared), dtype)
+    task.release()
+    with stage(sink, "reload checkpoint"):
+        student = load_checkpoint(folder.checkpoint).module
+        student = student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    measured = _measure(prepared.teacher, student, prepared.images, device, sink)
+    result = _result(prepared, task, measured, file_bytes, recorder, started)
+    # a resumed run has not seen the whole float pass, so its time says nothing
+    float_pass_s = None if done else result.float_pass_s
+    result = result.model_copy(update={"command": command, "run_dir": str(folder.path), "float_pass_s": float_pass_s})
+    write_report(result, folder.path)
+    return result
 
-    def save(name: str, layer: QuantizedLayer, metrics: dict[str, float | int | str]) -> None:
-        folder.save_layer(len(task.committed), name, layer, metrics)
 
+def _calibrate(
+    prepared: _Prepared,
+    sink: Sink,
+    done: dict[str, tuple[QuantizedLayer, Metrics]] | None = None,
+    save: Callable[[int, str, QuantizedLayer, Metrics], None] | None = None,
+) -> CalibrationTask:
+    """Run the method over all layers; returns the finished task with the quantized student in it."""
+    config = prepared.config
+    batches = _load_batches(prepared.images.calibration, prepared.device, sink)
     with stage(sink, "quantize", len(prepared.found.order)) as quantizing:
         task = CalibrationTask(
             prepared.teacher,
@@ -211,58 +236,16 @@ def _work(prepared: _Prepared, sink: Sink, recorder: _Recorder, started: float, 
             _with_progress(sink, quantizing),
             done,
             save,
-            bound,
+            config.calib_memory or default_memory_bound(),
         )
         try:
             prepared.method(prepared.options).quantize(task)
             task.finish(config.method)
         finally:
             task.close()
-    layers = {name: layer for name, (layer, _) in task.committed.items()}
-    ordered = {name: layers[name] for name in prepared.found.order}
-    info = _info(prepared, command)
-    with stage(sink, "write checkpoint"):
-        file_bytes = write_checkpoint(folder.checkpoint, task.student, ordered, info, getattr(torch, config.float_dtype))
-    float_pass = task.clock.get("float pass") if not done else None
-    clock = {f"quantize: {name}": seconds for name, seconds in task.clock.items()}
-    metrics = {name: numbers for name, (_, numbers) in task.committed.items()}
-    views, passes_note = task.all_layers, task.passes
-    if passes_note > 1:
-        recorder.notes.append(f"the method went back to earlier layers: {passes_note} calibration passes instead of one")
-    del task, batches
-    with stage(sink, "reload checkpoint"):
-        reloaded = load_checkpoint(folder.checkpoint)
-        student = reloaded.module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    comparison, fidelity, fidelity_data = _measure(prepared.teacher, student, prepared.images, device, sink)
-    result = RunResult(
-        coraq_version=coraq.__version__,
-        command=command,
-        versions=_versions(),
-        machine=_machine(device),
-        seed=config.seed,
-        config=config,
-        method=config.method,
-        method_version=prepared.method.version,
-        method_source=prepared.method_source,
-        scheme_line=config.scheme.describe(),
-        calibration=_calibration_info(prepared.images.calibration),
-        evaluation_data=None if comparison is None else prepared.images.evaluation.description,  # type: ignore[union-attr]
-        comparison=comparison,
-        fidelity_data=fidelity_data,
-        fidelity=fidelity,
-        size=_size(ordered, file_bytes, prepared.float_bytes, reloaded),
-        cost=CostInfo(macs=sum(v.macs for v in views), bitops=sum(v.macs * v.bits * 32 for v in views)),
-        stages={**recorder.stages, **clock},
-        total_s=time.perf_counter() - started,
-        float_pass_s=float_pass,
-        peak_memory_bytes=peak_memory(),
-        memory_bound_bytes=bound,
-        layers=[_layer_result(view.name, view, ordered[view.name], metrics[view.name]) for view in views],
-        notes=recorder.notes,
-        run_dir=str(folder.path),
-    )
-    write_report(result, folder.path)
-    return result
+    if task.passes > 1:
+        sink(Note(f"the method went back to earlier layers: {task.passes} calibration passes instead of one"))
+    return task
 
 
 def _with_progress(sink: Sink, quantizing: stage) -> Sink:
@@ -284,23 +267,33 @@ def _load_batches(images: ImageSet, device: torch.device, sink: Sink) -> list[Te
             seen += len(pixels)
             reading.advance(seen)
     if not batches:
-        raise CoraqError(f"no image of {images.description} can be read", "Check the folder; `file` tells what they are.")
+        raise CoraqError(
+            f"no image of {images.description} can be read", "Check the folder; `file` tells what they are."
+        )
     return batches
 
 
-def _measure(
-    teacher: nn.Module, student: nn.Module, images: Images, device: torch.device, sink: Sink
-) -> tuple[Comparison | None, Comparison | None, str | None]:
-    """Accuracy on evaluation images; without them, fidelity on some of the calibration images."""
+@dataclass(frozen=True)
+class _Measured:
+    """Accuracy on evaluation images or, without any, fidelity to the float network on calibration images."""
+
+    comparison: Comparison | None = None
+    evaluation_data: str | None = None
+    fidelity: Comparison | None = None
+    fidelity_data: str | None = None
+
+
+def _measure(teacher: nn.Module, student: nn.Module, images: Images, device: torch.device, sink: Sink) -> _Measured:
     if images.evaluation is not None:
         evaluation = images.evaluation
-        comparison = compare_networks(teacher, student, _channels_last(evaluation.batches()), device, sink, evaluation.count)
-        return comparison, None, None
+        batches = _channels_last(evaluation.batches())
+        comparison = compare_networks(teacher, student, batches, device, sink, evaluation.count)
+        return _Measured(comparison, evaluation.description)
     calibration = images.calibration
-    limited = _limit(((x, torch.full_like(y, -1)) for x, y in calibration.batches()), FIDELITY_IMAGES)
+    unlabelled = ((x, torch.full_like(y, -1)) for x, y in calibration.batches())
     total = min(FIDELITY_IMAGES, calibration.count)
-    fidelity = compare_networks(teacher, student, _channels_last(limited), device, sink, total)
-    return None, fidelity, f"{total} of the calibration images ({calibration.description})"
+    fidelity = compare_networks(teacher, student, _channels_last(_limit(unlabelled, total)), device, sink, total)
+    return _Measured(None, None, fidelity, f"{total} of the calibration images ({calibration.description})")
 
 
 def _channels_last(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -340,22 +333,10 @@ def evaluate_run(run_path: Path, data: DataConfig | None = None, *, sink: Sink =
         preprocess = Preprocess.from_dict(checkpoint.info.preprocess)
     else:
         preprocess = Preprocess.resolve(teacher, config.data)
-    if config.model == "demo" and config.data.data_dir is None and not config.data.dataset:
-        images = demo_images(preprocess, config.data, config.seed, sink)
-    else:
-        images = open_images(config.data, preprocess, float_model.num_classes or None, config.seed, sink)
-    comparison, fidelity, fidelity_data = _measure(teacher, student, images, device, sink)
-    return result.model_copy(
-        update={
-            "config": config,
-            "comparison": comparison,
-            "fidelity": fidelity,
-            "fidelity_data": fidelity_data,
-            "evaluation_data": None if comparison is None else images.evaluation.description,  # type: ignore[union-attr]
-            "machine": _machine(device),
-            "notes": [*result.notes, *recorder.notes],
-        }
-    )
+    images = _open_images(config, preprocess, float_model, sink)
+    measured = _measure(teacher, student, images, device, sink)
+    notes = [*result.notes, *recorder.notes]
+    return result.model_copy(update={**vars(measured), "config": config, "machine": _machine(device), "notes": notes})
 
 
 class Quantized(NamedTuple):
@@ -397,8 +378,6 @@ def quantize(
     Raises:
         CoraqError: whatever a person can mend.
     """
-    import copy
-
     started = time.perf_counter()
     recorder = _Recorder()
     sink = tee(sink, recorder)
@@ -412,80 +391,27 @@ def quantize(
         data=DataConfig(calib_size=calib_size),
     )
     configured = registry.configure(chosen, config.options)
-    if isinstance(model, str):
-        float_model = load_model(config)
-    else:
-        cfg = dict(getattr(model, "pretrained_cfg", None) or {})
-        arguments = dict(getattr(model, "_model_args", None) or {})
-        float_model = FloatModel(
-            copy.deepcopy(model).eval().float(), cfg.get("architecture", ""), arguments, _json_only(cfg), config.model
+    registry.import_plugins()
+    float_model = load_model(config) if isinstance(model, str) else copy_of(model)
+    if path is not None and not float_model.architecture:
+        raise UsageError(
+            "only timm networks can be written to a checkpoint", "Use the returned module, with path=None."
         )
-        check_finite(float_model.module, "the weights of the module")
     float_bytes = _state_bytes(float_model.module)
-    teacher = float_model.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    device = next(teacher.parameters()).device
+    teacher = float_model.module.to(memory_format=torch.channels_last)
     preprocess = Preprocess.resolve(teacher, config.data)
-    if data is None:
-        images = (demo_images if config.model == "demo" else _synthetic)(preprocess, config.data, seed, sink).calibration
-    else:
-        images = tensor_images(data, limit=calib_size)
-    batches = _load_batches(images, device, sink)
-    found = fold(teacher, batches[0][:2])
-    with stage(sink, "quantize", len(found.order)) as quantizing:
-        bound = default_memory_bound()
-        task = CalibrationTask(
-            teacher, found, config.scheme, batches, seed, _with_progress(sink, quantizing), memory_bytes=bound
-        )
-        try:
-            chosen(configured).quantize(task)
-            task.finish(method)
-        finally:
-            task.close()
-    layers = {name: task.committed[name][0] for name in found.order}
+    images = Images(tensor_images(data, limit=calib_size), None) if data is not None else None
+    if images is None:
+        images = Images(_open_images(config, preprocess, float_model, sink).calibration, None)
+    example = next(images.calibration.batches(2))[0].to(next(teacher.parameters()).device)
+    found = fold(teacher, example.contiguous(memory_format=torch.channels_last))
+    prepared = _Prepared(config, float_model, found, preprocess, images, chosen, source, configured, float_bytes)
+    task = _calibrate(prepared, sink)
     file_bytes = 0
     if path is not None:
-        if not float_model.architecture:
-            raise UsageError("only timm networks can be written to a checkpoint", "Use the returned module, or path=None.")
-        info = CheckpointInfo(
-            architecture=float_model.architecture,
-            model_args=float_model.model_args,
-            pretrained_cfg=float_model.pretrained_cfg,
-            preprocess=preprocess.as_dict(),
-            structure=found.structure,
-            scheme=config.scheme,
-            provenance={"coraq": coraq.__version__, "method": method, "options": config.options, "seed": seed},
-        )
-        file_bytes = write_checkpoint(Path(path), task.student, layers, info)
-    fidelity = compare_networks(
-        teacher, task.student, _limit(((b, torch.full((len(b),), -1)) for b in batches), FIDELITY_IMAGES), device, sink
-    )
-    views = task.all_layers
-    result = RunResult(
-        coraq_version=coraq.__version__,
-        command=[],
-        versions=_versions(),
-        machine=_machine(device),
-        seed=seed,
-        config=config,
-        method=method,
-        method_version=chosen.version,
-        method_source=source,
-        scheme_line=config.scheme.describe(),
-        calibration=_calibration_info(images),
-        fidelity_data=f"at most {FIDELITY_IMAGES} of the calibration images",
-        fidelity=fidelity,
-        size=_size(layers, file_bytes, float_bytes, None),
-        cost=CostInfo(macs=sum(v.macs for v in views), bitops=sum(v.macs * v.bits * 32 for v in views)),
-        stages={**recorder.stages, **{f"quantize: {name}": s for name, s in task.clock.items()}},
-        total_s=time.perf_counter() - started,
-        float_pass_s=task.clock.get("float pass"),
-        peak_memory_bytes=peak_memory(),
-        memory_bound_bytes=bound,
-        layers=[_layer_result(v.name, v, layers[v.name], task.committed[v.name][1]) for v in views],
-        notes=recorder.notes,
-        run_dir="",
-    )
-    return Quantized(task.student, result)
+        file_bytes = write_checkpoint(Path(path), task.student, task.quantized, _info(prepared))
+    measured = _measure(teacher, task.student, images, prepared.device, sink)
+    return Quantized(task.student, _result(prepared, task, measured, file_bytes, recorder, started))
 
 
 def load(path: str | Path) -> nn.Module:
@@ -528,7 +454,11 @@ def _device(name: str) -> torch.device:
 
 def _check_paths(data: DataConfig) -> None:
     """Folders and files that are named must exist, before anything slow begins."""
-    for option, path in (("--data-dir", data.data_dir), ("--calib-dir", data.calib_dir), ("--class-map", data.class_map)):
+    for option, path in (
+        ("--data-dir", data.data_dir),
+        ("--calib-dir", data.calib_dir),
+        ("--class-map", data.class_map),
+    ):
         if path is not None and not Path(path).exists() and not (option == "--data-dir" and data.dataset):
             raise UsageError(f"{option} {path} does not exist", "Check the path; it is relative to the current folder.")
 
@@ -539,7 +469,7 @@ def _example(preprocess: Preprocess, device: torch.device) -> Tensor:
     return images.to(device, memory_format=torch.channels_last)
 
 
-def _info(prepared: _Prepared, command: list[str]) -> CheckpointInfo:
+def _info(prepared: _Prepared) -> CheckpointInfo:
     config = prepared.config
     return CheckpointInfo(
         architecture=prepared.float_model.architecture,
@@ -562,22 +492,56 @@ def _info(prepared: _Prepared, command: list[str]) -> CheckpointInfo:
     )
 
 
-def _synthetic(preprocess: Preprocess, data: DataConfig, seed: int, sink: Sink) -> Images:
-    return open_images(data, preprocess, None, seed, sink)
+def _result(
+    prepared: _Prepared,
+    task: CalibrationTask,
+    measured: _Measured,
+    file_bytes: int,
+    recorder: _Recorder,
+    started: float,
+) -> RunResult:
+    config, calibration = prepared.config, prepared.images.calibration
+    views = task.all_layers
+    return RunResult(
+        coraq_version=coraq.__version__,
+        command=[],
+        versions=_versions(),
+        machine=_machine(prepared.device),
+        seed=config.seed,
+        config=config,
+        method=config.method,
+        method_version=prepared.method.version,
+        method_source=prepared.method_source,
+        scheme_line=config.scheme.describe(),
+        calibration=CalibrationInfo(
+            description=calibration.description,
+            count=calibration.count - len(calibration.skipped),
+            fingerprint=calibration.fingerprint,
+            synthetic=calibration.synthetic,
+        ),
+        **vars(measured),
+        size=_size(task, file_bytes, prepared.float_bytes),
+        cost=CostInfo(macs=sum(v.macs for v in views), bitops=sum(v.macs * v.bits * 32 for v in views)),
+        stages={**recorder.stages, **{f"quantize: {part}": seconds for part, seconds in task.clock.items()}},
+        total_s=time.perf_counter() - started,
+        float_pass_s=task.clock.get("float pass"),
+        peak_memory_bytes=peak_memory(),
+        memory_bound_bytes=task.memory_bytes,
+        layers=[_layer_result(view, *task.committed[view.name]) for view in views],
+        notes=recorder.notes,
+        run_dir="",
+    )
 
 
 def _state_bytes(module: nn.Module) -> int:
     return sum(value.numel() * value.element_size() for value in module.state_dict().values())
 
 
-def _json_only(cfg: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in cfg.items() if isinstance(v, (str, int, float, bool, list, tuple)) and k not in ("file", "source")}
-
-
-def _size(layers: dict[str, QuantizedLayer], file_bytes: int, float_bytes: int, reloaded: Checkpoint | None) -> SizeInfo:
-    weights = sum(layer.weight.codes.numel() for layer in layers.values())
-    stored = sum(layer.size_bytes() for layer in layers.values())
-    total = float_bytes // 4 if reloaded is None else sum(p.numel() for p in reloaded.module.parameters())
+def _size(task: CalibrationTask, file_bytes: int, float_bytes: int) -> SizeInfo:
+    layers = task.quantized.values()
+    weights = sum(layer.weight.codes.numel() for layer in layers)
+    stored = sum(layer.size_bytes() for layer in layers)
+    total = sum(p.numel() for p in task.teacher.parameters())
     return SizeInfo(
         float_bytes=float_bytes,
         file_bytes=file_bytes,
@@ -588,25 +552,19 @@ def _size(layers: dict[str, QuantizedLayer], file_bytes: int, float_bytes: int, 
     )
 
 
-def _layer_result(name: str, view: Any, layer: QuantizedLayer, numbers: dict[str, float | int | str]) -> LayerResult:
-    own = {"bits", "bytes", "rank", "weight_sqnr_db", "input_error", "output_error"}
+def _layer_result(view: LayerView, layer: QuantizedLayer, numbers: Metrics) -> LayerResult:
+    """The engine's own measures in their fields, whatever else the method measured under `metrics`."""
+    own = {"rank", "weight_sqnr_db", "input_error", "output_error"}
     values: dict[str, Any] = {key: numbers[key] for key in own & numbers.keys()}
     return LayerResult(
-        name=name,
+        name=view.name,
         kind=view.kind,
         shape=view.shape,
+        bits=view.bits,
+        bytes=layer.size_bytes(),
         macs=view.macs,
         metrics={key: value for key, value in numbers.items() if key not in own},
-        **{"bits": view.bits, "bytes": layer.size_bytes(), **values},
-    )
-
-
-def _calibration_info(images: ImageSet) -> CalibrationInfo:
-    return CalibrationInfo(
-        description=images.description,
-        count=images.count - len(images.skipped),
-        fingerprint=images.fingerprint,
-        synthetic="synthetic" in images.description,
+        **values,
     )
 
 

@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from coraq.api import MethodConfig, Quantizer
 from coraq.errors import CoraqError, UsageError
 
 BUILT_IN = {
-    # "rtn": "coraq.methods.rtn:RoundToNearest",
-    # "comq": "coraq.methods.comq:COMQ",
+    "rtn": "coraq.methods.rtn:RoundToNearest",
+    "comq": "coraq.methods.comq:COMQ",
 }
 ENTRY_POINTS = "coraq.methods"
 REQUIRED = ("name", "summary", "version", "needs_data", "Config", "quantize")
@@ -80,7 +80,9 @@ def available(plugins_dirs: Iterable[Path | str] = ()) -> dict[str, MethodInfo]:
         key = found.name
         if key in infos:
             both = f"two methods are named {key!r}: {infos[key].source} and {found.source}"
-            infos[key] = MethodInfo(key, infos[key].summary, infos[key].version, infos[key].needs_data, infos[key].source, both)
+            infos[key] = MethodInfo(
+                key, infos[key].summary, infos[key].version, infos[key].needs_data, infos[key].source, both
+            )
         elif found.method is None:
             infos[key] = MethodInfo(key, "(broken)", "", False, found.source, found.error)
         else:
@@ -113,10 +115,14 @@ def find(name: str, plugins_dirs: Iterable[Path | str] = ()) -> tuple[type[Quant
         )
     if len(matches) > 1:
         raise CoraqError(
-            f"two methods are named {name!r}: {matches[0].source} and {matches[1].source}", "Rename or remove one of them."
+            f"two methods are named {name!r}: {matches[0].source} and {matches[1].source}",
+            "Rename or remove one of them.",
         )
     if matches[0].method is None:
-        raise CoraqError(f"method {name!r} ({matches[0].source}) is broken: {_last_line(matches[0].error)}", "`coraq methods` shows its traceback.")
+        raise CoraqError(
+            f"method {name!r} ({matches[0].source}) is broken: {_last_line(matches[0].error)}",
+            "`coraq methods` shows its traceback.",
+        )
     return matches[0].method, matches[0].source
 
 
@@ -139,7 +145,8 @@ def configure(method: type[Quantizer], options: dict[str, Any]) -> MethodConfig:
             )
             raise UsageError(f"method {method.name} has no option {option!r}", hint) from None
         raise UsageError(
-            f"option {option} of {method.name} is {first.get('input')!r}: {first['msg']}", f"See `coraq methods {method.name}`."
+            f"option {option} of {method.name} is {first.get('input')!r}: {first['msg']}",
+            f"See `coraq methods {method.name}`.",
         ) from None
 
 
@@ -193,7 +200,7 @@ def _check(method: Any, source: str, fallback: str) -> _Found:
     return _Found(method.name, source, method)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _import_file(path: Path) -> tuple[Any, str | None]:
     """The module of a plugin file, once; with a traceback instead where it fails."""
     tag = hashlib.sha256(str(path).encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""The checkpoint: one safetensors file with packed codes, the float rest, and all that is needed to rebuild the network.
+"""The checkpoint: one safetensors file with packed codes, the float rest, and all that rebuilding the network needs.
 
 Metadata key "coraq" holds a JSON `CheckpointInfo`; key "sha256" a digest over every tensor's name, type, shape and
 bytes and that JSON, so that a flipped bit is found and not served.
@@ -39,7 +39,9 @@ class CheckpointInfo(Frozen):
     structure: Structure = Structure()
     scheme: Scheme = Scheme()
     layers: dict[str, LayerRecord] = Field(default_factory=dict, description="quantized layers in execution order")
-    provenance: dict[str, Any] = Field(default_factory=dict, description="command, versions, method, options, seed, data")
+    provenance: dict[str, Any] = Field(
+        default_factory=dict, description="command, versions, method, options, seed, data"
+    )
 
 
 @dataclass(frozen=True)
@@ -121,28 +123,36 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], CheckpointInfo]:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CoraqError(f"{path} is damaged: {str(error).splitlines()[0]}", "Run the command that wrote it again.") from error
+        raise CoraqError(
+            f"{path} is damaged: {str(error).splitlines()[0]}", "Run the command that wrote it again."
+        ) from error
     if "coraq" not in metadata:
         raise CoraqError(f"{path} is not a coraq checkpoint", "Float weights go to --checkpoint of `coraq quantize`.")
     if metadata.get("sha256") != _digest(tensors, metadata["coraq"]):
-        raise CoraqError(f"{path} is damaged: its contents do not match their checksum", "Run the command that wrote it again.")
+        raise CoraqError(
+            f"{path} is damaged: its contents do not match their checksum", "Run the command that wrote it again."
+        )
     try:
         info = CheckpointInfo.model_validate_json(metadata["coraq"])
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise CoraqError(f"{path}: metadata {where}: {first['msg']}", "It may come from a newer coraq: upgrade.") from error
+        raise CoraqError(
+            f"{path}: metadata {where}: {first['msg']}", "It may come from a newer coraq: upgrade."
+        ) from error
     return tensors, info
 
 
 @torch.no_grad()
 def _fill(module: nn.Module, layers: dict[str, QuantizedLayer], tensors: dict[str, Tensor], path: Path) -> None:
     """Install the layers and the float rest; every tensor of the network must be in the file, and the reverse."""
-    modules = dict(module.named_modules())
+    modules: dict[str, Any] = dict(module.named_modules())
     for name, layer in layers.items():
         if name not in modules or not isinstance(getattr(modules[name], "weight", None), Tensor):
-            raise CoraqError(f"{path} is of another architecture: no layer {name!r}", "Was timm changed since? See its provenance.")
-        if modules[name].weight.numel() != layer.weight.codes.numel():  # type: ignore[operator,union-attr]
+            raise CoraqError(
+                f"{path} is of another architecture: no layer {name!r}", "Was timm changed since? See its provenance."
+            )
+        if modules[name].weight.numel() != layer.weight.codes.numel():
             raise CoraqError(f"{path}: layer {name} has another shape in this architecture", "Was timm changed since?")
         install(modules[name], layer.dequantize(), layer.bias)
     own = {
@@ -152,7 +162,10 @@ def _fill(module: nn.Module, layers: dict[str, QuantizedLayer], tensors: dict[st
     }
     wrong = sorted(set(own) ^ set(tensors)) or [key for key in own if own[key].shape != tensors[key].shape]
     if wrong:
-        raise CoraqError(f"{path} is of another architecture: {len(wrong)} tensors differ, e.g. {wrong[0]}", "Was timm changed since?")
+        raise CoraqError(
+            f"{path} is of another architecture: {len(wrong)} tensors differ, e.g. {wrong[0]}",
+            "Was timm changed since?",
+        )
     for key, value in own.items():
         value.copy_(tensors[key])
 

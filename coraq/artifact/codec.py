@@ -93,4 +93,6 @@ def _decode_qtensor(prefix: str, shape: tuple[int, int, int], bits: int, tensors
     zero = tensors.pop(prefix + _ZERO, None)
     if zero is not None and zero.dtype != torch.uint8:
         raise ValueError(f"{prefix}{_ZERO} is {zero.dtype}, not uint8")
-    return QTensor(codes, scale, bits, None if zero is None else zero.reshape(grid), tensors.pop(prefix + _CODEBOOK, None))
+    return QTensor(
+        codes, scale, bits, None if zero is None else zero.reshape(grid), tensors.pop(prefix + _CODEBOOK, None)
+    )

@@ -33,8 +33,10 @@ def disk_error(path: Path, error: OSError, size: int = 0) -> CoraqError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return CoraqError(
             f"no room on the disk of {path.parent} (writing {size:,} bytes to {path.name})",
-            "Free some space and run the same command again: finished layers are kept. Or choose another place with --output.",
+            "Free some space and run the same command again: finished layers are kept. Or choose another --output.",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return CoraqError(f"cannot write to {path.parent}: {error.strerror}", "Choose another place with --output FOLDER.")
+        return CoraqError(
+            f"cannot write to {path.parent}: {error.strerror}", "Choose another place with --output FOLDER."
+        )
     return CoraqError(f"cannot write {path}: {error.strerror or error}", "Choose another place with --output FOLDER.")

@@ -1,6 +1,6 @@
 """The run folder: everything that a run leaves behind, and what a killed run resumes from.
 
-    config.json  events.jsonl  layers/0000.safetensors …  model.safetensors  metrics.json  report.md  log.txt
+config.json  events.jsonl  layers/0000.safetensors …  model.safetensors  metrics.json  report.md  log.txt
 """
 
 from __future__ import annotations
@@ -111,9 +111,13 @@ def read_result(run: Path) -> RunResult:
     try:
         return RunResult.model_validate_json(path.read_text())
     except FileNotFoundError:
-        raise CoraqError(f"{run} is not a finished run (no metrics.json)", "Run the same `coraq quantize` again: it resumes.") from None
+        raise CoraqError(
+            f"{run} is not a finished run (no metrics.json)", "Run the same `coraq quantize` again: it resumes."
+        ) from None
     except (ValidationError, UnicodeDecodeError) as error:
-        raise CoraqError(f"{path} is damaged or of another version", "Run the same `coraq quantize` with --force.") from error
+        raise CoraqError(
+            f"{path} is damaged or of another version", "Run the same `coraq quantize` with --force."
+        ) from error
 
 
 def newest_run(runs: Path) -> Path:

@@ -38,7 +38,9 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     _check(bits)
     rows = packed.shape[0]
     if packed.dtype != torch.uint8 or packed.shape[1] != row_bytes(columns, bits):
-        raise ValueError(f"{columns} codes of {bits} bits need {row_bytes(columns, bits)} bytes a row, not {packed.shape[1]}")
+        raise ValueError(
+            f"{columns} codes of {bits} bits need {row_bytes(columns, bits)} bytes a row, not {packed.shape[1]}"
+        )
     if bits == 8:
         return packed.contiguous()
     groups = -(-columns // 8)

@@ -62,7 +62,10 @@ class ImageSet(ABC):
         class_names: names in index order, where known.
         labelled: whether labels mean anything; else all are -1.
         skipped: path and reason of each unreadable image, filled while iterating.
+        synthetic: made on the spot, no real images.
     """
+
+    synthetic = False
 
     def __init__(
         self,

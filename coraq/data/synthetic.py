@@ -35,6 +35,8 @@ def synthetic_images(count: int, preprocess: Preprocess, seed: int, batch_size: 
 
 
 class _SyntheticImages(ImageSet):
+    synthetic = True
+
     def __init__(self, count: int, preprocess: Preprocess, seed: int, batch_size: int) -> None:
         super().__init__(
             description=f"{count} synthetic images",

@@ -150,7 +150,7 @@ class CalibrationTask:
         seed: of `rng`.
         sink: takes the events.
         done: layers that a resumed run has already committed, with the metrics of then.
-        on_commit: called with every new layer before it counts as committed; saves it.
+        on_commit: called with number, name, codes and metrics of every new layer before it counts as committed.
         memory_bytes, folder: bound on live activations, and where the overflow goes.
     """
 
@@ -163,7 +163,7 @@ class CalibrationTask:
         seed: int = 0,
         sink: Sink = null_sink,
         done: Mapping[str, tuple[QuantizedLayer, Metrics]] | None = None,
-        on_commit: Callable[[str, QuantizedLayer, Metrics], None] | None = None,
+        on_commit: Callable[[int, str, QuantizedLayer, Metrics], None] | None = None,
         memory_bytes: int | None = None,
         folder: Path | None = None,
     ) -> None:
@@ -177,7 +177,7 @@ class CalibrationTask:
         self._views = self._describe(found)
         self._batches = list(batches)
         self._seed, self._sink, self._on_commit = seed, sink, on_commit
-        self._memory_bytes, self._folder = memory_bytes, folder
+        self.memory_bytes, self._folder = memory_bytes, folder
         self._engine: LockStep | None = None
         self._stats: LayerStats | None = None
         self._at: str | None = None
@@ -193,12 +193,12 @@ class CalibrationTask:
         own = self.scheme.resolve(found.order)
         views = {}
         for name in found.order:
-            module = self.teacher.get_submodule(name)
-            weight = as_matrices(module.weight.detach(), groups_of(module))  # type: ignore[arg-type,operator]
+            module: Any = self.teacher.get_submodule(name)
+            weight = as_matrices(module.weight.detach(), groups_of(module))
             views[name] = LayerView(
                 name=name,
                 weight=weight,
-                bias=None if module.bias is None else module.bias.detach(),  # type: ignore[operator,union-attr]
+                bias=None if module.bias is None else module.bias.detach(),
                 bits=own[name].bits,
                 rank=own[name].rank,
                 kind=kind_of(module),
@@ -215,6 +215,11 @@ class CalibrationTask:
         yield from self._batches
 
     @property
+    def quantized(self) -> dict[str, QuantizedLayer]:
+        """The committed layers in execution order."""
+        return {name: self.committed[name][0] for name in self._views if name in self.committed}
+
+    @property
     def all_layers(self) -> list[LayerView]:
         """All quantizable layers in execution order, committed or not."""
         return list(self._views.values())
@@ -227,7 +232,9 @@ class CalibrationTask:
         """
         self._view(name)
         if not self._batches:
-            raise CoraqError("this method needs calibration images and there are none", "Give --data-dir or --calib-dir.")
+            raise CoraqError(
+                "this method needs calibration images and there are none", "Give --data-dir or --calib-dir."
+            )
         if self._stats is not None and self._at == name:
             return self._stats
         if self._engine is None or name in self._passed or name in self.committed:
@@ -241,13 +248,13 @@ class CalibrationTask:
         self.close()
         self._passed.clear()
         stops = [name for name in self._views if name not in self.committed]
-        self._engine = LockStep([self.teacher, self.student], self._batches, stops, self._memory_bytes, self._folder)
+        self._engine = LockStep([self.teacher, self.student], self._batches, stops, self.memory_bytes, self._folder)
         self.spilled = max(self.spilled, self._engine.spilled)
         self.passes += 1
         if self._engine.spilled and self.passes == 1:
             self.note(
                 f"live activations need {self._engine.live_bytes_needed / 1e9:.1f} GB, more than the bound of "
-                f"{(self._memory_bytes or 0) / 1e9:.1f} GB: {self._engine.spilled} of "
+                f"{(self.memory_bytes or 0) / 1e9:.1f} GB: {self._engine.spilled} of "
                 f"{2 * len(self._batches)} micro-batches wait in a temporary file"
             )
 
@@ -263,7 +270,9 @@ class CalibrationTask:
         self.clock["float pass"] += marks[1] - marks[0]
         self.clock["student pass"] += marks[2] - marks[1]
         if arrival is None:
-            raise CoraqError(f"the calibration pass ended without reaching layer {wanted}", "Please report the architecture.")
+            raise CoraqError(
+                f"the calibration pass ended without reaching layer {wanted}", "Please report the architecture."
+            )
         self._at = arrival.name
         self._stats = LayerStats(self.student.get_submodule(arrival.name), arrival, self.clock)
 
@@ -300,12 +309,14 @@ class CalibrationTask:
         try:
             layer.check(view.shape)
         except ValueError as error:
-            raise CoraqError(f"the method's result for layer {name} is invalid: {error}", "This is a fault of the method.") from None
+            raise CoraqError(
+                f"the method's result for layer {name} is invalid: {error}", "This is a fault of the method."
+            ) from None
         layer = replace(layer, bias=self._bias(view, layer))
         self._put(name, layer)
         numbers: Metrics = {**self._measure(view, layer), **metrics}
         if self._on_commit is not None:
-            self._on_commit(name, layer, numbers)
+            self._on_commit(len(self.committed), name, layer, numbers)
         self.committed[name] = (layer, numbers)
         self._reseed()
         self._sink(LayerCommitted(name, len(self.committed), len(self._views), numbers))
@@ -369,9 +380,15 @@ class CalibrationTask:
         missing = [name for name in self._views if name not in self.committed]
         if missing:
             raise CoraqError(
-                f"method {method} left {len(missing)} of {len(self._views)} layers unquantized, the first: {missing[0]}",
+                f"method {method} left {len(missing)} of {len(self._views)} layers unquantized, first {missing[0]}",
                 "A method must commit every layer of task.layers.",
             )
+
+    def release(self) -> None:
+        """Free the calibration images and the student; what was committed and measured stays."""
+        self.close()
+        self._batches.clear()
+        self.student = nn.Module()
 
     def close(self) -> None:
         """Leave the running pass, if any."""

@@ -121,7 +121,9 @@ def _read(file: BinaryIO, data: memoryview) -> None:
     while data:
         count = file.readinto(data)  # type: ignore[attr-defined]
         if not count:
-            raise CoraqError("the activation file ended early", "Is something clearing the temporary folder? Run again.")
+            raise CoraqError(
+                "the activation file ended early", "Is something clearing the temporary folder? Run again."
+            )
         data = data[count:]
 
 
@@ -223,7 +225,9 @@ class LockStep:
         resident = len(batches) * len(self._streams)
         if memory_bytes is not None and batches:
             self.live_bytes_needed, one = self._measure(batches)
-            resident = int((memory_bytes - 2 * one) // max(1, one)) if self.live_bytes_needed > memory_bytes else resident
+            resident = (
+                int((memory_bytes - 2 * one) // max(1, one)) if self.live_bytes_needed > memory_bytes else resident
+            )
         self.spilled = max(0, len(batches) * len(self._streams) - max(0, resident))
         if self.spilled:
             self._temporary = tempfile.TemporaryDirectory(prefix="coraq-activations-", dir=folder)

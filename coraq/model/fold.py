@@ -65,7 +65,11 @@ class _Observer(TorchFunctionMode):
         self.conv_input_shape: dict[str, torch.Size] = {}
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") not in _METADATA:
@@ -97,7 +101,7 @@ def trace(model: nn.Module, example: Tensor) -> tuple[Trace, dict[str, Tensor]]:
     Args:
         example: images [n, channels, height, width].
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules: dict[str, Any] = {name: module for name, module in model.named_modules() if name}
     observer = _Observer()
     calls: dict[str, int] = defaultdict(int)
     first_output: dict[str, Tensor] = {}
@@ -145,7 +149,7 @@ def trace(model: nn.Module, example: Tensor) -> tuple[Trace, dict[str, Tensor]]:
 
 
 def _materialised(
-    modules: dict[str, nn.Module], order: list[str], observer: _Observer, input_shape: dict[str, torch.Size]
+    modules: dict[str, Any], order: list[str], observer: _Observer, input_shape: dict[str, torch.Size]
 ) -> tuple[dict[str, bool], dict[str, Tensor]]:
     """Convolutions that did not run with their own weight parameter, and the weight that they ran with."""
     names, effective = {}, {}
@@ -160,7 +164,7 @@ def _materialised(
 
 
 def _foldable(
-    modules: dict[str, nn.Module], calls: dict[str, int], norm_input: dict[str, str | None], observer: _Observer
+    modules: dict[str, Any], calls: dict[str, int], norm_input: dict[str, str | None], observer: _Observer
 ) -> dict[str, str]:
     """Norms whose input is a convolution's output that nobody else reads; both run once."""
     folded: dict[str, str] = {}
@@ -169,7 +173,7 @@ def _foldable(
             continue
         readers = observer.readers[producer]
         inside = all(where == norm and func in NORMS for func, where in readers)
-        channels = modules[norm].running_mean.shape[0]  # type: ignore[union-attr,operator]
+        channels = modules[norm].running_mean.shape[0]
         if len(readers) == 1 and inside and channels == _out_channels(modules[producer]):
             folded[norm] = producer
     return folded
@@ -177,11 +181,13 @@ def _foldable(
 
 def _is_norm(module: nn.Module) -> bool:
     """A norm over stored statistics: frozen or not, with or without an activation inside."""
-    return isinstance(getattr(module, "running_mean", None), Tensor) and isinstance(getattr(module, "running_var", None), Tensor)
+    return isinstance(getattr(module, "running_mean", None), Tensor) and isinstance(
+        getattr(module, "running_var", None), Tensor
+    )
 
 
-def _out_channels(module: nn.Module) -> int:
-    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)  # type: ignore[arg-type]
+def _out_channels(module: Any) -> int:
+    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
 
 
 @torch.no_grad()
@@ -194,10 +200,15 @@ def restructure(model: nn.Module, structure: Structure, effective: dict[str, Ten
     Raises:
         CoraqError: `model` has no such modules.
     """
-    modules = dict(model.named_modules())
-    missing = [name for name in (*structure.materialised, *structure.folded, *structure.folded.values()) if name not in modules]
+    modules: dict[str, Any] = dict(model.named_modules())
+    missing = [
+        name for name in (*structure.materialised, *structure.folded, *structure.folded.values()) if name not in modules
+    ]
     if missing:
-        raise CoraqError(f"the network has no module {missing[0]!r}", "The checkpoint was written for another architecture or timm version.")
+        raise CoraqError(
+            f"the network has no module {missing[0]!r}",
+            "The checkpoint was written for another architecture or timm version.",
+        )
     for name, same in structure.materialised.items():
         plain = _plain_convolution(modules[name], same)
         if effective is not None:
@@ -209,9 +220,9 @@ def restructure(model: nn.Module, structure: Structure, effective: dict[str, Ten
         _replace(model, norm, _remainder(modules[norm]))
 
 
-def _plain_convolution(module: nn.Module, same: bool) -> nn.Module:
+def _plain_convolution(module: Any, same: bool) -> Any:
     """A convolution of the same geometry whose weight is its parameter."""
-    kind = Conv2dSame if same else (nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d)
+    kind: Any = Conv2dSame if same else (nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d)
     plain = kind(
         module.in_channels,
         module.out_channels,
@@ -225,18 +236,19 @@ def _plain_convolution(module: nn.Module, same: bool) -> nn.Module:
     )
     if module.bias is not None:
         plain.bias.copy_(module.bias)
-    return plain.eval()
+    plain.eval()
+    return plain
 
 
-def _fold(layer: nn.Module, norm: nn.Module) -> None:
+def _fold(layer: Any, norm: Any) -> None:
     """`γ (W x + b − μ) / √(σ² + ε) + β` as one layer, computed in float64."""
-    scale = (norm.running_var.double() + norm.eps).rsqrt()  # type: ignore[operator,union-attr]
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
     if getattr(norm, "weight", None) is not None:
-        scale = scale * norm.weight.double()  # type: ignore[operator]
-    bias = layer.bias.double() if layer.bias is not None else torch.zeros_like(scale)  # type: ignore[operator]
-    bias = (bias - norm.running_mean.double()) * scale  # type: ignore[operator]
+        scale = scale * norm.weight.double()
+    bias = layer.bias.double() if layer.bias is not None else torch.zeros_like(scale)
+    bias = (bias - norm.running_mean.double()) * scale
     if getattr(norm, "bias", None) is not None:
-        bias = bias + norm.bias.double()  # type: ignore[operator]
+        bias = bias + norm.bias.double()
     weight = layer.weight
     assert isinstance(weight, Tensor)
     weight.copy_(weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.layers import Conv2dSame
@@ -44,6 +45,10 @@ class LayerView:
         groups, out, inputs = self.weight.shape
         return groups, out, inputs
 
+    def summary(self) -> dict[str, Any]:
+        """The layer as plain values, without its tensors."""
+        return {"name": self.name, "kind": self.kind, "shape": list(self.shape), "bits": self.bits, "macs": self.macs}
+
 
 def is_quantizable(module: nn.Module) -> bool:
     """Whether `module` is a convolution or Linear layer whose function is its weight's (transposed ones are not)."""
@@ -59,14 +64,14 @@ def as_matrices(weight: Tensor, groups: int) -> Tensor:
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
-def kind_of(module: nn.Module) -> str:
+def kind_of(module: Any) -> str:
     if isinstance(module, nn.Linear):
         return "linear"
     groups = groups_of(module)
     return "depthwise" if groups > 1 and groups == module.in_channels else "conv"
 
 
-def kernel_of(module: nn.Module) -> tuple[int, int]:
+def kernel_of(module: Any) -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         return 1, 1
     size = module.kernel_size
@@ -103,7 +108,11 @@ def _pair(value: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _padding(
-    module: nn.Conv2d | nn.Conv1d, x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+    module: nn.Conv2d | nn.Conv1d,
+    x: Tensor,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
 ) -> tuple[int, int, int, int]:
     """(top, bottom, left, right) of zeros around an input."""
     if isinstance(module, Conv2dSame):
@@ -121,7 +130,7 @@ def _padding(
 
 
 @torch.no_grad()
-def install(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+def install(module: Any, weight: Tensor, bias: Tensor | None) -> None:
     """Put an effective weight [groups, out, in] and a bias into a layer of the student."""
     module.weight.copy_(weight.reshape(module.weight.shape))
     if bias is not None:

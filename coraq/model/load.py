@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import os
@@ -68,12 +69,9 @@ def load_model(config: RunConfig) -> FloatModel:
         raise _creation_error(config, error) from error
     if config.checkpoint is not None:
         _load_checkpoint(module, Path(config.checkpoint))
-    cfg = {key: value for key, value in dict(module.pretrained_cfg).items() if _is_json(value) and value is not None}
-    for private in ("file", "source", "state_dict"):
-        cfg.pop(private, None)
     if getattr(module, "num_classes", None):
-        arguments["num_classes"] = int(module.num_classes)
-    model = FloatModel(module.eval().float(), architecture, {**file_args, **arguments}, cfg, config.model)
+        arguments["num_classes"] = int(module.num_classes)  # type: ignore[arg-type]
+    model = FloatModel(module.eval().float(), architecture, {**file_args, **arguments}, _portable(module), config.model)
     check_finite(module, f"the weights of {config.model}")
     return model
 
@@ -96,6 +94,29 @@ def build(architecture: str, model_args: dict[str, Any], pretrained_cfg: dict[st
     return module
 
 
+def copy_of(module: nn.Module) -> FloatModel:
+    """A user's own module, copied; its architecture is "" if timm did not make it.
+
+    Raises:
+        CoraqError: its weights hold NaN or Inf.
+    """
+    cfg = getattr(module, "pretrained_cfg", None) or {}
+    arguments = {key: value for key, value in (getattr(module, "_model_args", None) or {}).items() if _is_json(value)}
+    if getattr(module, "num_classes", None):
+        arguments["num_classes"] = int(module.num_classes)  # type: ignore[arg-type]
+    name = type(module).__name__
+    check_finite(module, f"the weights of {name}")
+    copied = copy.deepcopy(module).eval().float()
+    return FloatModel(copied, str(cfg.get("architecture") or ""), arguments, _portable(module), name)
+
+
+def _portable(module: nn.Module) -> dict[str, Any]:
+    """A module's pretrained_cfg without what JSON cannot hold and what only this machine knows."""
+    cfg = dict(getattr(module, "pretrained_cfg", None) or {})
+    private = ("file", "source", "state_dict")
+    return {key: value for key, value in cfg.items() if key not in private and value is not None and _is_json(value)}
+
+
 def check_finite(module: nn.Module, what: str) -> None:
     """Raise CoraqError naming the first parameter or buffer that holds NaN or Inf."""
     for key, tensor in module.state_dict().items():
@@ -113,18 +134,22 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
         folder = Path(name.removeprefix("local-dir:"))
         if not (folder / "config.json").is_file():
             raise CoraqError(
-                f"no config.json in {folder}", "local-dir: takes a folder with config.json and model.safetensors, as on the hub."
+                f"no config.json in {folder}",
+                "local-dir: takes a folder with config.json and model.safetensors, as on the hub.",
             )
         if not (folder / "model.safetensors").is_file():
             raise CoraqError(f"no model.safetensors in {folder}", SAFETENSORS_ONLY)
         try:
             _, architecture, arguments = load_model_config_from_path(folder)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CoraqError(f"{folder / 'config.json'} is not a timm configuration: {_first_line(error)}", "") from error
+            raise CoraqError(
+                f"{folder / 'config.json'} is not a timm configuration: {_first_line(error)}", ""
+            ) from error
         if not timm.is_model(architecture):
             raise CoraqError(
                 f"timm {timm.__version__} has no architecture {architecture!r} (named by {folder / 'config.json'})",
-                _nearest(architecture) + "If a file of your own registers it, name that file's folder with --plugins-dir.",
+                _nearest(architecture)
+                + "If a file of your own registers it, name that file's folder with --plugins-dir.",
             )
         return architecture, dict(arguments or {})
     if name.startswith(("hf-hub:", "hf_hub:")):
@@ -137,14 +162,17 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     _, architecture = parse_model_name(name)
     architecture = architecture.split(".")[0]
     if not timm.is_model(architecture):
-        raise UsageError(f"unknown model {name!r}", _nearest(architecture) + "`python -c 'import timm; print(timm.list_models())'` lists all.")
+        raise UsageError(
+            f"unknown model {name!r}",
+            _nearest(architecture) + "`python -c 'import timm; print(timm.list_models())'` lists all.",
+        )
     _go_offline_if_unreachable()
     return architecture, {}
 
 
 _WAYS_OUT = (
-    "Ways out: --checkpoint FILE.safetensors; local-dir:FOLDER (config.json + model.safetensors); or `coraq quantize demo`, "
-    "which needs no network."
+    "Ways out: --checkpoint FILE.safetensors; local-dir:FOLDER (config.json + model.safetensors); or "
+    "`coraq quantize demo`, which needs no network."
 )
 
 
@@ -159,9 +187,13 @@ def _creation_error(config: RunConfig, error: Exception) -> CoraqError:
     if isinstance(error, RuntimeError) and "No pretrained weights" in text:
         return CoraqError(f"timm has no pretrained weights for {config.model}", _WAYS_OUT)
     if isinstance(error, RuntimeError) and "state_dict" in text:
-        return CoraqError(f"the weights of {config.model} do not fit its architecture: {_first_line(error, 2)}", _WAYS_OUT)
+        return CoraqError(
+            f"the weights of {config.model} do not fit its architecture: {_first_line(error, 2)}", _WAYS_OUT
+        )
     if isinstance(error, TypeError) and "argument" in text:
-        return UsageError(f"{config.model} refuses its arguments: {text}", "Check --model-kwargs against the architecture.")
+        return UsageError(
+            f"{config.model} refuses its arguments: {text}", "Check --model-kwargs against the architecture."
+        )
     if isinstance(error, OSError):
         return CoraqError(f"the weights of {config.model} cannot be reached: {text[:160]}", _WAYS_OUT)
     return CoraqError(f"timm cannot create {config.model}: {text}", _WAYS_OUT)
@@ -179,7 +211,9 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
-        raise CoraqError(f"{path} is damaged or no safetensors file: {_first_line(error)}", "Fetch or copy the file again.") from error
+        raise CoraqError(
+            f"{path} is damaged or no safetensors file: {_first_line(error)}", "Fetch or copy the file again."
+        ) from error
 
 
 def refuse_pickle(path: Path) -> None:
@@ -202,8 +236,14 @@ def _load_checkpoint(module: nn.Module, path: Path) -> None:
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unknown = [key for key in state if key not in own]
     if missing or unknown:
-        example = f"{len(missing)} tensors missing (e.g. {missing[0]})" if missing else f"{len(unknown)} unknown (e.g. {unknown[0]})"
-        raise CoraqError(f"{path} is of another architecture: {example}", "Name the architecture that the file was saved from.")
+        example = (
+            f"{len(missing)} tensors missing (e.g. {missing[0]})"
+            if missing
+            else f"{len(unknown)} unknown (e.g. {unknown[0]})"
+        )
+        raise CoraqError(
+            f"{path} is of another architecture: {example}", "Name the architecture that the file was saved from."
+        )
     for key, value in state.items():
         if value.shape != own[key].shape:
             raise CoraqError(
