@@ -190,7 +190,7 @@ def test_the_report_says_all_that_a_person_wants_to_see() -> None:
         "W4A32, first/last layer 8/8 bits",
         "| top-1 | 71.25 % [68.75, 73.50] | 70.00 % [67.50, 72.25] | -1.25 [-3.75, +1.50] |",
         "| top-5 | 90.50 % [88.00, 92.75] | 89.25 % [86.75, 91.50] | -1.25 |",
-        "1000 labelled images; only float right 41, only quantized right 28, McNemar p = 0.148",
+        "1000 labelled images; only float right 41, only quantized 28; McNemar p = 0.148",
         "agreement: 88.50 % [86.00, 90.75]",
         "SQNR 21.5 dB, KL 0.03125 nats",
         "6.24 MB of 46.8 MB, 7.50 times smaller",
@@ -236,6 +236,19 @@ def test_without_evaluation_images_the_report_says_so_and_gives_fidelity() -> No
 def test_synthetic_calibration_is_never_passed_over() -> None:
     made = CalibrationInfo(description="smooth noise", count=64, fingerprint="f", synthetic=True)
     assert "synthetic: not real images" in markdown(run_result(calibration=made))
+
+
+@pytest.mark.parametrize(
+    ("description", "said"),
+    [
+        ("64 images of cal", "64 images of cal\n"),
+        ("folder cal", "folder cal: 64 images\n"),
+        ("70 files", "70 files: 64 images\n"),
+    ],
+)
+def test_the_number_of_calibration_images_is_said_once(description: str, said: str) -> None:
+    info = CalibrationInfo(description=description, count=64, fingerprint="f", synthetic=False)
+    assert f"calibration: {said}" in markdown(run_result(calibration=info))
 
 
 def test_every_table_has_as_many_cells_as_its_header_even_with_pipes_in_names() -> None:

@@ -109,7 +109,7 @@ def accuracy_note(comparison: Comparison) -> str:
         return ""
     return (
         f"{comparison.labelled_count} labelled images; only float right {difference.only_float_right}, "
-        f"only quantized right {difference.only_quantized_right}, McNemar p = {difference.p_value:.3g}"
+        f"only quantized {difference.only_quantized_right}; McNemar p = {difference.p_value:.3g}"
     )
 
 
@@ -152,7 +152,9 @@ def time_facts(result: RunResult) -> list[tuple[str, str]]:
 def data_facts(result: RunResult) -> list[tuple[str, str]]:
     calibration = result.calibration
     synthetic = " (synthetic: not real images)" if calibration.synthetic else ""
-    facts = [("calibration", f"{calibration.description}: {calibration.count} images{synthetic}")]
+    # The description usually counts the images that were asked for; skipped ones make the two differ.
+    count = "" if str(calibration.count) in calibration.description else f": {calibration.count} images"
+    facts = [("calibration", f"{calibration.description}{count}{synthetic}")]
     if result.evaluation_data:
         facts.append(("evaluation", result.evaluation_data))
     if result.fidelity_data:
