@@ -1,4 +1,4 @@
-"""The uniform quantization grid: where its levels lie, and the nearest level to a weight.
+"""Quantization grids: where the levels lie, and the nearest level to a weight.
 
 Weights are [groups, out, in]. A grid is `(scale, zero_point)` as in `QTensor`: one per output channel
 ([groups, out, 1]) or per tensor ([1, 1, 1]); zero_point None means symmetric.
@@ -57,6 +57,43 @@ class Grid:
         dtype = torch.uint8 if self.bits <= 8 else torch.int32
         zero = None if self.symmetric else self.zero.to(dtype).contiguous()
         return QTensor(codes.to(dtype).contiguous(), self.scale.float().contiguous(), self.bits, zero)
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Levels `scale · table[k]` for codes `k`: any ascending `table` [2**bits] with a zero in it, the same for all."""
+
+    scale: Tensor
+    table: Tensor
+    bits: int
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Codes of the nearest levels, int64; a channel whose scale is 0 gets the zero level."""
+        safe = torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
+        unit = torch.where(self.scale == 0, torch.zeros_like(weight), weight / safe)
+        return nearest_entries(unit, self.table)
+
+    def values(self, codes: Tensor) -> Tensor:
+        return self.table[codes] * self.scale
+
+    def round(self, weight: Tensor) -> Tensor:
+        """The nearest levels to `weight`."""
+        return self.values(self.codes(weight))
+
+    def scaled(self, factor: float) -> Codebook:
+        """The same codes for weights `factor` times as large."""
+        return replace(self, scale=self.scale * factor)
+
+    def pack(self, codes: Tensor) -> QTensor:
+        """A QTensor from integral codes of any dtype."""
+        dtype = torch.uint8 if self.bits <= 8 else torch.int32
+        codes = codes.to(dtype).contiguous()
+        return QTensor(codes, self.scale.float().contiguous(), self.bits, codebook=self.table.float())
+
+
+def nearest_entries(values: Tensor, table: Tensor) -> Tensor:
+    """Index of the entry of ascending `table` nearest to each value, int64."""
+    return torch.bucketize(values.contiguous(), (table[1:] + table[:-1]) / 2)
 
 
 def _extremes(weight: Tensor, granularity: str) -> tuple[Tensor, Tensor]:

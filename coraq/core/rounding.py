@@ -1,6 +1,6 @@
 """Rounding that minimises a layer's output error, from its Gram alone.
 
-Everything here minimises `tr[(W − Q) H (W − Q)ᵀ]` per group over Q on a uniform grid: exactly in one coordinate
+Everything here minimises `tr[(W − Q) H (W − Q)ᵀ]` per group over Q on a grid: exactly in one coordinate
 (COMQ, arXiv 2403.07134), column by column with the later columns still free (GPTQ, arXiv 2210.17323), or exactly in
 the scales. The number of images does not matter, and all output channels go at once.
 
@@ -13,25 +13,27 @@ The second is the usual form with `H⁻¹ = UᵀU`, since U = R⁻¹: one Choles
 `Σ_i R_ii² (target_i − q_i)²`, so comparing grids costs no more than rounding on each.
 
 Layout: transposed, `[groups, in, out]`, inputs in visiting order, so that one coordinate of all output channels is
-contiguous. `levels` are centred codes `code − zero`; the weight is `scale · levels`.
+contiguous. `levels` are centred codes `code − zero`, or a codebook's entries; the weight is `scale · levels`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from coraq.core.grid import TINY, Grid
+from coraq.core.grid import TINY, Codebook, Grid, nearest_entries
+from coraq.core.tensors import QTensor
 
 DEAD = 1e-9  # an input with less than this share of the mean diagonal of H keeps nearest rounding
 BLOCK = 64  # inputs that are rounded one by one before a matrix product tells all others
 STRIP = 512  # output channels worked on at once: a block of them stays in cache, its small steps on one thread
 
-Order = Literal["cyclic", "common"]
+Order = Literal["cyclic", "common", "curvature"]
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,11 @@ class Rounding:
     """A rounding of a Problem's weight, in the Problem's layout.
 
     Attributes:
-        levels: integral, [groups, in, out], from `low` to `high`.
+        levels: [groups, in, out]: integral from `low` to `high`, or entries of `table`.
         scale: positive, [groups, 1, out], or [1, 1, 1] for one per tensor.
-        low, high: [groups, 1, out]; both 0 where the grid's scale was 0.
+        low, high: like the scale; both 0 where the grid's scale was 0.
         error: float64 [groups, 1, out], the objective.
+        table: the codebook, if the grid is not uniform.
     """
 
     levels: Tensor
@@ -98,26 +101,28 @@ class Rounding:
     low: Tensor
     high: Tensor
     error: Tensor
+    table: Tensor | None = None
 
     def better(self, other: Rounding) -> Rounding:
         """The better of two, channel by channel; as a whole where one scale serves the tensor."""
         if self.scale.numel() == 1:
             return self if bool(self.error.sum() <= other.error.sum()) else other
         keep = self.error <= other.error
-        return Rounding(
-            *(torch.where(keep, getattr(self, field.name), getattr(other, field.name)) for field in fields(Rounding))
-        )
+        pairs = ((getattr(self, name), getattr(other, name)) for name in ("levels", "scale", "low", "high", "error"))
+        levels, scale, low, high, error = (torch.where(keep, mine, theirs) for mine, theirs in pairs)
+        return Rounding(levels, scale, low, high, error, self.table)
 
 
 def prepare(weight: Tensor, gram: Tensor, order: Order = "common", dtype: torch.dtype = torch.float32) -> Problem:
     """The problem of rounding `weight` [groups, out, in] under `gram` [groups, in, in], in `dtype`.
 
-    Order "common" visits inputs by falling `√H_ii · mean |w_i|`, one order for all channels; "cyclic" as they come.
+    Order "common" visits inputs by falling `√H_ii · mean |w_i|`, one order for all channels; "curvature" by falling
+    H_ii (GPTQ's activation order); "cyclic" as they come.
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1).double()
-    if order == "common":
-        strength = diagonal.clamp(min=0).sqrt() * weight.abs().mean(1)
-        visit = strength.argsort(dim=-1, descending=True, stable=True)
+    if order != "cyclic":
+        strength = weight.abs().mean(1) if order == "common" else 1.0
+        visit = (diagonal.clamp(min=0).sqrt() * strength).argsort(dim=-1, descending=True, stable=True)
     else:
         visit = torch.arange(gram.shape[-1], device=gram.device).repeat(gram.shape[0], 1)
     dead = diagonal <= DEAD * diagonal.mean(-1, keepdim=True)
@@ -158,24 +163,24 @@ def factorise(problem: Problem, gram: Tensor, damping: float = 0.01) -> Factor:
     return Factor(pull, pivots.square().unsqueeze(-1).to(dtype), share)
 
 
-def nearest(problem: Problem, grid: Grid) -> Rounding:
+def nearest(problem: Problem, grid: Grid | Codebook) -> Rounding:
     """Nearest rounding on `grid`."""
-    scale, low, high = _bounds(grid, problem.weight.dtype)
-    levels = (problem.weight / scale).round_().clamp_(low, high)
-    return Rounding(levels, scale, low, high, problem.error(levels, scale, problem.targets(levels, scale)))
+    start = _enter(problem, grid)
+    levels = torch.empty_like(start.levels)
+    _snap(start.levels, start.low, start.high, start.table, levels)
+    return reassess(problem, replace(start, levels=levels))
 
 
-def feedback(problem: Problem, factor: Factor, grid: Grid) -> Rounding:
+def feedback(problem: Problem, factor: Factor, grid: Grid | Codebook) -> Rounding:
     """GPTQ (arXiv 2210.17323) on `grid`: each input's rounding error is fed to the inputs still to come.
 
     `error` is that of the damped problem, which is what GPTQ minimises; `reassess` gives the true one.
     """
-    scale, low, high = _bounds(grid, problem.weight.dtype)
-    targets = problem.weight / scale
-    levels = targets.clone()
-    _sweep(targets, levels, factor.pull, low, high, onward=True)
-    error = _dot((targets - levels).square_(), factor.curvature) * scale.double().square()
-    return Rounding(levels, scale, low, high, error)
+    start = _enter(problem, grid)
+    levels, targets = start.levels, start.levels.clone()
+    _sweep(targets, levels, factor.pull, start, onward=True)
+    error = _dot((targets - levels).square_(), factor.curvature) * start.scale.double().square()
+    return replace(start, error=error)
 
 
 def reassess(problem: Problem, rounding: Rounding) -> Rounding:
@@ -184,15 +189,9 @@ def reassess(problem: Problem, rounding: Rounding) -> Rounding:
     return replace(rounding, error=problem.error(rounding.levels, rounding.scale, targets))
 
 
-def search(problem: Problem, round_on: Callable[[Grid], Rounding], grids: Iterable[Grid]) -> Rounding:
-    """Round on every grid; the best per channel (per tensor where a grid has one scale), its true error known."""
-    best: Rounding | None = None
-    for grid in grids:
-        now = round_on(grid)
-        best = now if best is None else best.better(now)
-    if best is None:
-        raise ValueError("no grid to search")
-    return reassess(problem, best)
+def search(problem: Problem, roundings: Iterable[Rounding]) -> Rounding:
+    """The best of several roundings, per channel (per tensor where there is one scale), its true error known."""
+    return reassess(problem, reduce(Rounding.better, roundings))
 
 
 def descend(
@@ -221,9 +220,9 @@ def descend(
             scale = refit_scale(problem, levels, targets, scale)
         before = levels.clone()
         if greedy:
-            _greedy_sweep(problem, targets, levels, start.low, start.high)
+            _greedy_sweep(problem, targets, levels, start)
         else:
-            _sweep(targets, levels, problem.pull, start.low, start.high, onward=False)
+            _sweep(targets, levels, problem.pull, start, onward=False)
         last, total = total, float(problem.error(levels, scale, targets).sum())
         if bool((before == levels).all()) or total >= (1 - tolerance) * last:
             break
@@ -250,40 +249,60 @@ def refit_scale(problem: Problem, levels: Tensor, targets: Tensor, scale: Tensor
     return fitted
 
 
-def unpack(problem: Problem, rounding: Rounding, bits: int, symmetric: bool) -> tuple[Grid, Tensor]:
-    """A rounding as (grid, codes [groups, out, in]), ready for `grid.pack(codes)`."""
-    scale = rounding.scale.mT.float().contiguous()
-    zero = (-rounding.low).mT.float()
-    if rounding.scale.numel() == 1:
-        zero = zero[:1, :1]
-    if symmetric:
-        zero = torch.full_like(zero, 2 ** (bits - 1))  # also where the scale was 0 and the levels are all 0
+def pack(problem: Problem, rounding: Rounding, grid: Grid | Codebook) -> QTensor:
+    """A rounding as stored. `grid` is any of the grids that it was made on: it says bits and kind."""
+    scale = rounding.scale.mT
     levels = torch.empty_like(rounding.levels)
-    levels.scatter_(1, problem.order.unsqueeze(-1).expand_as(levels), rounding.levels)
-    return Grid(scale, zero, bits, symmetric), levels.mT.float() + zero
+    levels = levels.scatter_(1, problem.order.unsqueeze(-1).expand_as(levels), rounding.levels).mT
+    if isinstance(grid, Codebook):
+        table = grid.table.to(levels.dtype)
+        return replace(grid, scale=scale).pack(nearest_entries(levels, table))
+    if grid.symmetric:
+        zero = torch.full_like(scale, 2 ** (grid.bits - 1))
+    else:
+        zero = (-rounding.low.mT).expand_as(scale)
+    return replace(grid, scale=scale, zero=zero).pack(levels + zero)
 
 
-def _bounds(grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale, lowest and highest level in a Problem's layout; a channel without a scale has level 0 alone."""
-    scale, zero = grid.scale.mT.to(dtype), grid.zero.mT.to(dtype)
+def _enter(problem: Problem, grid: Grid | Codebook) -> Rounding:
+    """The unrounded weight in units of the grid's scale, with the bounds; where the scale is 0, level 0 alone."""
+    dtype = problem.weight.dtype
+    scale = grid.scale.mT.to(dtype)
     empty = scale < TINY
-    low = torch.where(empty, 0.0, -zero).contiguous()
-    high = torch.where(empty, 0.0, grid.top - zero).contiguous()
-    return torch.where(empty, 1.0, scale).contiguous(), low, high
+    scale = torch.where(empty, 1.0, scale).contiguous()
+    if isinstance(grid, Codebook):
+        table = grid.table.to(dtype)
+        low, high = table[:1].expand_as(scale), table[-1:].expand_as(scale)
+    else:
+        table, zero = None, grid.zero.mT.to(dtype)
+        low, high = -zero, grid.top - zero
+    low, high = torch.where(empty, 0.0, low).contiguous(), torch.where(empty, 0.0, high).contiguous()
+    return Rounding(problem.weight / scale, scale, low, high, torch.zeros(()), table)
 
 
-def _sweep(targets: Tensor, levels: Tensor, pull: Tensor, low: Tensor, high: Tensor, *, onward: bool) -> None:
-    """Round every input once, in order, in place; `onward`: `pull` is upper triangular (GPTQ)."""
+def _snap(targets: Tensor, low: Tensor, high: Tensor, table: Tensor | None, out: Tensor) -> None:
+    """The nearest levels to `targets`, into `out`."""
+    if table is None:
+        torch.round(targets, out=out)
+    else:
+        out.copy_(table[nearest_entries(targets, table)])
+    torch.clamp(out, low, high, out=out)
+
+
+def _sweep(targets: Tensor, levels: Tensor, pull: Tensor, grid: Rounding, *, onward: bool) -> None:
+    """Round every input once, in order, in place, on `grid`'s levels; `onward`: `pull` is upper triangular (GPTQ)."""
     for start in range(0, targets.shape[-1], STRIP):
         strip = slice(start, start + STRIP)
-        bounds = [b if b.shape[-1] == 1 else b[..., strip] for b in (low, high)]
+        low, high = (b.squeeze(1) if b.shape[-1] == 1 else b[:, 0, strip] for b in (grid.low, grid.high))
         ours, codes = targets[..., strip].contiguous(), levels[..., strip].contiguous()
-        _sweep_strip(ours, codes, pull, *(b.squeeze(1) for b in bounds), onward=onward)
+        _sweep_strip(ours, codes, pull, low, high, grid.table, onward=onward)
         targets[..., strip] = ours
         levels[..., strip] = codes
 
 
-def _sweep_strip(targets: Tensor, levels: Tensor, pull: Tensor, low: Tensor, high: Tensor, *, onward: bool) -> None:
+def _sweep_strip(
+    targets: Tensor, levels: Tensor, pull: Tensor, low: Tensor, high: Tensor, table: Tensor | None, *, onward: bool
+) -> None:
     """Blocks of inputs: one by one inside a block, one matrix product for the effect on all others."""
     groups, inputs, out = levels.shape
     code = levels.new_empty(groups, out)
@@ -292,8 +311,7 @@ def _sweep_strip(targets: Tensor, levels: Tensor, pull: Tensor, low: Tensor, hig
         block, local = targets[:, start:stop], pull[:, start:stop, start:stop]
         change = levels.new_empty(stop - start, groups, out)  # old level minus new one
         for i in range(stop - start):
-            torch.round(block[:, i], out=code)
-            torch.clamp(code, low, high, out=code)
+            _snap(block[:, i], low, high, table, code)
             torch.sub(levels[:, start + i], code, out=change[i])
             if i + 1 < stop - start:
                 if groups == 1:
@@ -310,16 +328,17 @@ def _sweep_strip(targets: Tensor, levels: Tensor, pull: Tensor, low: Tensor, hig
                 targets[:, :start].baddbmm_(pull[:, start:stop, :start].mT, told)
 
 
-def _greedy_sweep(problem: Problem, targets: Tensor, levels: Tensor, low: Tensor, high: Tensor) -> None:
+def _greedy_sweep(problem: Problem, targets: Tensor, levels: Tensor, grid: Rounding) -> None:
     """One visit to every input in each channel's own order, falling `‖x_i‖·|w_i|`; in place, unblocked."""
     visits = (problem.curvature.sqrt() * problem.weight).abs().argsort(dim=1, descending=True, stable=True)
-    rows = torch.arange(levels.shape[0], device=levels.device).unsqueeze(-1)
+    groups = torch.arange(levels.shape[0], device=levels.device).unsqueeze(-1)
     for step in range(levels.shape[1]):
         visit = visits[:, step : step + 1]
-        code = targets.gather(1, visit).round_().clamp_(low, high)
+        code = targets.gather(1, visit)
+        _snap(code.clone(), grid.low, grid.high, grid.table, code)
         change = levels.gather(1, visit) - code
         levels.scatter_(1, visit, code)
-        targets.addcmul_(problem.pull[rows, visit.squeeze(1)].mT, change)
+        targets.addcmul_(problem.pull[groups, visit.squeeze(1)].mT, change)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from coraq.api import (
     minmax_grid,
     mse_grid,
 )
-from coraq.core.rounding import Problem, Rounding, descend, factorise, feedback, nearest, prepare, search, unpack
+from coraq.core.rounding import Problem, Rounding, descend, factorise, feedback, nearest, pack, prepare, search
 
 PAPER = {"grid": "minmax", "start": "float", "order": "cyclic", "sweeps": 3, "tolerance": 0.0, "guard": False}
 FACTORS = (0.95, 1.0, 1.05, 0.9, 0.85, 1.1, 0.8, 0.75, 1.2, 1.15, 0.7, 1.3, 0.65, 0.6)  # on the scale, likeliest first
@@ -104,8 +104,7 @@ class COMQ:
             best = best.better(baseline)
         energy = max(float(problem.energy().sum()), 1e-30)
         metrics = {"error": float(best.error.sum()) / energy, "rtn_error": float(baseline.error.sum()) / energy}
-        final, codes = unpack(problem, best, bits, symmetric)
-        return QuantizedLayer(final.pack(codes)), metrics
+        return QuantizedLayer(pack(problem, best, grid)), metrics
 
     def _start(self, problem: Problem, squares: LeastSquares, grid: Grid) -> Rounding:
         """Where the descent begins: the best of the candidate ranges, each rounded as `start` says."""
@@ -113,6 +112,6 @@ class COMQ:
         factors = FACTORS[: config.candidates] if config.grid == "search" else (1.0,)
         grids = [grid.scaled(factor) for factor in factors]
         if config.start != "gptq":
-            return search(problem, lambda grid: nearest(problem, grid), grids)
+            return search(problem, (nearest(problem, grid) for grid in grids))
         factor = factorise(problem, squares.gram, config.damping)
-        return search(problem, lambda grid: feedback(problem, factor, grid), grids)
+        return search(problem, (feedback(problem, factor, grid) for grid in grids))
