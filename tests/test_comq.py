@@ -1,0 +1,244 @@
+"""Claims about the methods comq and rtn on layers of every shape, through a minimal task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from coraq.api import LayerView, LeastSquares, QuantizedLayer, Quantizer
+from coraq.config import Scheme
+from coraq.core import rounding
+from coraq.core.grid import minmax_grid, mse_grid
+from coraq.methods.comq import COMQ
+from coraq.methods.rtn import RoundToNearest
+
+SHAPES = {"conv": (1, 16, 72), "depthwise": (24, 1, 9), "grouped": (4, 6, 27), "linear": (1, 10, 33)}
+
+
+class OneLayerTask:
+    """The part of a Task that layerwise methods use, for one layer with ReLU-like correlated inputs."""
+
+    has_data = True
+
+    def __init__(self, shape: tuple[int, int, int], bits: int = 3, seed: int = 0, **scheme: Any) -> None:
+        groups, out, inputs = shape
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(shape, generator=generator) * (0.2 + torch.rand(groups, out, 1, generator=generator))
+        mix = torch.randn(groups, inputs, inputs, generator=generator).double() / inputs**0.5
+        x = (torch.randn(groups, 400, inputs, generator=generator).double() @ mix).relu()
+        x -= x.mean(1, keepdim=True)
+        self.scheme = Scheme(bits=bits, **scheme)
+        self.layers = [LayerView("layer", weight, None, bits, None, "conv", (1, 1), 0)]
+        self.squares = LeastSquares(weight, x.mT @ x / 400)
+        self.targets: list[str] = []
+        self.committed: dict[str, tuple[QuantizedLayer, dict[str, Any]]] = {}
+
+    def least_squares(self, name: str, target: str = "layer") -> LeastSquares:
+        self.targets.append(target)
+        return self.squares
+
+    def commit(self, name: str, layer: QuantizedLayer, **metrics: Any) -> None:
+        assert name not in self.committed
+        layer.check(self.layers[0].shape)
+        self.committed[name] = layer, metrics
+
+
+def run(method: type, task: OneLayerTask, **options: Any) -> tuple[Tensor, dict[str, Any]]:
+    """The quantized weight and the metrics."""
+    method(method.Config(**options)).quantize(task)
+    layer, metrics = task.committed["layer"]
+    return layer.dequantize(), metrics
+
+
+def relative_error(task: OneLayerTask, quantized: Tensor) -> float:
+    squares = task.squares
+    return float(squares.error(quantized).sum() / squares.error(torch.zeros_like(squares.weight)).sum())
+
+
+def test_both_satisfy_the_protocol() -> None:
+    assert isinstance(COMQ(COMQ.Config()), Quantizer)
+    assert isinstance(RoundToNearest(RoundToNearest.Config()), Quantizer)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_comq_never_worsens_nearest_rounding(kind: str, bits: int, symmetric: bool, granularity: str) -> None:
+    task = OneLayerTask(SHAPES[kind], bits, symmetric=symmetric, granularity=granularity)
+    quantized, metrics = run(COMQ, task)
+    nearest = mse_grid(task.squares.weight, bits, symmetric, granularity).round(task.squares.weight)
+    assert metrics["error"] <= metrics["rtn_error"]
+    # what the metrics say is what the committed weight does
+    assert metrics["error"] == pytest.approx(relative_error(task, quantized), rel=1e-3)
+    assert metrics["rtn_error"] == pytest.approx(relative_error(task, nearest), rel=1e-3)
+    if granularity == "channel":
+        assert bool((task.squares.error(quantized) <= task.squares.error(nearest) * (1 + 1e-4)).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_each_part_of_the_default_earns_its_place(bits: int) -> None:
+    errors = {
+        name: sum(run(COMQ, OneLayerTask((1, 32, 96), bits, seed), **options)[1]["error"] for seed in range(3))
+        for name, options in {
+            "default": {},
+            "one range": {"candidates": 1},
+            "min-max": {"grid": "minmax"},
+            "no sweep": {"sweeps": 0},
+            "nearest start": {"start": "nearest", "sweeps": 1},
+            "fixed scales": {"scales": False},
+            "paper": {"preset": "paper"},
+        }.items()
+    }
+    rivals = {name: error for name, error in errors.items() if name != "default"}
+    assert errors["default"] < min(rivals.values())
+    assert errors["default"] < 0.9 * errors["paper"]
+
+
+def test_paper_preset_is_the_released_routine_plus_scales() -> None:
+    task = OneLayerTask((1, 12, 40), 3, symmetric=False)
+    quantized, _ = run(COMQ, task, preset="paper", scales=False, sweeps=2)
+    weight, gram = task.squares.weight[0].double(), task.squares.gram[0]
+    grid = minmax_grid(task.squares.weight, 3, False)
+    current = weight.clone()
+    for _ in range(2):
+        for i in range(weight.shape[1]):
+            others = weight - current
+            others[:, i] = 0
+            target = weight[:, i] + others @ gram[:, i] / gram[i, i]
+            scale, zero = grid.scale[0, :, 0].double(), grid.zero[0, :, 0].double()
+            current[:, i] = scale * ((target / scale + zero).round().clamp(0, grid.top) - zero)
+    assert torch.allclose(quantized[0].double(), current, atol=1e-5)
+    refitted, _ = run(COMQ, OneLayerTask((1, 12, 40), 3, symmetric=False), preset="paper")
+    assert relative_error(task, refitted) < relative_error(task, quantized)
+
+
+def test_options_given_beside_a_preset_win() -> None:
+    assert COMQ.Config(preset="paper").sweeps == 3
+    assert COMQ.Config(preset="paper", sweeps=7, order="greedy").sweeps == 7
+    assert COMQ.Config(preset="paper").guard is False
+    assert COMQ.Config.model_validate(COMQ.Config(preset="paper").model_dump()) == COMQ.Config(preset="paper")
+    with pytest.raises(ValidationError):
+        COMQ.Config(sweep=3)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"grid": "mse"}, {"candidates": 2}, {"start": "nearest"}, {"start": "float"}, {"sweeps": 0}, {"scales": False},
+        {"order": "cyclic"}, {"order": "greedy"}, {"damping": 0.5}, {"tolerance": 0.5}, {"preset": "paper"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_no_option_is_dead(option: dict[str, Any]) -> None:
+    usual, _ = run(COMQ, OneLayerTask((1, 16, 72), 3, symmetric=False))
+    changed, _ = run(COMQ, OneLayerTask((1, 16, 72), 3, symmetric=False), **option)
+    assert not torch.equal(usual, changed)
+
+
+def test_guard_takes_nearest_rounding_where_it_is_better() -> None:
+    weak = {"grid": "minmax", "start": "nearest", "sweeps": 0}  # min-max is worse than the range of least weight error
+    assert (
+        run(COMQ, OneLayerTask((1, 16, 72), 3), **weak, guard=False)[1]["error"]
+        > 1.05 * (run(COMQ, OneLayerTask((1, 16, 72), 3), **weak)[1]["error"])
+    )
+
+
+def test_target_is_passed_on() -> None:
+    task = OneLayerTask((1, 4, 9))
+    run(COMQ, task, target="float")
+    assert task.targets == ["float"]
+
+
+def test_same_input_same_bits() -> None:
+    first, second = (run(COMQ, OneLayerTask((4, 6, 27), 3))[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_layer_without_any_signal_stays_finite(kind: str) -> None:
+    task = OneLayerTask(SHAPES[kind], 2)
+    task.squares = LeastSquares(torch.zeros_like(task.squares.weight), torch.zeros_like(task.squares.gram))
+    quantized, metrics = run(COMQ, task)
+    assert bool((quantized == 0).all())
+    assert metrics["error"] == metrics["rtn_error"] == 0
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_rtn_takes_the_range_that_clip_names(granularity: str) -> None:
+    results = {}
+    for clip in ("mse", "minmax", "sigma"):
+        task = OneLayerTask((1, 16, 72), 3, granularity=granularity)
+        results[clip], _ = run(RoundToNearest, task, clip=clip, k=2.0)
+        assert not task.targets  # needs no data
+    weight = task.layers[0].weight
+    assert torch.equal(results["minmax"], minmax_grid(weight, 3, True, granularity).round(weight))
+    errors = {clip: float((weight - result).square().sum()) for clip, result in results.items()}
+    assert errors["mse"] < errors["sigma"]
+    assert errors["mse"] < errors["minmax"]
+
+
+def test_rtn_norm_and_steps_matter() -> None:
+    usual, _ = run(RoundToNearest, OneLayerTask((1, 16, 72), 3))
+    for option in ({"norm": 4.0}, {"steps": 5}):
+        assert not torch.equal(usual, run(RoundToNearest, OneLayerTask((1, 16, 72), 3), **option)[0])
+
+
+# Planted faults: each must break a claim made above, or the claims are worth nothing.
+
+
+def claims_hold() -> bool:
+    """The claims about agreement with the objective, as one yes or no."""
+    for kind in ("conv", "grouped"):
+        task = OneLayerTask(SHAPES[kind], 3, symmetric=False)
+        quantized, metrics = run(COMQ, task)
+        weight = task.squares.weight
+        baseline = relative_error(task, mse_grid(weight, 3, False).round(weight))
+        honest = metrics["error"] == pytest.approx(relative_error(task, quantized), rel=1e-3)
+        if not honest or relative_error(task, quantized) > 0.7 * baseline:
+            return False
+    return True
+
+
+def test_claims_hold_without_a_fault() -> None:
+    assert claims_hold()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["transposed pull", "dropped zero point", "halved scale", "no compensation", "curvature dropped", "wrong order"],
+)
+def test_a_planted_fault_breaks_a_claim(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right_prepare, right_pack = rounding.prepare, rounding.pack
+
+    def wrong_prepare(*args: Any, **more: Any) -> Any:
+        problem = right_prepare(*args, **more)
+        if fault == "transposed pull":
+            return rounding.replace(problem, pull=problem.pull.mT.contiguous())
+        if fault == "curvature dropped":
+            return rounding.replace(problem, curvature=torch.ones_like(problem.curvature))
+        return problem
+
+    def wrong_pack(problem: Any, result: Any, grid: Any) -> Any:
+        if fault == "wrong order":
+            problem = rounding.replace(problem, order=problem.order.flip(-1))
+        packed = right_pack(problem, result, grid)
+        if fault == "dropped zero point":
+            return rounding.replace(packed, zero_point=torch.zeros_like(packed.zero_point))
+        if fault == "halved scale":
+            return rounding.replace(packed, scale=packed.scale / 2)
+        return packed
+
+    monkeypatch.setattr("coraq.methods.comq.prepare", wrong_prepare)
+    monkeypatch.setattr("coraq.methods.comq.pack", wrong_pack)
+    if fault == "no compensation":
+        monkeypatch.setattr(
+            rounding,
+            "_sweep",
+            lambda targets, levels, pull, grid, onward: levels.copy_(levels.round().clamp(grid.low, grid.high)),
+        )
+    assert not claims_hold()
