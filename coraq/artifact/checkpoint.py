@@ -15,10 +15,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from coraq.artifact.codec import LayerRecord, decode, encode
+from coraq.artifact.codec import LayerRecord, decode, encode, serialise
 from coraq.artifact.files import write_atomic
 from coraq.config import Frozen, Scheme
 from coraq.core.tensors import QuantizedLayer
@@ -82,7 +81,7 @@ def write_checkpoint(
             tensors[key] = value.detach().cpu().contiguous()
     tensors = {key: _rest(key, value, float_dtype) for key, value in tensors.items()}
     text = info.model_copy(update={"layers": records}).model_dump_json()
-    content = save(tensors, {"coraq": text, "sha256": _digest(tensors, text)})
+    content = serialise(tensors, {"coraq": text, "sha256": _digest(tensors, text)})
     write_atomic(path, content)
     return len(content)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 from pydantic import Field
+from safetensors.torch import save
 from torch import Tensor
 
 from coraq.config import MAX_BITS, Frozen
@@ -24,6 +26,27 @@ class LayerRecord(Frozen):
     bits: int = Field(ge=1, le=MAX_BITS)
     rank: int | None = Field(default=None, ge=0)
     adapter_bits: tuple[int, int] | None = Field(default=None, description="bits of the adapter's B and A")
+
+
+def serialise(tensors: dict[str, Tensor], about: dict[str, str]) -> bytes:
+    """A safetensors file, the same bytes for the same contents.
+
+    The library leaves the metadata's order to chance, and refuses tensors that share memory (one codebook for all
+    layers, a module of two names).
+    """
+    seen: set[int] = set()
+    for key, value in tensors.items():
+        address = value.untyped_storage().data_ptr()
+        if address in seen:
+            tensors = {**tensors, key: value.clone()}
+        seen.add(address)
+    content = save(tensors, about)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(about.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[start:]))
 
 
 def encode(name: str, layer: QuantizedLayer) -> tuple[dict[str, Tensor], LayerRecord]:

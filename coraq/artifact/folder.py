@@ -13,9 +13,8 @@ from typing import IO
 
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
-from coraq.artifact.codec import LayerRecord, decode, encode
+from coraq.artifact.codec import LayerRecord, decode, encode, serialise
 from coraq.artifact.files import disk_error, write_atomic
 from coraq.config import RunConfig
 from coraq.core.tensors import QuantizedLayer
@@ -83,7 +82,7 @@ class RunFolder:
         """Save a committed layer; the file exists whole or not at all."""
         tensors, record = encode(name, layer)
         about = {"name": name, "record": record.model_dump_json(), "metrics": json.dumps(metrics)}
-        write_atomic(self.path / "layers" / f"{index:04d}.safetensors", save(tensors, about))
+        write_atomic(self.path / "layers" / f"{index:04d}.safetensors", serialise(tensors, about))
 
     def committed(self) -> dict[str, tuple[QuantizedLayer, Metrics]]:
         """The layers that earlier attempts have committed, in order, up to the first gap or damaged file."""
