@@ -141,9 +141,10 @@ class stage:
     def advance(self, done: int, detail: str = "") -> None:
         self.sink(StageAdvanced(self.name, done, detail))
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, *exc: object) -> None:
         self.time_s = time.perf_counter() - self._start
-        self.sink(StageFinished(self.name, self.time_s))
+        if kind is None:  # a stage that was interrupted has not finished
+            self.sink(StageFinished(self.name, self.time_s))
 
 
 def track(sink: Sink, name: str, items: Iterable[T], total: int = 0) -> Iterator[T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import tempfile
@@ -75,6 +76,9 @@ def run(arguments: list[str]) -> int:
 
 def main() -> None:
     """Entry point of the `coraq` script."""
+    # Activations are large and short-lived: with huge pages the kernel clears them in far fewer faults, which was
+    # worth a third of resnet18's and half of mobilenetv2's time. torch reads this when it first allocates.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     sys.exit(run(sys.argv[1:]))
 
 
