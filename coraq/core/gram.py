@@ -3,17 +3,36 @@
 A layer's weight is `[groups, out, in]` with `in = channels/groups · kh · kw`; its inputs are the patches
 `[groups, rows, in]`, a row being one output position of one image. The Gram `[groups, in, in]` is all that the
 output error `Σ δ G δᵀ` of a changed weight needs.
+
+Three exact ways to it, chosen by their cost for each image size:
+- `_Im2col`: the patches, a chunk at a time, and one product. 1 × 1 kernels need no copy.
+- `_Lags`: the block of two taps depends only on the shift between them, up to the borders, so the Gram follows
+  from the autocorrelation of the image at a few shifts (13 for 3 × 3, against 45 pairs of taps). That comes from
+  one Fourier transform an image and one small product a frequency; thin strips along the borders are then taken
+  off. A stride is turned into more channels first (one for each phase). It takes fewer multiplications than
+  the convolution itself.
+- `_Depthwise`: one channel a group has nothing to multiply matrices of; products of the shifted image, summed.
+
+Inside, taps come first and channels last (kh, kw, C), because the engine's activations are channels-last in memory.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_BYTES = 64 << 20  # temporary patches are at most so large (or one image's, if that is more)
+_Key = TypeVar("_Key")
+
+PATCH_BYTES = 16 << 20  # patches made at once (larger blocks are fresh pages each time, which is slow)
+SPECTRA_BYTES = 64 << 20  # spectra kept at once
+SPLIT = 512  # columns of a block of a Gram; blocks below the diagonal are mirrored
+CACHE_BYTES = 1 << 20  # elementwise work goes in pieces of this size
+SPECTRA_IMAGES = 64  # images whose spectra wait for one product: short products are slow
 
 
 @dataclass(frozen=True)
@@ -115,16 +134,15 @@ def patches(x: Tensor, geometry: Geometry) -> Tensor:
     The readable form, for tests and small layers: it takes kh · kw times the memory of `x`.
     """
     n = x.shape[0]
-    windows = _windows(_padded(x, geometry), geometry)  # N, Ho, Wo, kh, kw, C
+    windows = _windows(_pad(x.permute(0, 2, 3, 1), geometry), geometry)  # N, Ho, Wo, kh, kw, C
     per_group = windows.reshape(*windows.shape[:5], geometry.groups, -1)
     rows = n * windows.shape[1] * windows.shape[2]
     return per_group.permute(5, 0, 1, 2, 6, 3, 4).reshape(geometry.groups, rows, geometry.inputs)
 
 
-def _padded(x: Tensor, geometry: Geometry) -> Tensor:
-    """Images [N, C, H, W] as a channels-last frame [N, H + padding, W + padding, C]; a view where nothing is added."""
+def _pad(frame: Tensor, geometry: Geometry) -> Tensor:
+    """A frame [N, H, W, C] with the geometry's zeros around it; itself where there are none."""
     top, bottom, left, right = geometry.padding
-    frame = x.permute(0, 2, 3, 1)
     return F.pad(frame, (0, 0, left, right, top, bottom)) if any(geometry.padding) else frame
 
 
@@ -149,10 +167,45 @@ def _check(x: Tensor, geometry: Geometry) -> None:
     geometry.output_size(x.shape[2], x.shape[3])
 
 
-def _images_per_chunk(x: Tensor, geometry: Geometry) -> int:
-    rows, columns = geometry.output_size(x.shape[2], x.shape[3])
-    one = 4 * rows * columns * geometry.inputs * geometry.groups
-    return max(1, CHUNK_BYTES // one)
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ b of [..., K, P] and [..., K, Q], float32."""
+    if _ONEDNN and a.device.type == "cpu" and a.dtype == torch.float32 and min(a.shape[-1], b.shape[-1]) >= 96:
+        if a.dim() == 2:
+            return _onednn_product(a, b)
+        if a.shape[-1] >= 192:
+            left, right = a.flatten(0, -3), b.flatten(0, -3)
+            parts = [_onednn_product(left[i], right[i]) for i in range(left.shape[0])]
+            return torch.stack(parts).reshape(*a.shape[:-2], a.shape[-1], b.shape[-1])
+    return a.transpose(-1, -2) @ b
+
+
+def _onednn_product(a: Tensor, b: Tensor) -> Tensor:
+    left = _dense_transpose(a)
+    right = left if a is b else _dense_transpose(b)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    return out
+
+
+def _dense_transpose(a: Tensor) -> Tensor:
+    """aᵀ in a layout that oneDNN is fast at: it takes a thousand times as long on rows with gaps between them."""
+    return a.contiguous().T if a.shape[1] >= 256 else a.T.contiguous()
+
+
+def _onednn_works() -> bool:
+    """Whether oneDNN's product can be called: twice as fast as `@` on AMD, where MKL leaves AVX-512 unused.
+
+    The operator is what torch.compile calls, not documented; so it is tried once, and `@` does without it.
+    """
+    try:
+        a = torch.arange(12.0).reshape(4, 3)
+        b = torch.arange(8.0).reshape(4, 2)
+        out = torch.ops.mkldnn._linear_pointwise(a.T, b.T, None, "none", [], "")
+        return bool(torch.equal(out, a.T @ b))
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError):
+        return False
+
+
+_ONEDNN = _onednn_works()
 
 
 class MeanAccumulator:
@@ -165,76 +218,782 @@ class MeanAccumulator:
         self.geometry = geometry
         self.device = torch.device(device)
         self.count = 0
-        self._maps: dict[tuple[int, int], Tensor] = {}  # by image size: float64 [C, H, W]
+        self._sums: dict[tuple[int, int], Tensor] = {}  # by image size: float64 [H, W, C]
+        self._images: dict[tuple[int, int], int] = {}
 
     def add(self, x: Tensor) -> None:
         """Take in images [N, C, H, W]; the size may differ from call to call."""
         _check(x, self.geometry)
-        size = (x.shape[2], x.shape[3])
-        rows, columns = self.geometry.output_size(*size)
-        total = x.to(self.device).sum(0).double()
-        self._maps[size] = total if size not in self._maps else self._maps[size] + total
-        self.count += x.shape[0] * rows * columns
+        if x.shape[0]:
+            self.add_frame(x.detach().to(self.device, torch.float32).permute(0, 2, 3, 1))
+
+    def add_frame(self, frame: Tensor) -> None:
+        """Take in images [N, H, W, C] float32."""
+        images, height, width, _ = frame.shape
+        # a product with ones: torch.sum over the first axis takes several times as long
+        ones = torch.ones(1, images, device=frame.device)
+        total = (ones @ frame.reshape(images, -1)).reshape(frame.shape[1:]).double()
+        size = (height, width)
+        self._sums[size] = self._sums[size].add_(total) if size in self._sums else total
+        self._images[size] = self.images(size) + images
+        self.count += images * math.prod(self.geometry.output_size(height, width))
+
+    def images(self, size: tuple[int, int]) -> int:
+        """Number of images of one size."""
+        return self._images.get(size, 0)
+
+    def sum_of(self, size: tuple[int, int]) -> Tensor:
+        """Sum of the images of one size, float64 [H, W, C]."""
+        return self._sums[size]
+
+    def patch_sum(self) -> Tensor:
+        """Sum of all patches, float64 [taps, C]: tap by tap, so that no patches are made."""
+        kh, kw = self.geometry.kernel
+        total = torch.zeros(kh * kw, self.geometry.in_channels, dtype=torch.float64, device=self.device)
+        for image in self._sums.values():
+            windows = _windows(_pad(image[None], self.geometry), self.geometry)[0]
+            total += torch.stack([windows[:, :, i, j].sum((0, 1)) for i in range(kh) for j in range(kw)])
+        return total
 
     def result(self) -> tuple[int, Tensor]:
         """Number of rows, and their mean: float64 [groups, in]."""
         if not self.count:
             raise ValueError("no inputs were added")
-        total = torch.zeros(self.geometry.groups, self.geometry.inputs, dtype=torch.float64, device=self.device)
-        for image in self._maps.values():
-            total += _patch_sum(image, self.geometry)
-        return self.count, total / self.count
+        return self.count, self.patch_sum().T.reshape(self.geometry.groups, -1) / self.count
 
 
-def _patch_sum(image: Tensor, geometry: Geometry) -> Tensor:
-    """Sum of all patches of one image [C, H, W]: [groups, in], tap by tap, so that no patches are made."""
-    windows = _windows(_padded(image[None], geometry), geometry)[0]
-    kh, kw = geometry.kernel
-    taps = [windows[:, :, i, j].sum((0, 1)) for i in range(kh) for j in range(kw)]
-    return torch.stack(taps, 1).reshape(geometry.groups, geometry.inputs)
+@dataclass(frozen=True)
+class _Totals:
+    """Sums over all rows, float64, taps before channels: [G, taps · C/G] and [G, taps · C/G, taps · C/G]."""
+
+    count: int
+    teacher: Tensor
+    student: Tensor
+    gram: Tensor
+
+
+class _Way(Protocol):
+    """One way of summing x_t x_sᵀ over the patches of images of one size."""
+
+    def add(self, teacher: Tensor, student: Tensor) -> None:
+        """Take in frames [N, H, W, C]; the same tensor twice for a plain Gram."""
+
+    def totals(self) -> _Totals:
+        """What everything added comes to, its shift undone."""
 
 
 class GramAccumulator:
-    """Mean and Gram of a layer's input patches over any number of micro-batches."""
+    """Mean and Gram of a layer's input patches over any number of micro-batches.
+
+    Sums are float32 within a chunk and float64 across chunks. Each channel's mean in the first micro-batch is
+    taken off before and restored in float64 after, so the Gram can be centred (`gram − mean meanᵀ`) without
+    cancellation: relative error of the centred Gram about 1e-6 in Frobenius norm.
+
+    Memory: the Gram in float64 twice at the end, and temporaries of a few `CHUNK_BYTES` and a few times the
+    micro-batch.
+
+    Args:
+        geometry: how the layer reads its input.
+        device: where sums are kept and inputs are moved to.
+        positions: use at most so many output positions of each image, on a regular grid whose phase moves
+            from image to image; None uses all.
+    """
 
     def __init__(self, geometry: Geometry, device: torch.device | str = "cpu", positions: int | None = None) -> None:
-        self._cross = CrossGramAccumulator(geometry, device, positions)
+        self._joint = _Joint(geometry, torch.device(device), positions)
 
     def add(self, x: Tensor) -> None:
-        """Take in images [N, C, H, W] float32."""
-        self._cross.add(x, x)
+        """Take in images [N, C, H, W] float32; fastest when channels-last in memory."""
+        self._joint.add(x, x)
 
     def result(self) -> Moments:
         """The moments of everything added so far."""
-        cross = self._cross.result()
-        return Moments(cross.count, cross.student_mean, cross.gram)
+        count, _, mean, gram = self._joint.result()
+        return Moments(count, mean, gram)
 
 
 class CrossGramAccumulator:
-    """Means and cross-Gram of the teacher's and the student's patches at the same positions."""
+    """Means and cross-Gram of the teacher's and the student's patches at the same positions.
+
+    As `GramAccumulator`, with two inputs; there is no symmetry to use, so it takes about twice as long.
+    """
 
     def __init__(self, geometry: Geometry, device: torch.device | str = "cpu", positions: int | None = None) -> None:
-        self.geometry = geometry
-        self.device = torch.device(device)
-        self.positions = positions
-        self._teacher = MeanAccumulator(geometry, device)
-        self._student = MeanAccumulator(geometry, device)
-        self._gram = torch.zeros(
-            geometry.groups, geometry.inputs, geometry.inputs, dtype=torch.float64, device=self.device
-        )
+        self._joint = _Joint(geometry, torch.device(device), positions)
 
     def add(self, teacher: Tensor, student: Tensor) -> None:
         """Take in images [N, C, H, W] float32 of both networks, in the same order."""
-        self._teacher.add(teacher)
-        self._student.add(student)
-        step = _images_per_chunk(teacher, self.geometry)
-        for t, s in zip(teacher.split(step), student.split(step), strict=True):
-            a = patches(t.to(self.device), self.geometry)
-            b = a if t is s else patches(s.to(self.device), self.geometry)
-            self._gram += a.transpose(1, 2) @ b
+        if teacher.shape != student.shape:
+            raise ValueError(f"teacher's inputs have shape {list(teacher.shape)}, student's {list(student.shape)}")
+        self._joint.add(teacher, student)
 
     def result(self) -> CrossMoments:
         """The moments of everything added so far."""
-        count, teacher = self._teacher.result()
-        _, student = self._student.result()
-        return CrossMoments(count, teacher, student, self._gram / count)
+        return CrossMoments(*self._joint.result())
+
+
+class _Joint:
+    """What both accumulators share: it chooses a way for each image size, and adds up the results."""
+
+    def __init__(self, geometry: Geometry, device: torch.device, positions: int | None) -> None:
+        if positions is not None and positions < 1:
+            raise ValueError(f"positions is {positions}, must be at least 1")
+        self.geometry = geometry
+        self.device = device
+        self.positions = positions
+        self._shifts: tuple[Tensor, Tensor] | None = None
+        self._ways: dict[tuple[int, int], _Way] = {}
+
+    def add(self, teacher: Tensor, student: Tensor) -> None:
+        _check(student, self.geometry)
+        if not student.shape[0]:
+            return
+        same = teacher is student
+        student = self._frame(student)
+        teacher = student if same else self._frame(teacher)
+        if self._shifts is None:
+            shift = student.mean((0, 1, 2))
+            self._shifts = (shift if same else teacher.mean((0, 1, 2)), shift)
+        size = (student.shape[1], student.shape[2])
+        if size not in self._ways:
+            self._ways[size] = _choose(self.geometry, size, not same, self.positions, self._shifts)
+        self._ways[size].add(teacher, student)
+
+    def _frame(self, x: Tensor) -> Tensor:
+        return x.detach().to(self.device, torch.float32).permute(0, 2, 3, 1)
+
+    def result(self) -> tuple[int, Tensor, Tensor, Tensor]:
+        """Count, teacher's mean, student's mean, and E[x_t x_sᵀ], channels before taps as in a weight."""
+        if not self._ways:
+            raise ValueError("no inputs were added")
+        parts = [way.totals() for way in self._ways.values()]
+        count = sum(part.count for part in parts)
+        teacher, student, gram = parts[0].teacher, parts[0].student, parts[0].gram
+        for part in parts[1:]:
+            teacher, student, gram = teacher + part.teacher, student + part.student, gram.add_(part.gram)
+        return count, self._order(teacher) / count, self._order(student) / count, self._order_gram(gram).div_(count)
+
+    def _order(self, total: Tensor) -> Tensor:
+        taps = math.prod(self.geometry.kernel)
+        return total.reshape(total.shape[0], taps, -1).transpose(1, 2).reshape(total.shape)
+
+    def _order_gram(self, gram: Tensor) -> Tensor:
+        taps = math.prod(self.geometry.kernel)
+        channels = gram.shape[1] // taps
+        blocks = gram.reshape(-1, taps, channels, taps, channels)
+        return blocks.permute(0, 2, 1, 4, 3).reshape(gram.shape)
+
+
+def _choose(
+    geometry: Geometry, size: tuple[int, int], cross: bool, positions: int | None, shifts: tuple[Tensor, Tensor]
+) -> _Way:
+    """The cheapest way for images of this size."""
+    if positions is None and math.prod(geometry.kernel) > 1:
+        if geometry.in_channels == geometry.groups:
+            return _Depthwise(geometry, size, cross, shifts[0].device)
+        plan = _Plan(geometry, size, cross)
+        if plan.cost() < _im2col_cost(geometry, size, cross):
+            return _Lags(plan, shifts)
+    return _Im2col(geometry, size, cross, positions, shifts)
+
+
+def _im2col_cost(geometry: Geometry, size: tuple[int, int], cross: bool) -> float:
+    """Multiplications per image; making an entry of a patch takes as long as about a hundred."""
+    rows = math.prod(geometry.output_size(*size))
+    share = 1.0 if cross or geometry.inputs < 2 * SPLIT else 0.6
+    return rows * geometry.groups * (geometry.inputs**2 * share + 100.0 * geometry.inputs)
+
+
+class _Im2col:
+    """Patches, a chunk at a time, and their product.
+
+    Patches are taken of x − shift with the padding shifted too, so undoing it is `(z + c)(z + c)ᵀ` expanded.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        size: tuple[int, int],
+        cross: bool,
+        positions: int | None,
+        shifts: tuple[Tensor, Tensor],
+    ) -> None:
+        self.geometry, self.size, self.cross, self.shifts = geometry, size, cross, shifts
+        self.out = geometry.output_size(*size)
+        self.step = _grid_step(self.out, positions)
+        shape = (geometry.groups, geometry.inputs)
+        self.gram = torch.zeros(*shape, geometry.inputs, dtype=torch.float64, device=shifts[0].device)
+        self.sums = torch.zeros(2, *shape, dtype=torch.float64, device=shifts[0].device)
+        self.count = 0
+        self.images = 0
+
+    def add(self, teacher: Tensor, student: Tensor) -> None:
+        images, rows = _pieces(student.shape[0], self._rows_each(), 4 * self._row_entries(), PATCH_BYTES)
+        for i in range(0, student.shape[0], images):
+            t, s = teacher[i : i + images], student[i : i + images]
+            windows_s = self._windows(s, self.shifts[1])
+            windows_t = windows_s if teacher is student else self._windows(t, self.shifts[0])
+            for y in range(0, self._rows_each(), rows):
+                self._add_rows(windows_t, windows_s, y, y + rows)
+            self.images += s.shape[0]
+
+    def _rows_each(self) -> int:
+        return -(-self.out[0] // self.step[0])
+
+    def _row_entries(self) -> int:
+        return -(-self.out[1] // self.step[1]) * self.geometry.inputs * self.geometry.groups
+
+    def _windows(self, frame: Tensor, shift: Tensor) -> Tensor:
+        if any(self.geometry.padding):
+            return _windows(_pad(frame, self.geometry).sub_(shift), self.geometry)
+        return _windows(frame - shift, self.geometry)
+
+    def _add_rows(self, teacher: Tensor, student: Tensor, first: int, last: int) -> None:
+        rows_s = self._gather(student, first, last)
+        rows_t = rows_s if teacher is student else self._gather(teacher, first, last)
+        self.count += rows_s.shape[1]
+        ones = torch.ones(1, rows_s.shape[1], device=rows_s.device)
+        self.sums[1] += (ones @ rows_s)[:, 0]
+        self.sums[0] = self.sums[1] if teacher is student else self.sums[0] + (ones @ rows_t)[:, 0]
+        block = self.geometry.inputs if self.cross else SPLIT
+        for i in range(0, self.geometry.inputs, block):
+            j = i + block
+            left, right = (rows_t, rows_s) if self.cross else (rows_s[..., i:j], rows_s[..., i:])
+            if j >= self.geometry.inputs and not self.cross:
+                left = right
+            self.gram[:, i:j, 0 if self.cross else i :] += _product(left, right)
+
+    def _gather(self, windows: Tensor, first: int, last: int) -> Tensor:
+        """Rows [G, rows, taps · C/G] of the windows' output rows first … last of the grid."""
+        if self.step == (1, 1):
+            return _by_group(windows[:, first:last], self.geometry.groups)
+        chosen = []
+        for k in range(windows.shape[0]):  # the grid's phase moves from image to image, so that all positions count
+            image = self.images + k
+            phase = image % self.step[0], image // self.step[0] % self.step[1]
+            grid = windows[k : k + 1, phase[0] :: self.step[0], phase[1] :: self.step[1]]
+            chosen.append(_by_group(grid[:, first:last], self.geometry.groups))
+        return torch.cat(chosen, 1)
+
+    def totals(self) -> _Totals:
+        gram = self.gram if self.cross else _mirrored(self.gram)
+        taps = math.prod(self.geometry.kernel)
+        c_t, c_s = (c.double().reshape(self.geometry.groups, 1, -1).repeat(1, taps, 1).flatten(1) for c in self.shifts)
+        z_t, z_s = self.sums
+        x_s = z_s + self.count * c_s
+        undone = gram + z_t[:, :, None] * c_s[:, None] + c_t[:, :, None] * x_s[:, None]
+        return _Totals(self.count, z_t + self.count * c_t, x_s, undone)
+
+
+def _grid_step(out: tuple[int, int], positions: int | None) -> tuple[int, int]:
+    """Steps of a regular grid that has at most `positions` points whatever its phase."""
+    step = [1, 1]
+    while positions is not None:
+        points = [-(-out[0] // step[0]), -(-out[1] // step[1])]
+        if math.prod(points) <= positions:
+            break
+        step[0 if points[0] >= points[1] else 1] += 1
+    return step[0], step[1]
+
+
+def _pieces(images: int, rows: int, row_bytes: int, limit: int) -> tuple[int, int]:
+    """How many images, and how many of their rows, to take at once so as to stay below `limit` bytes."""
+    if rows * row_bytes <= limit:
+        return max(1, min(images, limit // max(1, rows * row_bytes))), rows
+    return 1, max(1, limit // row_bytes)
+
+
+def _by_group(windows: Tensor, groups: int) -> Tensor:
+    """Windows [N, Ho, Wo, kh, kw, C] as [G, N · Ho · Wo, kh · kw · C/G]."""
+    n, rows, columns, kh, kw, channels = windows.shape
+    split = (
+        windows.reshape(n, rows, columns, kh, kw, groups, channels // groups) if groups > 1 else windows[..., None, :]
+    )
+    return split.permute(5, 0, 1, 2, 3, 4, 6).reshape(groups, n * rows * columns, -1)
+
+
+def _mirrored(gram: Tensor) -> Tensor:
+    """The symmetric matrices of which the upper triangle is given."""
+    upper = gram.triu()
+    return upper + upper.triu(1).transpose(1, 2)
+
+
+def _product_sums(product: Tensor, starts: list[int], length: int) -> Tensor:
+    """Sums over images and over columns start … start + length of [N, rows, columns, C]: [len(starts), rows, C].
+
+    The whole is summed once; each window is what remains without the thin strips outside.
+    """
+    whole = product.sum((0, 2))
+    sums = []
+    for start in starts:
+        window = whole
+        if start:
+            window = window - product[:, :, :start].sum((0, 2))
+        if start + length < product.shape[2]:
+            window = window - product[:, :, start + length :].sum((0, 2))
+        sums.append(window)
+    return torch.stack(sums)
+
+
+@dataclass(frozen=True)
+class _PairClass:
+    """Pairs of taps of one axis, the second `shift` pixels after the first, whose first taps share a phase.
+
+    pairs: (first tap, second tap, start): its window is start … start + out of the positions
+    `first + stride · t`, t = 0 … extent.
+    """
+
+    shift: int
+    first: int
+    extent: int
+    pairs: list[tuple[int, int, int]]
+
+
+def _pair_classes(kernel: int, stride: int, dilation: int, out: int) -> list[_PairClass]:
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for i in range(kernel):
+        for j in range(kernel):
+            found.setdefault(((j - i) * dilation, i * dilation % stride), []).append((i, j))
+    classes = []
+    for (shift, _), pairs in found.items():
+        first = pairs[0][0] * dilation
+        starts = [(i, j, (i * dilation - first) // stride) for i, j in pairs]
+        classes.append(_PairClass(shift, first, starts[-1][2] + out, starts))
+    return classes
+
+
+class _Depthwise:
+    """One channel a group: each pair of taps is a product of the image with itself, shifted and summed.
+
+    Pairs with the same shift share the product and differ in what their windows leave out.
+    """
+
+    def __init__(self, geometry: Geometry, size: tuple[int, int], cross: bool, device: torch.device) -> None:
+        self.geometry, self.cross = geometry, cross
+        self.out = geometry.output_size(*size)
+        axes = [
+            _pair_classes(*axis)
+            for axis in zip(geometry.kernel, geometry.stride, geometry.dilation, self.out, strict=True)
+        ]
+        self.classes = [
+            (y, x) for y in axes[0] for x in axes[1] if cross or y.shift > 0 or (y.shift == 0 and x.shift >= 0)
+        ]
+        self.sums: list[Tensor | None] = [None] * len(self.classes)  # float64 [pairs of x, extent of y, C]
+        self.means = (MeanAccumulator(geometry, device), MeanAccumulator(geometry, device))
+
+    def add(self, teacher: Tensor, student: Tensor) -> None:
+        height, width = student.shape[1] + sum(self.geometry.padding[:2]), student.shape[2]
+        images, rows = _pieces(student.shape[0], height, 4 * width * student.shape[3], CACHE_BYTES)
+        for i in range(0, student.shape[0], images):
+            s = _pad(student[i : i + images], self.geometry)
+            t = s if teacher is student else _pad(teacher[i : i + images], self.geometry)
+            for k, (y, x) in enumerate(self.classes):
+                self._add_class(k, t, s, y, x, -(-rows // self.geometry.stride[0]))
+        self.means[1].add_frame(student)
+        self.means[0].add_frame(teacher)
+
+    def _add_class(self, k: int, t: Tensor, s: Tensor, y: _PairClass, x: _PairClass, rows: int) -> None:
+        """Add the products of one class of pairs, some rows at a time so that they stay in the cache."""
+        a = self._view(t, y.first, x.first, y.extent, x.extent)
+        b = self._view(s, y.first + y.shift, x.first + x.shift, y.extent, x.extent)
+        starts = [start for _, _, start in x.pairs]
+        bands = [
+            _product_sums(a[:, r : r + rows] * b[:, r : r + rows], starts, self.out[1])
+            for r in range(0, y.extent, rows)
+        ]
+        part = torch.cat(bands, 1).double()
+        before = self.sums[k]
+        self.sums[k] = part if before is None else before.add_(part)
+
+    def _view(self, frame: Tensor, y: int, x: int, rows: int, columns: int) -> Tensor:
+        sy, sx = self.geometry.stride
+        return frame[:, y : y + (rows - 1) * sy + 1 : sy, x : x + (columns - 1) * sx + 1 : sx]
+
+    def totals(self) -> _Totals:
+        kw = self.geometry.kernel[1]
+        taps = self.geometry.inputs
+        count, teacher = self.means[0].result()
+        _, student = self.means[1].result()
+        gram = torch.zeros(self.geometry.groups, taps, taps, dtype=torch.float64, device=teacher.device)
+        for (y, x), sums in zip(self.classes, self.sums, strict=True):
+            assert sums is not None
+            for i1, i2, start in y.pairs:
+                blocks = sums[:, start : start + self.out[0]].sum(1)
+                for (j1, j2, _), block in zip(x.pairs, blocks, strict=True):
+                    gram[:, i1 * kw + j1, i2 * kw + j2] = block
+                    if not self.cross:
+                        gram[:, i2 * kw + j2, i1 * kw + j1] = block
+        return _Totals(count, teacher * count, student * count, gram)
+
+
+class _Axis:
+    """One axis of a convolution, its stride turned into phases: pixel `phase + stride · r` is entry r of the phase.
+
+    Attributes:
+        taps: of each tap the index of its phase and the entry that output 0 reads (negative in the padding).
+        lengths: entries of each phase that the image has and some tap reads; `length` is the longest.
+        shifts: all differences of two taps' entries.
+        edges: entries (phase, entry) that some pair of taps leaves out, before and after the windows.
+    """
+
+    def __init__(self, size: int, kernel: int, stride: int, dilation: int, before: int, out: int) -> None:
+        offsets = [i * dilation - before for i in range(kernel)]
+        self.stride, self.out = stride, out
+        self.phases = sorted({offset % stride for offset in offsets})
+        self.taps = [(self.phases.index(offset % stride), offset // stride) for offset in offsets]
+        self.lengths = []
+        for k, phase in enumerate(self.phases):
+            read = max(start + out for index, start in self.taps if index == k)
+            self.lengths.append(max(0, min(-(-(size - phase) // stride), read)))
+        self.length = max(1, *self.lengths)
+        self.shifts = sorted({b - a for _, a in self.taps for _, b in self.taps})
+        self.transform = _fast_length(self.length + self.shifts[-1])
+        self.edges: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+        for i in range(kernel):
+            for j in range(kernel):
+                for side, pairs in enumerate(self.left_out(i, j)):
+                    for entry in (entry for pair in pairs for entry in pair):
+                        if entry not in self.edges[side]:
+                            self.edges[side].append(entry)
+
+    def shift(self, i: int, j: int) -> int:
+        """Entries from tap i to tap j."""
+        return self.taps[j][1] - self.taps[i][1]
+
+    def left_out(self, i: int, j: int) -> list[list[tuple[tuple[int, int], tuple[int, int]]]]:
+        """Pairs of entries that the two phases have but the window of taps (i, j) does not: before it, after it."""
+        (p, start), (q, _) = self.taps[i], self.taps[j]
+        shift = self.shift(i, j)
+        low, high = max(0, -shift), min(self.lengths[p], self.lengths[q] - shift)
+        before, after = range(low, min(high, start)), range(max(low, start + self.out), high)
+        return [[((p, r), (q, r + shift)) for r in side] for side in (before, after)]
+
+    def embed(self, phase: int) -> slice:
+        """The pixels that are the entries of a phase."""
+        first = self.phases[phase]
+        return slice(first, first + self.stride * (self.lengths[phase] - 1) + 1, self.stride)
+
+
+def _fast_length(least: int) -> int:
+    """The next even length whose prime factors are 2, 3 and 5, which Fourier transforms are fast at."""
+    length = least + least % 2
+    while True:
+        rest = length
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return length
+        length += 2
+
+
+class _Plan:
+    """What `_Lags` will do for images of one size: shifts, border strips, and its cost."""
+
+    def __init__(self, geometry: Geometry, size: tuple[int, int], cross: bool) -> None:
+        self.geometry, self.size, self.cross = geometry, size, cross
+        top, _, left, _ = geometry.padding
+        out = geometry.output_size(*size)
+        self.y = _Axis(size[0], geometry.kernel[0], geometry.stride[0], geometry.dilation[0], top, out[0])
+        self.x = _Axis(size[1], geometry.kernel[1], geometry.stride[1], geometry.dilation[1], left, out[1])
+        self.shifts = [
+            (sy, sx) for sy in self.y.shifts for sx in self.x.shifts if cross or sy > 0 or (sy == 0 and sx >= 0)
+        ]
+        self.channels = geometry.in_channels // geometry.groups
+        self.phases = len(self.y.phases) * len(self.x.phases)
+        self.frequencies = self.y.transform * (self.x.transform // 2 + 1)
+        self.width = self.phases * self.channels
+
+    def line_shifts(self, axis: _Axis) -> list[int]:
+        """Shifts along a strip; a plain Gram gets the negative ones by transposing."""
+        return [shift for shift in axis.shifts if self.cross or shift >= 0]
+
+    def cost(self) -> float:
+        """Multiplications per image, in the units of `_im2col_cost`."""
+        per_frequency = (4 if self.cross else 3) + len(self.shifts) * 2.0 / SPECTRA_IMAGES
+        total = self.frequencies * (per_frequency * max(self.width, 24) ** 2 + 300.0 * self.width)
+        for across, along in ((self.y, self.x), (self.x, self.y)):
+            for edge in across.edges:
+                width = len(edge) * len(along.phases) * self.channels
+                total += len(self.line_shifts(along)) * along.length * max(width, 24) ** 2
+        for edge_y in self.y.edges:
+            for edge_x in self.x.edges:
+                total += max(len(edge_y) * len(edge_x) * self.channels, 24) ** 2
+        return total * self.geometry.groups
+
+
+class _Lags:
+    """The Gram from the image's autocorrelation at the shifts between taps, less what the borders leave out.
+
+    With S[s] = Σ_p z[p] z[p + s]ᵀ over a whole image, zero outside, the block of taps (o1, o2) is S[o2 − o1] less
+    the pairs of pixels outside the window of o1. Those lie in a few rows and columns along the border, whose own
+    autocorrelations along the border are summed too; where a row and a column cross, they were taken off twice.
+    """
+
+    def __init__(self, plan: _Plan, shifts: tuple[Tensor, Tensor]) -> None:
+        self.plan, self.shifts = plan, shifts
+        self.device = shifts[0].device
+        self.means = (MeanAccumulator(plan.geometry, self.device), MeanAccumulator(plan.geometry, self.device))
+        self.spectra = _Spectra(plan, self.device)
+        self.strips: dict[tuple[str, int], Tensor] = {}  # (axis across, side): float64 [shifts along, G, P, P]
+        self.corners: dict[tuple[int, int], Tensor] = {}  # (side of y, side of x): float64 [G, P, P]
+
+    def add(self, teacher: Tensor, student: Tensor) -> None:
+        limit = max(1, SPECTRA_BYTES // (16 * self.plan.frequencies * self.plan.width * self.plan.geometry.groups))
+        for i in range(0, student.shape[0], limit):
+            s = self._embed(student[i : i + limit], self.shifts[1])
+            t = s if teacher is student else self._embed(teacher[i : i + limit], self.shifts[0])
+            self.spectra.add(t, s)
+            self._add_borders(t, s)
+        self.means[1].add_frame(student)
+        self.means[0].add_frame(teacher)
+
+    def _embed(self, frame: Tensor, shift: Tensor) -> Tensor:
+        """Frame [N, H, W, C] less the shift, as [G, N, y, x, phases of y, phases of x, C/G]."""
+        plan = self.plan
+        groups, y, x = plan.geometry.groups, plan.y, plan.x
+        if plan.phases == 1 and groups == 1 and not plan.y.phases[0] and not plan.x.phases[0]:
+            return (frame[:, y.embed(0), x.embed(0)] - shift)[None, :, :, :, None, None]
+        shape = (groups, frame.shape[0], y.length, x.length, len(y.phases), len(x.phases), plan.channels)
+        out = torch.zeros(shape, device=self.device)
+        split = frame.unflatten(3, (groups, plan.channels)).permute(3, 0, 1, 2, 4)
+        by_group = shift.reshape(groups, 1, 1, 1, plan.channels)
+        for p, rows in enumerate(y.lengths):
+            for q, columns in enumerate(x.lengths):
+                if rows and columns:
+                    torch.sub(split[:, :, y.embed(p), x.embed(q)], by_group, out=out[:, :, :rows, :columns, p, q])
+        return out
+
+    def _add_borders(self, t: Tensor, s: Tensor) -> None:
+        plan = self.plan
+        for name, across, along in (("y", plan.y, plan.x), ("x", plan.x, plan.y)):
+            for side in range(2):
+                if across.edges[side]:
+                    part = self._strip(t, s, name, across.edges[side], plan.line_shifts(along))
+                    _accumulate(self.strips, (name, side), part)
+        for i, edge_y in enumerate(plan.y.edges):
+            for j, edge_x in enumerate(plan.x.edges):
+                if edge_y and edge_x:
+                    a = _corner(t, edge_y, edge_x)
+                    _accumulate(self.corners, (i, j), _product(a, a if t is s else _corner(s, edge_y, edge_x)))
+
+    def _strip(self, t: Tensor, s: Tensor, name: str, edge: list[tuple[int, int]], shifts: list[int]) -> Tensor:
+        """Autocorrelation along a strip: [shifts, G, P, P] with P = entries · phases along · C/G."""
+        a = _lines(t, name, edge)
+        b = a if t is s else _lines(s, name, edge)
+        length, products = a.shape[2], []
+        for shift in shifts:
+            low, high = max(0, -shift), min(length, length - shift)
+            if low >= high:
+                products.append(torch.zeros(a.shape[0], a.shape[3], a.shape[3], device=a.device))
+                continue
+            left = a[:, :, low:high].flatten(1, 2)
+            right = left if a is b and not shift else b[:, :, low + shift : high + shift].flatten(1, 2)
+            products.append(_product(left, right))
+        return torch.stack(products)
+
+    def totals(self) -> _Totals:
+        plan = self.plan
+        groups, kw = plan.geometry.groups, plan.geometry.kernel[1]
+        taps, channels = math.prod(plan.geometry.kernel), plan.channels
+        self.spectra.flush()
+        restore = _Restore(plan.geometry, plan.size, self.means, self.shifts)
+        gram = torch.empty(groups, taps, channels, taps, channels, dtype=torch.float64, device=self.device)
+        for o1 in range(taps):
+            for o2 in range(0 if plan.cross else o1, taps):
+                block = self._block(*divmod(o1, kw), *divmod(o2, kw)) + restore.block(o1, o2)
+                gram[:, o1, :, o2] = block
+                if not plan.cross and o1 != o2:
+                    gram[:, o2, :, o1] = block.transpose(1, 2)
+        sums = [mean.patch_sum().reshape(taps, groups, channels).transpose(0, 1).flatten(1) for mean in self.means]
+        return _Totals(self.means[0].count, sums[0], sums[1], gram.reshape(groups, taps * channels, taps * channels))
+
+    def _block(self, i1: int, j1: int, i2: int, j2: int) -> Tensor:
+        """The block of z of taps (i1, j1) and (i2, j2): [G, C/G, C/G]."""
+        y, x = self.plan.y, self.plan.x
+        (py1, _), (py2, _), (px1, _), (px2, _) = y.taps[i1], y.taps[i2], x.taps[j1], x.taps[j2]
+        sy, sx = y.shift(i1, i2), x.shift(j1, j2)
+        columns = len(x.phases)
+        total = self._lag((sy, sx), py1 * columns + px1, py2 * columns + px2).clone()
+        out_y, out_x = y.left_out(i1, i2), x.left_out(j1, j2)
+        for side in range(2):
+            for a, b in out_y[side]:
+                total -= self._line("y", side, sx, x, (y.edges[side].index(a), px1), (y.edges[side].index(b), px2))
+            for a, b in out_x[side]:
+                total -= self._line("x", side, sy, y, (x.edges[side].index(a), py1), (x.edges[side].index(b), py2))
+            for other in range(2):
+                for a, b in out_y[side]:
+                    for c, d in out_x[other]:
+                        total += self._corner(side, other, (a, c), (b, d))
+        return total
+
+    def _lag(self, shift: tuple[int, int], p: int, q: int) -> Tensor:
+        if shift in self.plan.shifts:
+            return self._part(self.spectra.lags[self.plan.shifts.index(shift)], p, q)
+        return self._lag((-shift[0], -shift[1]), q, p).transpose(1, 2)
+
+    def _line(self, name: str, side: int, shift: int, along: _Axis, a: tuple[int, int], b: tuple[int, int]) -> Tensor:
+        shifts = self.plan.line_shifts(along)
+        if shift not in shifts:
+            return self._line(name, side, -shift, along, b, a).transpose(1, 2)
+        phases = len(along.phases)
+        return self._part(self.strips[name, side][shifts.index(shift)], a[0] * phases + a[1], b[0] * phases + b[1])
+
+    def _corner(
+        self,
+        side_y: int,
+        side_x: int,
+        a: tuple[tuple[int, int], tuple[int, int]],
+        b: tuple[tuple[int, int], tuple[int, int]],
+    ) -> Tensor:
+        edge_y, edge_x = self.plan.y.edges[side_y], self.plan.x.edges[side_x]
+        p, q = (edge_y.index(entry[0]) * len(edge_x) + edge_x.index(entry[1]) for entry in (a, b))
+        return self._part(self.corners[side_y, side_x], p, q)
+
+    def _part(self, matrix: Tensor, p: int, q: int) -> Tensor:
+        """Block (p, q) of [G, P · C/G, P · C/G]."""
+        c = self.plan.channels
+        return matrix[:, p * c : (p + 1) * c, q * c : (q + 1) * c]
+
+
+def _accumulate(store: dict[_Key, Tensor], key: _Key, part: Tensor) -> None:
+    store[key] = store[key].add_(part) if key in store else part.double()
+
+
+def _lines(z: Tensor, name: str, edge: list[tuple[int, int]]) -> Tensor:
+    """The border's rows ("y") or columns ("x") as images of one line: [G, N, length, entries · phases · C/G]."""
+    if name == "y":
+        lines = [z[:, :, entry, :, phase] for phase, entry in edge]
+    else:
+        lines = [z[:, :, :, entry, :, phase] for phase, entry in edge]
+    return torch.stack(lines, 3).flatten(3)
+
+
+def _corner(z: Tensor, edge_y: list[tuple[int, int]], edge_x: list[tuple[int, int]]) -> Tensor:
+    """The pixels where border rows and columns cross: [G, N, entries · C/G]."""
+    pixels = [z[:, :, row, column, p, q] for p, row in edge_y for q, column in edge_x]
+    return torch.stack(pixels, 2).flatten(2)
+
+
+class _Spectra:
+    """Autocorrelations S[s] of whole images through their Fourier transforms: Σ_f conj(Z_t) Z_sᵀ e^{2πi f s}.
+
+    Spectra wait until there are enough images for an efficient product a frequency. Transforms are of real
+    images, so half of the frequencies suffice, and at least `shift` longer than the image, so nothing wraps round.
+    """
+
+    def __init__(self, plan: _Plan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        groups, width = plan.geometry.groups, plan.width
+        self.lags = torch.zeros(len(plan.shifts), groups, width, width, dtype=torch.float64, device=device)
+        per_image = 8 * plan.frequencies * groups * width
+        self.capacity = max(1, min(SPECTRA_IMAGES, SPECTRA_BYTES // per_image))
+        self.waiting: list[Tensor] = []  # buffers [frequencies, G, capacity, 2, width]: real and imaginary parts
+        self.filled = 0
+        self.cosines, self.sines = _waves(plan, device)
+
+    def add(self, t: Tensor, s: Tensor) -> None:
+        """Take in embedded images [G, N, y, x, …]; N is at most the capacity's order of magnitude."""
+        streams = [s] if t is s else [s, t]
+        if not self.waiting:
+            shape = (self.plan.y.transform, -1, self.plan.geometry.groups, self.capacity, 2, self.plan.width)
+            size = self.plan.frequencies * math.prod(shape[2:])
+            self.waiting = [torch.empty(size, device=self.device).reshape(shape) for _ in streams]
+        done = 0
+        while done < s.shape[1]:
+            take = min(self.capacity - self.filled, s.shape[1] - done)
+            for buffer, z in zip(self.waiting, streams, strict=True):
+                length = (self.plan.y.transform, self.plan.x.transform)
+                spectrum = torch.fft.rfft2(z[:, done : done + take].flatten(4), s=length, dim=(2, 3))
+                parts = torch.view_as_real(spectrum).permute(2, 3, 0, 1, 5, 4)
+                buffer[:, :, :, self.filled : self.filled + take] = parts
+            self.filled += take
+            done += take
+            if self.filled == self.capacity:
+                self.flush()
+
+    def flush(self) -> None:
+        """Turn the waiting spectra into products, and these back into shifts, some frequencies at a time."""
+        if not self.filled:
+            return
+        groups, width = self.plan.geometry.groups, self.plan.width
+        images = [buffer.flatten(0, 1)[:, :, : self.filled] for buffer in self.waiting]
+        step = max(4, min(self.plan.frequencies, PATCH_BYTES // (4 * groups * width**2)))
+        even, odd = (torch.zeros(len(self.plan.shifts), groups * width**2, device=self.device) for _ in range(2))
+        for f in range(0, self.plan.frequencies, step):
+            piece = [image[f : f + step] for image in images]
+            real, imaginary = _cross_spectrum(*piece) if len(piece) == 2 else _power_spectrum(piece[0])
+            even.addmm_(self.cosines[:, f : f + step], real.reshape(-1, groups * width**2))
+            odd.addmm_(self.sines[:, f : f + step], imaginary.reshape(-1, groups * width**2))
+        odd = odd.reshape(self.lags.shape)
+        self.lags += even.reshape(self.lags.shape)
+        self.lags -= odd
+        if len(self.waiting) == 1:
+            self.lags += odd.transpose(2, 3)
+        self.filled = 0
+
+
+def _power_spectrum(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Of spectra [F, G, N, 2, P]: the real part of Σ conj(z) zᵀ, and B with imaginary part B − Bᵀ."""
+    both = z.flatten(2, 3)
+    return _product(both, both), _product(z[:, :, :, 0], z[:, :, :, 1])
+
+
+def _cross_spectrum(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of Σ conj(teacher) studentᵀ."""
+    turned = torch.stack((student[:, :, :, 1], -student[:, :, :, 0]), 3)
+    left = teacher.flatten(2, 3)
+    return _product(left, student.flatten(2, 3)), _product(left, turned.flatten(2, 3))
+
+
+def _waves(plan: _Plan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of f · shift, weighted for the half of the frequencies that is missing: float32 [shifts, F]."""
+    rows, columns = plan.y.transform, plan.x.transform
+    f_y = torch.arange(rows, dtype=torch.float64)[:, None] / rows
+    f_x = torch.arange(columns // 2 + 1, dtype=torch.float64)[None] / columns
+    weight = torch.full((columns // 2 + 1,), 2.0, dtype=torch.float64)
+    weight[0] = weight[-1] = 1.0  # `columns` is even, so the last frequency is its own mirror image
+    angles = torch.stack([2 * math.pi * (f_y * sy + f_x * sx) for sy, sx in plan.shifts])
+    scaled = (weight / (rows * columns)).expand(angles.shape)
+    cosines, sines = ((wave * scaled).flatten(1).float().to(device) for wave in (angles.cos(), angles.sin()))
+    return cosines, sines
+
+
+class _Restore:
+    """What `z = x − c` inside the image, 0 outside, leaves out of x xᵀ; from the sums of the images by position.
+
+    With m(o) = 1 where tap o is inside the image: x_o1 x_o2ᵀ = z_o1 z_o2ᵀ + z_o1 m(o2) cᵀ + c m(o1) z_o2ᵀ + m m c cᵀ.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        size: tuple[int, int],
+        means: tuple[MeanAccumulator, MeanAccumulator],
+        shifts: tuple[Tensor, Tensor],
+    ) -> None:
+        self.shifts = [shift.double().reshape(geometry.groups, -1) for shift in shifts]
+        inside = _windows(
+            _pad(torch.ones(1, *size, 1, dtype=torch.float64, device=shifts[0].device), geometry), geometry
+        )
+        masks = inside.flatten(0, 2).flatten(1)  # rows, taps
+        images = means[0].images(size)
+        self.both_inside = images * (masks.T @ masks)
+        self.partial = [
+            _masked_sums(mean.sum_of(size) - images * shift.double(), masks, geometry)
+            for mean, shift in zip(means, shifts, strict=True)
+        ]
+
+    def block(self, o1: int, o2: int) -> Tensor:
+        """What to add to the block of z: [G, C/G, C/G]."""
+        c_t, c_s = self.shifts
+        left = self.partial[0][o1, o2] + self.both_inside[o1, o2] * c_t
+        return left[:, :, None] * c_s[:, None] + c_t[:, :, None] * self.partial[1][o2, o1][:, None]
+
+
+def _masked_sums(image: Tensor, masks: Tensor, geometry: Geometry) -> Tensor:
+    """Σ over rows of tap o1's pixel where tap o2 is inside: [taps, taps, G, C/G] of a sum of images [H, W, C]."""
+    kh, kw = geometry.kernel
+    windows = _windows(_pad(image[None], geometry), geometry)[0]
+    taps = [windows[:, :, i, j].flatten(0, 1) for i in range(kh) for j in range(kw)]
+    return torch.stack([masks.T @ tap for tap in taps]).unflatten(2, (geometry.groups, -1))
