@@ -30,9 +30,8 @@ from coraq.testing.oracles import hook_count, state_digest
 
 Metrics = dict[str, float | int | str]
 Granularity = Literal["channel", "tensor"]
-# A network that answers zero has relative error 1, one whose weights are halved in every layer about as much; 8 bits
-# on the coarsest sensible levels, powers of two, lose 7 to 15 % of a weight.
-WORST_ERROR_AT_8_BITS = 0.5
+# Measured: nearest rounding errs by 2 to 5 % here, sums of powers of two by 4 %, halved scales by 99.8 %.
+WORST_ERROR_AT_8_BITS = 0.25
 
 
 def assert_conforms(
@@ -63,7 +62,7 @@ def assert_conforms(
             if width >= 8:
                 _require(
                     error <= WORST_ERROR_AT_8_BITS,
-                    f"{case}: the network's output is off by {100 * error:.0f} % at 8 bits",
+                    f"{case}: how the output varies is off by {100 * error:.0f} % at 8 bits",
                     "8 bits should lose next to nothing: compare dequantize() with layer.weight, scale and zero point.",
                 )
                 _require(
@@ -307,12 +306,15 @@ def _check_options(method: type[Quantizer]) -> None:
 
 
 def _check_grid(bench: _Bench, bits: int, symmetric: bool, granularity: Granularity) -> float:
-    """One width on one kind of grid; returns the relative output error."""
+    """One width on one kind of grid; returns the relative error of how the output varies from image to image.
+
+    The outputs' mean is taken out: bias correction makes it right whatever the weights are.
+    """
     scheme = Scheme(bits=bits, symmetric=symmetric, granularity=granularity)
     case = _describe(bits, symmetric, granularity)
     outcome = bench.run(scheme, bench.batches(), case)
     _check_commits(bench, scheme, outcome, case)
-    images = random_images(4, seed=2)
+    images = random_images(32, seed=2)
     with torch.no_grad():
         expected, got = bench.teacher(images), outcome.student(images)
     _require(
@@ -330,7 +332,7 @@ def _check_grid(bench: _Bench, bits: int, symmetric: bool, granularity: Granular
         f"{bench.name}, {case}: the network that was written and read back gives other outputs",
         "Hand everything over through commit(); do not change task.student yourself.",
     )
-    return relative_error(got, expected)
+    return relative_error(got - got.mean(0), expected - expected.mean(0))
 
 
 def _check_commits(bench: _Bench, scheme: Scheme, outcome: _Outcome, case: str) -> None:
