@@ -27,7 +27,8 @@ from coraq.api import (
 from coraq.core.rounding import Problem, Rounding, descend, factorise, feedback, nearest, pack, prepare, search
 
 PAPER = {"grid": "minmax", "start": "float", "order": "cyclic", "sweeps": 3, "tolerance": 0.0, "guard": False}
-FACTORS = (0.95, 1.0, 1.05, 0.9, 0.85, 1.1, 0.8, 0.75, 1.2, 1.15, 0.7, 1.3, 0.65, 0.6)  # on the scale, likeliest first
+SPAN = (1.25, 0.65)  # scales tried, as shares of that of least weight error: wider gained nothing
+FEW_INPUTS = 64  # up to here (depthwise layers) a range costs nothing to try, and four times as many are
 
 
 class COMQ:
@@ -46,7 +47,9 @@ class COMQ:
             default="search",
             description="range of each channel: searched on the output error, least weight error, or the extremes",
         )
-        candidates: int = Field(default=9, ge=1, le=len(FACTORS), description="search: number of ranges tried")
+        candidates: int = Field(
+            default=9, ge=1, description="search: number of ranges tried, four times as many where inputs are few"
+        )
         start: Literal["gptq", "nearest", "float"] = Field(
             default="gptq",
             description="codes before the first sweep: GPTQ's, the nearest, or unrounded (first sweep only)",
@@ -109,9 +112,20 @@ class COMQ:
     def _start(self, problem: Problem, squares: LeastSquares, grid: Grid) -> Rounding:
         """Where the descent begins: the best of the candidate ranges, each rounded as `start` says."""
         config = self.config
-        factors = FACTORS[: config.candidates] if config.grid == "search" else (1.0,)
-        grids = [grid.scaled(factor) for factor in factors]
         if config.start != "gptq":
-            return search(problem, (nearest(problem, grid) for grid in grids))
+            return search(problem, (nearest(problem, grid) for grid in self._grids(grid, problem)))
         factor = factorise(problem, squares.gram, config.damping)
-        return search(problem, (feedback(problem, factor, grid) for grid in grids))
+        return search(problem, (feedback(problem, factor, grid) for grid in self._grids(grid, problem)))
+
+    def _grids(self, grid: Grid, problem: Problem) -> list[Grid]:
+        """The ranges to try; on an affine grid also with the zero point one step up and down."""
+        count = self.config.candidates
+        if self.config.grid != "search" or count == 1:
+            return [grid]
+        if problem.weight.shape[1] <= FEW_INPUTS:
+            count *= 4
+        high, low = SPAN
+        ranges = [grid.scaled(high + (low - high) * i / (count - 1)) for i in range(count)]
+        if not grid.symmetric:
+            ranges += [grid.shifted(by).scaled(factor) for by in (-1, 1) for factor in (0.9, 1.0, 1.1)]
+        return ranges
