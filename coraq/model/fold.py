@@ -232,11 +232,13 @@ def _plain_convolution(module: Any, same: bool) -> Any:
         dilation=module.dilation,
         groups=module.groups,
         bias=module.bias is not None,
+        device="meta",  # no memory, no draw from the global random state
         **({} if same else {"padding_mode": module.padding_mode}),
     )
+    # device and memory format of the original: a weight in another format is summed in another order
+    plain.weight = nn.Parameter(torch.empty_like(module.weight), requires_grad=False)
     if module.bias is not None:
-        plain.bias.copy_(module.bias)
-    plain.eval()
+        plain.bias = nn.Parameter(module.bias.clone(), requires_grad=False)
     return plain
 
 
@@ -263,7 +265,7 @@ def _remainder(norm: nn.Module) -> nn.Module:
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    setattr(model.get_submodule(parent), child, module.eval())
 
 
 @torch.no_grad()
