@@ -32,6 +32,7 @@ PATCH_BYTES = 16 << 20  # patches made at once (larger blocks are fresh pages ea
 SPECTRA_BYTES = 64 << 20  # spectra kept at once
 SPLIT = 512  # columns of a block of a Gram; blocks below the diagonal are mirrored
 CACHE_BYTES = 1 << 20  # elementwise work goes in pieces of this size
+FLUSHES = 8  # products of spectra summed in float32 before they go to float64
 SPECTRA_IMAGES = 64  # images whose spectra wait for one product: short products are slow
 
 
@@ -168,15 +169,23 @@ def _check(x: Tensor, geometry: Geometry) -> None:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """aᵀ b of [..., K, P] and [..., K, Q], float32."""
-    if _ONEDNN and a.device.type == "cpu" and a.dtype == torch.float32 and min(a.shape[-1], b.shape[-1]) >= 96:
-        if a.dim() == 2:
-            return _onednn_product(a, b)
-        if a.shape[-1] >= 192:
-            left, right = a.flatten(0, -3), b.flatten(0, -3)
-            parts = [_onednn_product(left[i], right[i]) for i in range(left.shape[0])]
-            return torch.stack(parts).reshape(*a.shape[:-2], a.shape[-1], b.shape[-1])
-    return a.transpose(-1, -2) @ b
+    """aᵀ b of [G, K, P] and [G, K, Q], float32."""
+    out = torch.empty(a.shape[0], a.shape[2], b.shape[2], device=a.device)
+    _products(a, b, out)
+    return out
+
+
+def _products(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write aᵀ b of [..., K, P] and [..., K, Q] to `out`, float32 and contiguous in all but the first axes."""
+    same = a is b
+    a, b, out = a.flatten(0, -3), b.flatten(0, -3), out.flatten(0, -3)
+    least = 96 if a.shape[0] == 1 else 192  # in a batch, MKL's small products have less overhead
+    if _ONEDNN and a.device.type == "cpu" and min(a.shape[2], b.shape[2]) >= least:
+        for i in range(a.shape[0]):
+            left = a[i]
+            out[i] = _onednn_product(left, left if same else b[i])
+    else:
+        torch.bmm(a.transpose(1, 2), b, out=out)
 
 
 def _onednn_product(a: Tensor, b: Tensor) -> Tensor:
@@ -428,7 +437,7 @@ class _Im2col:
         self.images = 0
 
     def add(self, teacher: Tensor, student: Tensor) -> None:
-        images, rows = _pieces(student.shape[0], self._rows_each(), 4 * self._row_entries(), PATCH_BYTES)
+        images, rows = _pieces(student.shape[0], self._rows_each(), 4 * self._row_entries(), self._limit())
         for i in range(0, student.shape[0], images):
             t, s = teacher[i : i + images], student[i : i + images]
             windows_s = self._windows(s, self.shifts[1])
@@ -436,6 +445,10 @@ class _Im2col:
             for y in range(0, self._rows_each(), rows):
                 self._add_rows(windows_t, windows_s, y, y + rows)
             self.images += s.shape[0]
+
+    def _limit(self) -> int:
+        """Bytes of patches to make at once: small enough for the cache, but many rows for each update of the Gram."""
+        return min(PATCH_BYTES, max(CACHE_BYTES, 32 * self.geometry.groups * self.geometry.inputs**2))
 
     def _rows_each(self) -> int:
         return -(-self.out[0] // self.step[0])
@@ -476,13 +489,13 @@ class _Im2col:
         return torch.cat(chosen, 1)
 
     def totals(self) -> _Totals:
-        gram = self.gram if self.cross else _mirrored(self.gram)
         taps = math.prod(self.geometry.kernel)
         c_t, c_s = (c.double().reshape(self.geometry.groups, 1, -1).repeat(1, taps, 1).flatten(1) for c in self.shifts)
         z_t, z_s = self.sums
         x_s = z_s + self.count * c_s
-        undone = gram + z_t[:, :, None] * c_s[:, None] + c_t[:, :, None] * x_s[:, None]
-        return _Totals(self.count, z_t + self.count * c_t, x_s, undone)
+        left, right = torch.stack((z_t, c_t), 2), torch.stack((c_s, x_s), 1)
+        gram = torch.baddbmm(self.gram, left, right)  # + z_t c_sᵀ + c_t x_sᵀ
+        return _Totals(self.count, z_t + self.count * c_t, x_s, gram if self.cross else _mirrored(gram))
 
 
 def _grid_step(out: tuple[int, int], positions: int | None) -> tuple[int, int]:
@@ -514,23 +527,22 @@ def _by_group(windows: Tensor, groups: int) -> Tensor:
 
 def _mirrored(gram: Tensor) -> Tensor:
     """The symmetric matrices of which the upper triangle is given."""
-    upper = gram.triu()
-    return upper + upper.triu(1).transpose(1, 2)
+    return gram.triu().add_(gram.triu(1).transpose(1, 2))
 
 
-def _product_sums(product: Tensor, starts: list[int], length: int) -> Tensor:
-    """Sums over images and over columns start … start + length of [N, rows, columns, C]: [len(starts), rows, C].
+def _window_sums(product: Tensor, starts: list[int], length: int) -> Tensor:
+    """Sums over images and over columns start … start + length of [rows, N, columns, C]: [len(starts), rows, C].
 
     The whole is summed once; each window is what remains without the thin strips outside.
     """
-    whole = product.sum((0, 2))
+    whole = product.flatten(1, 2).sum(1)
     sums = []
     for start in starts:
         window = whole
         if start:
-            window = window - product[:, :, :start].sum((0, 2))
+            window = window - product[:, :, :start].sum((1, 2))
         if start + length < product.shape[2]:
-            window = window - product[:, :, start + length :].sum((0, 2))
+            window = window - product[:, :, start + length :].sum((1, 2))
         sums.append(window)
     return torch.stack(sums)
 
@@ -582,32 +594,46 @@ class _Depthwise:
         self.means = (MeanAccumulator(geometry, device), MeanAccumulator(geometry, device))
 
     def add(self, teacher: Tensor, student: Tensor) -> None:
-        height, width = student.shape[1] + sum(self.geometry.padding[:2]), student.shape[2]
-        images, rows = _pieces(student.shape[0], height, 4 * width * student.shape[3], CACHE_BYTES)
-        for i in range(0, student.shape[0], images):
-            s = _pad(student[i : i + images], self.geometry)
-            t = s if teacher is student else _pad(teacher[i : i + images], self.geometry)
+        top, bottom, left, right = self.geometry.padding
+        n, height, width, channels = student.shape
+        height, width = height + top + bottom, width + left + right
+        images, rows = _pieces(n, height, 4 * width * channels, CACHE_BYTES)
+        frames = [torch.zeros(height, images, width, channels, device=student.device) for _ in range(2)]
+        scratch = torch.empty(rows * images * width * channels, device=student.device)
+        for i in range(0, n, images):
+            s = self._embed(student[i : i + images], frames[0])
+            t = s if teacher is student else self._embed(teacher[i : i + images], frames[1])
             for k, (y, x) in enumerate(self.classes):
-                self._add_class(k, t, s, y, x, -(-rows // self.geometry.stride[0]))
+                self._add_class(k, t, s, y, x, rows, scratch)
         self.means[1].add_frame(student)
         self.means[0].add_frame(teacher)
 
-    def _add_class(self, k: int, t: Tensor, s: Tensor, y: _PairClass, x: _PairClass, rows: int) -> None:
+    def _embed(self, frame: Tensor, padded: Tensor) -> Tensor:
+        """Copy a frame into one padded with zeros whose rows come first: [H + padding, N, W + padding, C]."""
+        n, height, width, _ = frame.shape
+        top, _, left, _ = self.geometry.padding
+        padded[top : top + height, :n, left : left + width] = frame.transpose(0, 1)
+        return padded[:, :n]
+
+    def _add_class(
+        self, k: int, t: Tensor, s: Tensor, y: _PairClass, x: _PairClass, rows: int, scratch: Tensor
+    ) -> None:
         """Add the products of one class of pairs, some rows at a time so that they stay in the cache."""
         a = self._view(t, y.first, x.first, y.extent, x.extent)
         b = self._view(s, y.first + y.shift, x.first + x.shift, y.extent, x.extent)
         starts = [start for _, _, start in x.pairs]
-        bands = [
-            _product_sums(a[:, r : r + rows] * b[:, r : r + rows], starts, self.out[1])
-            for r in range(0, y.extent, rows)
-        ]
+        bands = []
+        for r in range(0, y.extent, rows):
+            left, right = a[r : r + rows], b[r : r + rows]
+            product = scratch[: left.numel()].view(left.shape)
+            bands.append(_window_sums(torch.mul(left, right, out=product), starts, self.out[1]))
         part = torch.cat(bands, 1).double()
         before = self.sums[k]
         self.sums[k] = part if before is None else before.add_(part)
 
     def _view(self, frame: Tensor, y: int, x: int, rows: int, columns: int) -> Tensor:
         sy, sx = self.geometry.stride
-        return frame[:, y : y + (rows - 1) * sy + 1 : sy, x : x + (columns - 1) * sx + 1 : sx]
+        return frame[y : y + (rows - 1) * sy + 1 : sy, :, x : x + (columns - 1) * sx + 1 : sx]
 
     def totals(self) -> _Totals:
         kw = self.geometry.kernel[1]
@@ -647,7 +673,7 @@ class _Axis:
             self.lengths.append(max(0, min(-(-(size - phase) // stride), read)))
         self.length = max(1, *self.lengths)
         self.shifts = sorted({b - a for _, a in self.taps for _, b in self.taps})
-        self.transform = _fast_length(self.length + self.shifts[-1])
+        self.transform = _transform_length(self.length, self.shifts[-1])
         self.edges: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
         for i in range(kernel):
             for j in range(kernel):
@@ -674,17 +700,9 @@ class _Axis:
         return slice(first, first + self.stride * (self.lengths[phase] - 1) + 1, self.stride)
 
 
-def _fast_length(least: int) -> int:
-    """The next even length whose prime factors are 2, 3 and 5, which Fourier transforms are fast at."""
-    length = least + least % 2
-    while True:
-        rest = length
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return length
-        length += 2
+def _transform_length(length: int, shift: int) -> int:
+    """The shortest transform in which a shift does not wrap round, and odd, which saves `_waves` a special case."""
+    return (length + shift) // 2 * 2 + 1
 
 
 class _Plan:
@@ -701,7 +719,8 @@ class _Plan:
         ]
         self.channels = geometry.in_channels // geometry.groups
         self.phases = len(self.y.phases) * len(self.x.phases)
-        self.frequencies = self.y.transform * (self.x.transform // 2 + 1)
+        rows, columns = self.y.transform // 2, self.x.transform // 2
+        self.frequencies = (rows + 1) * (columns + 1) + rows * columns
         self.width = self.phases * self.channels
 
     def line_shifts(self, axis: _Axis) -> list[int]:
@@ -736,6 +755,7 @@ class _Lags:
         self.means = (MeanAccumulator(plan.geometry, self.device), MeanAccumulator(plan.geometry, self.device))
         self.spectra = _Spectra(plan, self.device)
         self.strips: dict[tuple[str, int], Tensor] = {}  # (axis across, side): float64 [shifts along, G, P, P]
+        self.lags = torch.empty(0)  # S[s] of everything added, from `totals` on
         self.corners: dict[tuple[int, int], Tensor] = {}  # (side of y, side of x): float64 [G, P, P]
 
     def add(self, teacher: Tensor, student: Tensor) -> None:
@@ -796,13 +816,13 @@ class _Lags:
         plan = self.plan
         groups, kw = plan.geometry.groups, plan.geometry.kernel[1]
         taps, channels = math.prod(plan.geometry.kernel), plan.channels
-        self.spectra.flush()
+        self.lags = self.spectra.lags()
         restore = _Restore(plan.geometry, plan.size, self.means, self.shifts)
         gram = torch.empty(groups, taps, channels, taps, channels, dtype=torch.float64, device=self.device)
         for o1 in range(taps):
             for o2 in range(0 if plan.cross else o1, taps):
-                block = self._block(*divmod(o1, kw), *divmod(o2, kw)) + restore.block(o1, o2)
-                gram[:, o1, :, o2] = block
+                block = restore.add(self._block(*divmod(o1, kw), *divmod(o2, kw)), o1, o2)
+                gram[:, o1, :, o2] = _mirrored(block) if not plan.cross and o1 == o2 else block
                 if not plan.cross and o1 != o2:
                     gram[:, o2, :, o1] = block.transpose(1, 2)
         sums = [mean.patch_sum().reshape(taps, groups, channels).transpose(0, 1).flatten(1) for mean in self.means]
@@ -829,7 +849,7 @@ class _Lags:
 
     def _lag(self, shift: tuple[int, int], p: int, q: int) -> Tensor:
         if shift in self.plan.shifts:
-            return self._part(self.spectra.lags[self.plan.shifts.index(shift)], p, q)
+            return self._part(self.lags[self.plan.shifts.index(shift)], p, q)
         return self._lag((-shift[0], -shift[1]), q, p).transpose(1, 2)
 
     def _line(self, name: str, side: int, shift: int, along: _Axis, a: tuple[int, int], b: tuple[int, int]) -> Tensor:
@@ -876,87 +896,127 @@ def _corner(z: Tensor, edge_y: list[tuple[int, int]], edge_x: list[tuple[int, in
 
 
 class _Spectra:
-    """Autocorrelations S[s] of whole images through their Fourier transforms: Σ_f conj(Z_t) Z_sᵀ e^{2πi f s}.
+    """Autocorrelations S[s] of whole images through their Fourier transforms: S[s] = Re Σ_f conj(Z_t) Z_sᵀ e^{−ifs}.
 
-    Spectra wait until there are enough images for an efficient product a frequency. Transforms are of real
-    images, so half of the frequencies suffice, and at least `shift` longer than the image, so nothing wraps round.
+    The transform is a product with cosines and sines along each axis, which at the sizes of feature maps is
+    quicker than a fast one. It is longer than the image by the largest shift, so that nothing wraps round; images
+    are real, so one of each pair of opposite frequencies suffices. Spectra wait until there are enough images for
+    an efficient product a frequency.
     """
 
     def __init__(self, plan: _Plan, device: torch.device) -> None:
         self.plan, self.device = plan, device
         groups, width = plan.geometry.groups, plan.width
-        self.lags = torch.zeros(len(plan.shifts), groups, width, width, dtype=torch.float64, device=device)
-        per_image = 8 * plan.frequencies * groups * width
-        self.capacity = max(1, min(SPECTRA_IMAGES, SPECTRA_BYTES // per_image))
-        self.waiting: list[Tensor] = []  # buffers [frequencies, G, capacity, 2, width]: real and imaginary parts
-        self.filled = 0
+        self.capacity = max(1, min(SPECTRA_IMAGES, SPECTRA_BYTES // (8 * plan.frequencies * groups * width)))
+        self.along_y, self.along_x = _transform(plan.y, device), _transform(plan.x, device)
         self.cosines, self.sines = _waves(plan, device)
+        self.waiting: list[Tensor] = []  # of each stream: real and imaginary parts [F, G, 2, capacity, width]
+        self.filled = 0
+        self.flushes = 0
+        self.step = min(plan.frequencies, max(8, CACHE_BYTES // (4 * groups * width**2)))
+        # sums that go with the cosines and with the sines: float32 over a few flushes, float64 over all
+        self.recent = torch.zeros(2, len(plan.shifts), groups * width**2, device=device)
+        self.sums: Tensor | None = None
 
     def add(self, t: Tensor, s: Tensor) -> None:
-        """Take in embedded images [G, N, y, x, …]; N is at most the capacity's order of magnitude."""
+        """Take in embedded images [G, N, y, x, …]."""
         streams = [s] if t is s else [s, t]
         if not self.waiting:
-            shape = (self.plan.y.transform, -1, self.plan.geometry.groups, self.capacity, 2, self.plan.width)
-            size = self.plan.frequencies * math.prod(shape[2:])
-            self.waiting = [torch.empty(size, device=self.device).reshape(shape) for _ in streams]
+            shape = (self.plan.frequencies, self.plan.geometry.groups, 2, self.capacity, self.plan.width)
+            self.waiting = [torch.empty(shape, device=self.device) for _ in streams]
         done = 0
         while done < s.shape[1]:
             take = min(self.capacity - self.filled, s.shape[1] - done)
             for buffer, z in zip(self.waiting, streams, strict=True):
-                length = (self.plan.y.transform, self.plan.x.transform)
-                spectrum = torch.fft.rfft2(z[:, done : done + take].flatten(4), s=length, dim=(2, 3))
-                parts = torch.view_as_real(spectrum).permute(2, 3, 0, 1, 5, 4)
-                buffer[:, :, :, self.filled : self.filled + take] = parts
+                self._transform(z[:, done : done + take].flatten(4), buffer[:, :, :, self.filled : self.filled + take])
             self.filled += take
             done += take
             if self.filled == self.capacity:
                 self.flush()
 
+    def _transform(self, z: Tensor, out: Tensor) -> None:
+        """Write the spectra of z [G, N, y, x, P] to `out` [F, G, 2, N, P]."""
+        rows, columns = self.along_y.shape[0] // 2, self.along_x.shape[0] // 2
+        part = self.along_x @ z
+        part = (self.along_y @ part.flatten(3)).unflatten(3, part.shape[3:])
+        waves = part.unflatten(3, (2, columns)).unflatten(2, (2, rows)).permute(2, 4, 3, 5, 0, 1, 6)
+        (cos_cos, cos_sin), (sin_cos, sin_sin) = waves  # along y, then along x: each [rows, columns, G, N, P]
+        plus = out[: rows * columns].unflatten(0, (rows, columns))
+        torch.sub(cos_cos, sin_sin, out=plus[:, :, :, 0])
+        torch.add(sin_cos, cos_sin, out=plus[:, :, :, 1])
+        if rows > 1 and columns > 1:  # the frequencies (−f_y, f_x); for f_y or f_x = 0 that is no new one
+            minus = out[rows * columns :].unflatten(0, (rows - 1, columns - 1))
+            torch.add(cos_cos[1:, 1:], sin_sin[1:, 1:], out=minus[:, :, :, 0])
+            torch.sub(cos_sin[1:, 1:], sin_cos[1:, 1:], out=minus[:, :, :, 1])
+
     def flush(self) -> None:
         """Turn the waiting spectra into products, and these back into shifts, some frequencies at a time."""
         if not self.filled:
             return
+        images = [buffer[:, :, :, : self.filled].contiguous() for buffer in self.waiting]
         groups, width = self.plan.geometry.groups, self.plan.width
-        images = [buffer.flatten(0, 1)[:, :, : self.filled] for buffer in self.waiting]
-        step = max(4, min(self.plan.frequencies, PATCH_BYTES // (4 * groups * width**2)))
-        even, odd = (torch.zeros(len(self.plan.shifts), groups * width**2, device=self.device) for _ in range(2))
-        for f in range(0, self.plan.frequencies, step):
-            piece = [image[f : f + step] for image in images]
-            real, imaginary = _cross_spectrum(*piece) if len(piece) == 2 else _power_spectrum(piece[0])
-            even.addmm_(self.cosines[:, f : f + step], real.reshape(-1, groups * width**2))
-            odd.addmm_(self.sines[:, f : f + step], imaginary.reshape(-1, groups * width**2))
-        odd = odd.reshape(self.lags.shape)
-        self.lags += even.reshape(self.lags.shape)
-        self.lags -= odd
-        if len(self.waiting) == 1:
-            self.lags += odd.transpose(2, 3)
+        scratch = torch.empty(2, self.step, groups, width, width, device=self.device)
+        for f in range(0, self.plan.frequencies, self.step):
+            piece = [image[f : f + self.step] for image in images]
+            products = scratch[:, : piece[0].shape[0]]
+            if len(piece) == 2:
+                _cross_spectrum(piece[1], piece[0], products)
+            else:
+                _power_spectrum(piece[0], products)
+            flat = products.flatten(2)
+            self.recent[0].addmm_(self.cosines[:, f : f + self.step], flat[0])
+            self.recent[1].addmm_(self.sines[:, f : f + self.step], flat[1])
         self.filled = 0
+        self.flushes += 1
+        if self.flushes % FLUSHES == 0:
+            self._settle()
+
+    def _settle(self) -> None:
+        self.sums = self.recent.double() if self.sums is None else self.sums.add_(self.recent)
+        self.recent.zero_()
+
+    def lags(self) -> Tensor:
+        """S[s] for the plan's shifts, float64 [shifts, G, P, P]."""
+        self.flush()
+        sums = self.recent.double() if self.sums is None else self.sums + self.recent
+        even, odd = sums.unflatten(2, (self.plan.geometry.groups, self.plan.width, self.plan.width))
+        even += odd
+        return even if self.plan.cross else even.sub_(odd.transpose(2, 3))
 
 
-def _power_spectrum(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Of spectra [F, G, N, 2, P]: the real part of Σ conj(z) zᵀ, and B with imaginary part B − Bᵀ."""
+def _power_spectrum(z: Tensor, out: Tensor) -> None:
+    """Of spectra [F, G, 2, N, P]: the real part of Σ conj(z) zᵀ, and B, whose B − Bᵀ is the imaginary part."""
     both = z.flatten(2, 3)
-    return _product(both, both), _product(z[:, :, :, 0], z[:, :, :, 1])
+    _products(both, both, out[0])
+    _products(z[:, :, 0], z[:, :, 1], out[1])
 
 
-def _cross_spectrum(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_spectrum(teacher: Tensor, student: Tensor, out: Tensor) -> None:
     """Real and imaginary part of Σ conj(teacher) studentᵀ."""
-    turned = torch.stack((student[:, :, :, 1], -student[:, :, :, 0]), 3)
+    turned = torch.stack((student[:, :, 1], -student[:, :, 0]), 2)
     left = teacher.flatten(2, 3)
-    return _product(left, student.flatten(2, 3)), _product(left, turned.flatten(2, 3))
+    _products(left, student.flatten(2, 3), out[0])
+    _products(left, turned.flatten(2, 3), out[1])
+
+
+def _transform(axis: _Axis, device: torch.device) -> Tensor:
+    """Cosines, then sines, of the frequencies 0 … transform / 2 at each entry: float32 [2 · frequencies, length]."""
+    frequencies = torch.arange(axis.transform // 2 + 1, dtype=torch.float64)
+    angles = 2 * math.pi / axis.transform * frequencies[:, None] * torch.arange(axis.length, dtype=torch.float64)
+    return torch.cat((angles.cos(), angles.sin())).float().to(device)
 
 
 def _waves(plan: _Plan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of f · shift, weighted for the half of the frequencies that is missing: float32 [shifts, F]."""
-    rows, columns = plan.y.transform, plan.x.transform
-    f_y = torch.arange(rows, dtype=torch.float64)[:, None] / rows
-    f_x = torch.arange(columns // 2 + 1, dtype=torch.float64)[None] / columns
-    weight = torch.full((columns // 2 + 1,), 2.0, dtype=torch.float64)
-    weight[0] = weight[-1] = 1.0  # `columns` is even, so the last frequency is its own mirror image
-    angles = torch.stack([2 * math.pi * (f_y * sy + f_x * sx) for sy, sx in plan.shifts])
-    scaled = (weight / (rows * columns)).expand(angles.shape)
-    cosines, sines = ((wave * scaled).flatten(1).float().to(device) for wave in (angles.cos(), angles.sin()))
-    return cosines, sines
+    """cos and sin of f · shift, times 2 for the opposite frequency: float32 [shifts, F], in the spectra's order."""
+    size_y, size_x = plan.y.transform, plan.x.transform
+    f_y, f_x = (torch.arange(size // 2 + 1, dtype=torch.float64) for size in (size_y, size_x))
+    half = torch.cartesian_prod(f_y, f_x)
+    other = torch.cartesian_prod(-f_y[1:], f_x[1:]).reshape(-1, 2)
+    frequencies = torch.cat((half, other)) * (2 * math.pi) / torch.tensor([size_y, size_x])
+    weight = torch.full((frequencies.shape[0],), 2.0, dtype=torch.float64) / (size_y * size_x)
+    weight[0] /= 2  # lengths are odd, so frequency 0 alone is its own opposite
+    angles = torch.tensor(plan.shifts, dtype=torch.float64) @ frequencies.T
+    return (angles.cos() * weight).float().to(device), (angles.sin() * weight).float().to(device)
 
 
 class _Restore:
@@ -984,11 +1044,11 @@ class _Restore:
             for mean, shift in zip(means, shifts, strict=True)
         ]
 
-    def block(self, o1: int, o2: int) -> Tensor:
-        """What to add to the block of z: [G, C/G, C/G]."""
+    def add(self, block: Tensor, o1: int, o2: int) -> Tensor:
+        """The block of x, given that of z: [G, C/G, C/G]."""
         c_t, c_s = self.shifts
-        left = self.partial[0][o1, o2] + self.both_inside[o1, o2] * c_t
-        return left[:, :, None] * c_s[:, None] + c_t[:, :, None] * self.partial[1][o2, o1][:, None]
+        left = torch.stack((self.partial[0][o1, o2] + self.both_inside[o1, o2] * c_t, c_t), 2)
+        return torch.baddbmm(block, left, torch.stack((c_s, self.partial[1][o2, o1]), 1))
 
 
 def _masked_sums(image: Tensor, masks: Tensor, geometry: Geometry) -> Tensor:

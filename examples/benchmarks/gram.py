@@ -117,9 +117,8 @@ def main() -> None:
     for name in args.models:
         total: Counter[str] = Counter()
         print(f"\n{name}: ms per micro-batch of {args.batch}; ratios to the convolution")
-        print(
-            f"{'convolution':38} {'times':>5} {'conv':>8} {'mean':>7} {'gram':>8} {'ratio':>6} {'result':>7} {'im2col':>8}"
-        )
+        heads = " ".join(f"{head:>8}" for head in ("conv", "mean", "gram", "ratio", "result", "im2col"))
+        print(f"{'convolution':38} {'times':>5} {heads}")
         for case, times in cases(name, args.image).items():
             took = measure(case, args.batch, args.repeat, args.im2col)
             total.update({key: times * value for key, value in took.items()})
@@ -130,10 +129,8 @@ def main() -> None:
 
 
 def line(label: str, times: int, took: dict[str, float] | Counter[str]) -> str:
-    return (
-        f"{label:38} {times:5} {took['conv']:8.1f} {took['mean']:7.2f} {took['gram']:8.1f} "
-        f"{took['gram'] / took['conv']:6.2f} {took['result']:7.0f} {took['im2col']:8.1f}"
-    )
+    numbers = (took["conv"], took["mean"], took["gram"], took["gram"] / took["conv"], took["result"], took["im2col"])
+    return f"{label:38} {times:5} " + " ".join(f"{number:8.2f}" for number in numbers)
 
 
 if __name__ == "__main__":
