@@ -134,9 +134,18 @@ class LayerStats:
         return cross
 
     def sample(self) -> tuple[Tensor, Tensor]:
-        """(teacher input, student input) of the first micro-batch, as the layer receives them."""
-        pairs: tuple[Tensor, Tensor] = self._timed(lambda: next(self._arrival.pairs()))
-        return pairs
+        """(teacher input, student input) of the first micro-batch, as the layer receives them (copies).
+
+        Copies, because a micro-batch that waits in a file is emptied again as soon as it has been visited.
+        """
+
+        def compute() -> tuple[Tensor, Tensor]:
+            for x, y in self._arrival.pairs():
+                return x.clone(), y.clone()
+            raise AssertionError("a pass has at least one micro-batch")
+
+        result: tuple[Tensor, Tensor] = self._timed(compute)
+        return result
 
 
 class CalibrationTask:
