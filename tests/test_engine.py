@@ -1,0 +1,480 @@
+"""The lock-step engine shows every layer exactly what an ordinary forward pass would, within its memory; and the
+calibration task that is built on it keeps its promises about means, errors and lifetimes."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from coraq.api import QuantizedLayer, minmax_grid
+from coraq.config import Scheme
+from coraq.errors import CoraqError
+from coraq.events import LayerCommitted, ListSink, Metric, Note
+from coraq.model.calibration import CalibrationTask
+from coraq.model.engine import LiveStorages, LockStep
+from coraq.model.fold import Trace, fold
+from coraq.model.layers import as_matrices, groups_of
+from coraq.testing import (
+    hook_count,
+    mean_output_error,
+    plain_inputs,
+    random_images,
+    randomise_batchnorm,
+    small_network,
+    state_digest,
+)
+
+TEACHER, STUDENT = 0, 1
+
+
+def two_networks(name: str = "small") -> tuple[nn.Module, nn.Module, list[str], list[Tensor]]:
+    """A float network, a coarser one, the layers in order, and micro-batches of different sizes."""
+    if name == "small":
+        teacher, batches = small_network(), list(random_images(7).split(3))
+    else:
+        torch.manual_seed(0)
+        teacher, batches = timm.create_model(name, num_classes=10).eval(), list(random_images(4, 32).split(2))
+        randomise_batchnorm(teacher, torch.Generator().manual_seed(0), random_images(4, 32))
+    found = fold(teacher, batches[0])
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for name in found.order:
+            weight: Any = student.get_submodule(name).weight
+            weight.copy_((weight * 8 / weight.abs().max()).round() * weight.abs().max() / 8)
+    return teacher, student, found.order, batches
+
+
+def collected(engine: LockStep) -> dict[str, list[list[Tensor]]]:
+    """All inputs at every stop, by stream and micro-batch."""
+    seen = {}
+    while (arrival := engine.advance()) is not None:
+        seen[arrival.name] = [[x.clone() for x in arrival.inputs(stream)] for stream in (TEACHER, STUDENT)]
+    return seen
+
+
+@pytest.mark.parametrize("name", ["small", "resnet10t", "mobilenetv3_small_050", "repvgg_a0", "densenet121"])
+def test_inputs_equal_those_of_a_plain_forward_bit_for_bit_in_both_streams(name: str) -> None:
+    teacher, student, order, batches = two_networks(name)
+    engine = LockStep([teacher, student], batches, order)
+    seen = collected(engine)
+    engine.close()
+    assert list(seen) == order
+    for stream, network in enumerate((teacher, student)):
+        for index, images in enumerate(batches):
+            plain = plain_inputs(network, images, order)
+            assert all(torch.equal(seen[layer][stream][index], plain[layer]) for layer in order)
+
+
+def test_a_layer_that_is_changed_at_its_stop_runs_on_with_the_change() -> None:
+    teacher, student, order, batches = two_networks()
+    changed = copy.deepcopy(student)
+    changed.get_submodule("grouped").weight.data.mul_(0.5)  # type: ignore[operator,union-attr]
+    expected = plain_inputs(changed, batches[0], order)
+    engine = LockStep([teacher, student], batches, order)
+    while (arrival := engine.advance()) is not None:
+        assert torch.equal(next(arrival.inputs(STUDENT)), expected[arrival.name])
+        if arrival.name == "grouped":
+            student.get_submodule("grouped").weight.data.mul_(0.5)  # type: ignore[operator,union-attr]
+    engine.close()
+
+
+class RunsTwice(nn.Module):
+    """One convolution at two depths, with an in-place activation on its input in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.shared = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.act, self.last = nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.shared(x)
+        self.act(x)  # what the first call was given is overwritten here
+        y = self.shared(self.act(y) + x)
+        out: Tensor = self.last(y)
+        return out
+
+
+def test_a_module_that_runs_twice_is_stopped_at_once_and_sees_its_first_input() -> None:
+    torch.manual_seed(0)
+    network = RunsTwice().eval()
+    images = random_images(2)
+    order = ["stem", "shared", "last"]
+    plain = plain_inputs(network, images, order)
+    engine = LockStep([network, copy.deepcopy(network)], [images], order)
+    seen = collected(engine)
+    engine.close()
+    assert list(seen) == order
+    assert all(torch.equal(seen[name][stream][0], plain[name]) for name in order for stream in (TEACHER, STUDENT))
+
+
+def test_inputs_can_be_read_again_before_an_in_place_activation_overwrites_them() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True)).eval()
+    images = random_images(2)
+    engine = LockStep([network, network], [images], ["0", "2"])
+    engine.advance()
+    arrival = engine.advance()
+    assert arrival is not None
+    first, again = next(arrival.inputs(TEACHER)).clone(), next(arrival.inputs(TEACHER))
+    assert torch.equal(first, again)
+    assert torch.equal(first, plain_inputs(network, images, ["2"])["2"])
+    engine.close()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
+def test_spilling_to_a_file_changes_no_bit(share: float, tmp_path: Path) -> None:
+    teacher, student, order, batches = two_networks("resnet10t")
+    unbounded = LockStep([teacher, student], batches, order)
+    expected = collected(unbounded)
+    unbounded.close()
+    probe = LockStep([teacher, student], batches, order, memory_bytes=1 << 60)
+    bound = int(share * probe.live_bytes_needed)
+    assert probe.spilled == 0
+    probe.close()
+    engine = LockStep([teacher, student], batches, order, memory_bytes=bound, folder=tmp_path)
+    assert engine.spilled > 0
+    seen = collected(engine)
+    engine.close()
+    for name in order:
+        for stream in (TEACHER, STUDENT):
+            assert all(map(torch.equal, seen[name][stream], expected[name][stream]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_spilling_keeps_live_activations_within_the_bound(tmp_path: Path) -> None:
+    teacher, student, order, _ = two_networks("resnet10t")
+    batches = list(random_images(16, 32).split(1))
+    probe = LockStep([teacher, student], batches, order, memory_bytes=1 << 60)
+    needed = probe.live_bytes_needed
+    probe.close()
+    bound = needed // 3
+    live = LiveStorages([teacher, student], batches)
+    with live:  # sees every tensor that is made, whoever makes it
+        engine = LockStep([teacher, student], batches, order, memory_bytes=bound, folder=tmp_path)
+        assert engine.spilled > 0
+        widest = 0
+        while (arrival := engine.advance()) is not None:
+            widest = max(widest, live.bytes_alive())
+            for _ in arrival.pairs():
+                widest = max(widest, live.bytes_alive())
+        engine.close()
+    assert 0 < widest <= bound
+
+
+def test_nothing_is_left_behind_after_closing_in_the_middle() -> None:
+    teacher, student, order, batches = two_networks()
+    with torch.no_grad():
+        expected = teacher(batches[0])
+    threads = threading.active_count()
+    engine = LockStep([teacher, student], batches, order)
+    assert hook_count(teacher) == hook_count(student) == len(order)
+    engine.advance()
+    engine.advance()
+    engine.close()
+    assert hook_count(teacher) == hook_count(student) == 0
+    assert threading.active_count() == threads
+    with torch.no_grad():
+        assert torch.equal(teacher(batches[0]), expected)
+    engine.close()  # twice does no harm
+
+
+def test_a_network_can_be_run_as_usual_while_a_pass_is_parked_in_it() -> None:
+    teacher, student, order, batches = two_networks()
+    with torch.no_grad():
+        expected = teacher(batches[0])
+    engine = LockStep([teacher, student], batches, order)
+    engine.advance()
+    with torch.no_grad():
+        assert torch.equal(teacher(batches[0]), expected)
+    engine.close()
+
+
+class DataDependent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bright, self.dark = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.bright if x.mean() > 0 else self.dark
+        out: Tensor = branch(self.first(x))
+        return out
+
+
+def test_control_flow_that_depends_on_the_data_is_an_error_that_says_so() -> None:
+    network = DataDependent().eval()
+    batches = [torch.ones(1, 3, 4, 4), -torch.ones(1, 3, 4, 4)]
+    engine = LockStep([network, copy.deepcopy(network)], batches, ["first", "bright", "dark"])
+    engine.advance()
+    with pytest.raises(CoraqError, match="different layers for different images"):
+        engine.advance()
+    engine.close()
+    assert hook_count(network) == 0
+
+
+def test_an_error_in_the_network_reaches_the_caller() -> None:
+    class Breaks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.conv(x)
+            raise ArithmeticError("a bug of the network's own")
+
+    network = Breaks().eval()
+    engine = LockStep([network, network], [random_images(1)], ["conv"])
+    engine.advance()
+    with pytest.raises(ArithmeticError, match="of the network's own"):
+        engine.advance()
+    engine.close()
+    assert hook_count(network) == 0
+
+
+# -- the calibration task
+
+
+@pytest.fixture
+def task() -> Iterator[CalibrationTask]:
+    made = calibration_task()
+    yield made
+    made.close()
+
+
+def calibration_task(**arguments: Any) -> CalibrationTask:
+    network = small_network()
+    found = fold(network, random_images(2))
+    batches = arguments.pop("batches", list(random_images(7, seed=1).split(3)))
+    return CalibrationTask(network, found, arguments.pop("scheme", Scheme(bits=3)), batches, **arguments)
+
+
+def rounded(task: CalibrationTask, layer: Any) -> QuantizedLayer:
+    grid = minmax_grid(layer.weight, layer.bits)
+    return QuantizedLayer(grid.pack(grid.codes(layer.weight)))
+
+
+@torch.no_grad()
+def outputs_by_channel(network: nn.Module, name: str, batches: list[Tensor], inputs_of: nn.Module) -> Tensor:
+    """A layer's outputs [channels, positions] in float64, on the inputs that it gets in `inputs_of`."""
+    layer = copy.deepcopy(network.get_submodule(name)).double()
+    outputs = [layer(plain_inputs(inputs_of, x, [name])[name].double()) for x in batches]
+    return torch.cat(
+        [y.transpose(0, 1).flatten(1) if y.dim() == 4 else y.reshape(-1, y.shape[-1]).t() for y in outputs], 1
+    )
+
+
+def mean_close(a: Tensor, b: Tensor) -> bool:
+    """Means agree to the float32 rounding of bias, weights and sums: 1e-5 of the size of the outputs."""
+    size = float(torch.cat([a, b]).abs().max())
+    return bool((a.mean(1) - b.mean(1)).abs().max() < 1e-5 * size)
+
+
+def test_bias_correction_makes_every_mean_output_equal_the_float_network_s(task: CalibrationTask) -> None:
+    batches = list(task.batches())
+    for layer in task.layers:
+        task.commit(layer.name, rounded(task, layer))
+        of_float = outputs_by_channel(task.teacher, layer.name, batches, task.teacher)
+        of_student = outputs_by_channel(task.student, layer.name, batches, task.student)
+        assert mean_close(of_student, of_float), layer.name
+    assert not torch.equal(of_student, of_float)  # the means only
+
+
+def test_bias_correction_by_layer_makes_the_mean_that_of_float_weights_on_the_same_inputs() -> None:
+    task = calibration_task(scheme=Scheme(bits=3, bias="layer"))
+    batches = list(task.batches())
+    for layer in task.layers:
+        task.commit(layer.name, rounded(task, layer))
+        of_float = outputs_by_channel(task.teacher, layer.name, batches, task.student)
+        of_student = outputs_by_channel(task.student, layer.name, batches, task.student)
+        assert mean_close(of_student, of_float), layer.name
+    task.close()
+
+
+def test_bias_keep_leaves_every_bias_alone() -> None:
+    task = calibration_task(scheme=Scheme(bits=3, bias="keep"))
+    for layer in task.layers:
+        task.commit(layer.name, rounded(task, layer))
+        committed = task.committed[layer.name][0].bias
+        assert (committed is None and layer.bias is None) or torch.equal(committed, layer.bias)  # type: ignore[arg-type]
+    task.close()
+
+
+def test_a_bias_that_the_method_gives_is_taken_as_it_is(task: CalibrationTask) -> None:
+    layer = task.layers[0]
+    bias = torch.arange(8, dtype=torch.float32)
+    task.commit(layer.name, QuantizedLayer(rounded(task, layer).weight, bias=bias))
+    assert torch.equal(task.student.get_submodule(layer.name).bias, bias)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bias", ["float", "layer", "keep"])
+def test_the_least_squares_error_is_the_true_output_error_of_every_kind_of_layer(bias: str) -> None:
+    """`Σ δHδᵀ` against the convolution itself, in float64: grouped, depthwise, strided, "same"-padded, 1×1, Linear."""
+    task = calibration_task(scheme=Scheme(bits=3, bias=bias))
+    batches = list(task.batches())
+    for layer in task.layers:
+        squares = task.least_squares(layer.name)
+        assert squares.weight is layer.weight or torch.equal(squares.weight, layer.weight)
+        inputs = [plain_inputs(task.student, x, [layer.name])[layer.name] for x in batches]
+        candidate = rounded(task, layer)
+        module = task.teacher.get_submodule(layer.name)
+        true = mean_output_error(module, inputs, layer.weight - candidate.dequantize(), centred=bias != "keep")
+        found = squares.error(candidate.dequantize())
+        # Grams are summed in float32 products (relative 1e-6 of the uncentred energy), then read in float64
+        raw = mean_output_error(module, inputs, layer.weight - candidate.dequantize(), centred=False)
+        assert (found - true).abs().max() <= 1e-5 * raw.max(), layer.name
+        task.commit(layer.name, candidate)
+    task.close()
+
+
+def test_a_transposed_gram_would_be_noticed() -> None:
+    # the planted fault of the test above: taps and channels in the wrong order
+    task = calibration_task()
+    for layer in task.layers:
+        squares = task.least_squares(layer.name)
+        if layer.name == "grouped":
+            delta = squares.weight - rounded(task, layer).dequantize()
+            groups, out, _ = delta.shape
+            wrong = delta.reshape(groups, out, 2, 9).transpose(2, 3).reshape(delta.shape)
+            right = squares.error(squares.weight - delta)
+            assert not torch.allclose(squares.error(squares.weight - wrong), right, rtol=0.01)
+        task.commit(layer.name, rounded(task, layer))
+    task.close()
+
+
+def test_the_float_target_is_the_weight_that_best_gives_the_float_outputs_on_the_student_s_inputs() -> None:
+    task = calibration_task(scheme=Scheme(bits=2), batches=list(random_images(64, seed=1).split(16)))
+    batches = list(task.batches())
+    checked = 0
+    for layer in task.layers:
+        squares = task.least_squares(layer.name, "float")
+        module = task.teacher.get_submodule(layer.name)
+        inputs = [plain_inputs(task.student, x, [layer.name])[layer.name] for x in batches]
+        wanted = outputs_by_channel(task.teacher, layer.name, batches, task.teacher)
+
+        def error(weight: Tensor, module: Any = module, inputs: Any = inputs, wanted: Tensor = wanted) -> float:
+            own = copy.deepcopy(module).double()
+            own.weight.data.copy_(weight.reshape(own.weight.shape))
+            with torch.no_grad():
+                outputs = [own(x.double()) for x in inputs]
+            rows = [y.transpose(0, 1).flatten(1) if y.dim() == 4 else y.reshape(-1, y.shape[-1]).t() for y in outputs]
+            difference = torch.cat(rows, 1) - wanted
+            return float((difference - difference.mean(1, keepdim=True)).square().mean())
+
+        start, best = error(layer.weight), error(squares.weight)
+        if start > 1e-9:  # behind the first layers, whose inputs are the float network's
+            checked += 1
+            assert best <= start * (1 + 1e-6), layer.name
+            generator = torch.Generator().manual_seed(0)
+            for _ in range(5):  # no step away from the optimum helps, damping aside
+                step = 0.05 * squares.weight.std() * torch.randn(squares.weight.shape, generator=generator)
+                assert error(squares.weight + step) > best
+        task.commit(layer.name, rounded(task, layer))
+    assert checked >= 4
+    task.close()
+
+
+def test_on_unquantized_inputs_the_float_target_is_the_float_weight(task: CalibrationTask) -> None:
+    squares = task.least_squares("stem", "float")
+    assert torch.allclose(squares.weight, task.layers[0].weight, atol=1e-5)
+
+
+def test_statistics_expire_when_the_next_layer_is_asked_for(task: CalibrationTask) -> None:
+    first, second = task.layers[:2]
+    kept, unread = task.stats(first.name), task.stats(first.name)
+    gram = kept.gram
+    task.commit(first.name, rounded(task, first))
+    task.stats(second.name)
+    assert torch.equal(kept.gram, gram)  # what has been read stays
+    with pytest.raises(CoraqError, match=f"statistics of layer {first.name} are gone"):
+        _ = unread.cross
+
+
+def test_going_back_to_an_earlier_layer_costs_a_pass_and_gives_the_same_statistics(task: CalibrationTask) -> None:
+    first, second = task.layers[0], task.layers[1]
+    gram = task.stats(second.name).gram.clone()
+    task.stats(first.name)
+    assert task.passes == 2
+    assert torch.equal(task.stats(second.name).gram, gram)
+
+
+def test_a_task_runs_one_pass_whatever_the_depth(task: CalibrationTask) -> None:
+    for layer in task.layers:
+        task.least_squares(layer.name)
+        task.commit(layer.name, rounded(task, layer))
+    task.finish("test")
+    assert task.passes == 1
+    assert hook_count(task.teacher) == hook_count(task.student) == 0
+
+
+def test_a_memory_bound_changes_no_committed_bit_and_is_reported(tmp_path: Path) -> None:
+    digests, sinks = [], []
+    for bound in (None, 1 << 12):
+        sinks.append(ListSink())
+        task = calibration_task(memory_bytes=bound, folder=tmp_path, sink=sinks[-1])
+        for layer in task.layers:
+            task.least_squares(layer.name, "float")
+            task.commit(layer.name, rounded(task, layer))
+        task.finish("test")
+        digests.append(state_digest(task.student))
+    assert digests[0] == digests[1]
+    assert [note for note in sinks[0].events if isinstance(note, Note)] == []
+    notes = [note for note in sinks[1].events if isinstance(note, Note)]
+    assert len(notes) == 1
+    assert "temporary file" in notes[0].message
+
+
+def test_commits_logs_and_notes_are_events(task: CalibrationTask) -> None:
+    sink = ListSink()
+    task = calibration_task(sink=sink)
+    task.log("loss", 0.5, 3)
+    layer = task.layers[0]
+    task.commit(layer.name, rounded(task, layer), sweeps=2)
+    assert sink.events[0] == Metric("loss", 0.5, 3)
+    committed = sink.events[1]
+    assert isinstance(committed, LayerCommitted)
+    assert (committed.name, committed.index, committed.total) == (layer.name, 1, 7)
+    assert committed.metrics["sweeps"] == 2
+    assert committed.metrics["weight_sqnr_db"] > 20  # type: ignore[operator]  # eight bits
+    task.close()
+
+
+def test_a_wrong_shape_or_name_is_refused_with_the_layer_s_name(task: CalibrationTask) -> None:
+    first, second = task.layers[:2]
+    with pytest.raises(CoraqError, match=f"result for layer {first.name} is invalid"):
+        task.commit(first.name, rounded(task, second))
+    with pytest.raises(CoraqError, match="no layer 'nowhere'"):
+        task.commit("nowhere", rounded(task, first))
+    with pytest.raises(CoraqError, match="no layer 'nowhere'"):
+        task.stats("nowhere")
+
+
+def test_layers_are_views_of_the_folded_weights_with_their_own_bits() -> None:
+    scheme = Scheme(bits=3, last_bits=None, overrides={})
+    task = calibration_task(scheme=scheme)
+    assert [layer.bits for layer in task.layers] == [8, 3, 3, 3, 3, 3, 3]
+    kinds = {layer.name: layer.kind for layer in task.layers}
+    assert kinds == {
+        "stem": "conv", "grouped": "conv", "depthwise": "depthwise", "pointwise": "conv", "dense": "conv",
+        "hidden": "linear", "head": "linear",
+    }  # fmt: skip
+    for layer in task.layers:
+        module: Any = task.teacher.get_submodule(layer.name)
+        assert torch.equal(layer.weight, as_matrices(module.weight, groups_of(module)))
+    macs = {layer.name: layer.macs for layer in task.layers}
+    assert macs["stem"] == 8 * 8 * 8 * 27
+    assert macs["depthwise"] == 4 * 4 * 16 * 25
+    assert macs["head"] == 160
+    task.close()
+
+
+def test_trace_of_an_empty_network_is_empty() -> None:
+    assert fold(nn.Sequential(nn.ReLU()), random_images(1)) == Trace(
+        order=[], outputs={}, structure=Trace.model_fields["structure"].annotation()
+    )  # type: ignore[misc]
