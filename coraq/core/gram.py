@@ -30,8 +30,8 @@ _Key = TypeVar("_Key")
 
 PATCH_BYTES = 16 << 20  # patches made at once (larger blocks are fresh pages each time, which is slow)
 SPECTRA_BYTES = 64 << 20  # spectra kept at once
-SPLIT = 512  # columns of a block of a Gram; blocks below the diagonal are mirrored
-CACHE_BYTES = 1 << 20  # elementwise work goes in pieces of this size
+SPLIT = 256  # columns of a block of a Gram; blocks below the diagonal are mirrored
+CACHE_BYTES = 2 << 20  # elementwise work goes in pieces of this size
 FLUSHES = 8  # products of spectra summed in float32 before they go to float64
 SPECTRA_IMAGES = 64  # images whose spectra wait for one product: short products are slow
 
@@ -535,14 +535,15 @@ def _window_sums(product: Tensor, starts: list[int], length: int) -> Tensor:
 
     The whole is summed once; each window is what remains without the thin strips outside.
     """
-    whole = product.flatten(1, 2).sum(1)
+    image = product.sum(1) if product.shape[1] > 1 else product[:, 0]
+    whole = image.sum(1)
     sums = []
     for start in starts:
         window = whole
         if start:
-            window = window - product[:, :, :start].sum((1, 2))
-        if start + length < product.shape[2]:
-            window = window - product[:, :, start + length :].sum((1, 2))
+            window = window - image[:, :start].sum(1)
+        if start + length < image.shape[1]:
+            window = window - image[:, start + length :].sum(1)
         sums.append(window)
     return torch.stack(sums)
 
@@ -590,7 +591,7 @@ class _Depthwise:
         self.classes = [
             (y, x) for y in axes[0] for x in axes[1] if cross or y.shift > 0 or (y.shift == 0 and x.shift >= 0)
         ]
-        self.sums: list[Tensor | None] = [None] * len(self.classes)  # float64 [pairs of x, extent of y, C]
+        self.sums: list[Tensor] = []  # of each class float64 [pairs of x, extent of y, C]
         self.means = (MeanAccumulator(geometry, device), MeanAccumulator(geometry, device))
 
     def add(self, teacher: Tensor, student: Tensor) -> None:
@@ -598,13 +599,18 @@ class _Depthwise:
         n, height, width, channels = student.shape
         height, width = height + top + bottom, width + left + right
         images, rows = _pieces(n, height, 4 * width * channels, CACHE_BYTES)
-        frames = [torch.zeros(height, images, width, channels, device=student.device) for _ in range(2)]
-        scratch = torch.empty(rows * images * width * channels, device=student.device)
+        frames = student.new_zeros(1 if teacher is student else 2, height, images, width, channels)
+        scratch = student.new_empty(rows * images * width * channels)
+        sums: list[Tensor] = []
         for i in range(0, n, images):
             s = self._embed(student[i : i + images], frames[0])
-            t = s if teacher is student else self._embed(teacher[i : i + images], frames[1])
-            for k, (y, x) in enumerate(self.classes):
-                self._add_class(k, t, s, y, x, rows, scratch)
+            t = s if teacher is student else self._embed(teacher[i : i + images], frames[-1])
+            parts = [self._class_sums(t, s, y, x, rows, scratch) for y, x in self.classes]
+            sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)] if sums else parts
+        if not self.sums:
+            self.sums = [torch.zeros_like(total, dtype=torch.float64) for total in sums]
+        for total, part in zip(self.sums, sums, strict=True):
+            total += part
         self.means[1].add_frame(student)
         self.means[0].add_frame(teacher)
 
@@ -615,10 +621,8 @@ class _Depthwise:
         padded[top : top + height, :n, left : left + width] = frame.transpose(0, 1)
         return padded[:, :n]
 
-    def _add_class(
-        self, k: int, t: Tensor, s: Tensor, y: _PairClass, x: _PairClass, rows: int, scratch: Tensor
-    ) -> None:
-        """Add the products of one class of pairs, some rows at a time so that they stay in the cache."""
+    def _class_sums(self, t: Tensor, s: Tensor, y: _PairClass, x: _PairClass, rows: int, scratch: Tensor) -> Tensor:
+        """Products of one class of pairs, some rows at a time so that they stay in the cache: [pairs, rows, C]."""
         a = self._view(t, y.first, x.first, y.extent, x.extent)
         b = self._view(s, y.first + y.shift, x.first + x.shift, y.extent, x.extent)
         starts = [start for _, _, start in x.pairs]
@@ -627,9 +631,7 @@ class _Depthwise:
             left, right = a[r : r + rows], b[r : r + rows]
             product = scratch[: left.numel()].view(left.shape)
             bands.append(_window_sums(torch.mul(left, right, out=product), starts, self.out[1]))
-        part = torch.cat(bands, 1).double()
-        before = self.sums[k]
-        self.sums[k] = part if before is None else before.add_(part)
+        return torch.cat(bands, 1)
 
     def _view(self, frame: Tensor, y: int, x: int, rows: int, columns: int) -> Tensor:
         sy, sx = self.geometry.stride
@@ -642,7 +644,6 @@ class _Depthwise:
         _, student = self.means[1].result()
         gram = torch.zeros(self.geometry.groups, taps, taps, dtype=torch.float64, device=teacher.device)
         for (y, x), sums in zip(self.classes, self.sums, strict=True):
-            assert sums is not None
             for i1, i2, start in y.pairs:
                 blocks = sums[:, start : start + self.out[0]].sum(1)
                 for (j1, j2, _), block in zip(x.pairs, blocks, strict=True):
@@ -728,9 +729,9 @@ class _Plan:
         return [shift for shift in axis.shifts if self.cross or shift >= 0]
 
     def cost(self) -> float:
-        """Multiplications per image, in the units of `_im2col_cost`."""
+        """Multiplications per image, in the units of `_im2col_cost`; the constants are fitted to measured times."""
         per_frequency = (4 if self.cross else 3) + len(self.shifts) * 2.0 / SPECTRA_IMAGES
-        total = self.frequencies * (per_frequency * max(self.width, 24) ** 2 + 300.0 * self.width)
+        total = self.frequencies * (per_frequency * max(self.width, 48) ** 2 + 700.0 * self.width)
         for across, along in ((self.y, self.x), (self.x, self.y)):
             for edge in across.edges:
                 width = len(edge) * len(along.phases) * self.channels
@@ -738,7 +739,7 @@ class _Plan:
         for edge_y in self.y.edges:
             for edge_x in self.x.edges:
                 total += max(len(edge_y) * len(edge_x) * self.channels, 24) ** 2
-        return total * self.geometry.groups
+        return 1.5 * total * self.geometry.groups
 
 
 class _Lags:
