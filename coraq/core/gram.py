@@ -29,7 +29,7 @@ from torch.nn import functional as F
 _Key = TypeVar("_Key")
 
 PATCH_BYTES = 16 << 20  # patches made at once (larger blocks are fresh pages each time, which is slow)
-SPECTRA_BYTES = 64 << 20  # spectra kept at once
+SPECTRA_BYTES = 62 << 20  # spectra kept at once
 SPLIT = 256  # columns of a block of a Gram; blocks below the diagonal are mirrored
 CACHE_BYTES = 2 << 20  # elementwise work goes in pieces of this size
 FLUSHES = 8  # products of spectra summed in float32 before they go to float64
@@ -298,8 +298,9 @@ class GramAccumulator:
     taken off before and restored in float64 after, so the Gram can be centred (`gram − mean meanᵀ`) without
     cancellation: relative error of the centred Gram about 1e-6 in Frobenius norm.
 
-    Memory: the Gram in float64 twice at the end, and temporaries of a few `CHUNK_BYTES` and a few times the
-    micro-batch.
+    Memory: until `result`, one Gram (by patches) or one block of C/G · phases squared for each of a few shifts,
+    plus PATCH_BYTES and a block per frequency in a piece, or SPECTRA_BYTES and twice the micro-batch; and one
+    float64 image. `result` needs three Grams in float64 at its peak.
 
     Args:
         geometry: how the layer reads its input.
@@ -925,9 +926,9 @@ class _Spectra:
         if not self.waiting:
             shape = (self.plan.frequencies, self.plan.geometry.groups, 2, self.capacity, self.plan.width)
             self.waiting = [torch.empty(shape, device=self.device) for _ in streams]
-        done = 0
+        done, piece = 0, max(1, CACHE_BYTES // (8 * self.plan.frequencies * self.waiting[0].shape[1] * self.plan.width))
         while done < s.shape[1]:
-            take = min(self.capacity - self.filled, s.shape[1] - done)
+            take = min(self.capacity - self.filled, s.shape[1] - done, piece)
             for buffer, z in zip(self.waiting, streams, strict=True):
                 self._transform(z[:, done : done + take].flatten(4), buffer[:, :, :, self.filled : self.filled + take])
             self.filled += take
