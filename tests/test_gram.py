@@ -76,7 +76,7 @@ def force(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
 
 def agree(geometry: Geometry, batches: list[Tensor]) -> bool:
     """Whether Gram, means and cross-Gram all equal those of the patches."""
-    students = [images(*x.shape, seed=7) * 0.5 + x for x in batches]
+    students = [images(x.shape[0], x.shape[1], x.shape[2], x.shape[3], seed=7) * 0.5 + x for x in batches]
     plain, cross = GramAccumulator(geometry), CrossGramAccumulator(geometry)
     for x, y in zip(batches, students, strict=True):
         plain.add(x)
