@@ -24,7 +24,7 @@ from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.model.fold import Structure, restructure
 from coraq.model.layers import install
-from coraq.model.load import build, refuse_pickle
+from coraq.model.load import build, check_finite, refuse_pickle
 
 
 class CheckpointInfo(Frozen):
@@ -99,7 +99,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint, or the one of a run folder.
 
     Raises:
-        CoraqError: missing, a pickle, truncated, changed since it was written, not coraq's, or not buildable here.
+        CoraqError: missing, a pickle, truncated, changed since it was written, not coraq's, not finite, or not
+            buildable here.
     """
     path = Path(path)
     if path.is_dir():
@@ -109,6 +110,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     restructure(module, info.structure)
     layers = {name: decode(name, record, tensors) for name, record in info.layers.items()}
     _fill(module, layers, tensors, path)
+    check_finite(module, f"the tensors of {path}")
     return Checkpoint(module.eval().requires_grad_(False), layers, info, path, path.stat().st_size)
 
 

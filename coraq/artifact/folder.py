@@ -62,6 +62,8 @@ class RunFolder:
             raise CoraqError(
                 f"another process is working in {self.path}", "Wait for it, or give another --output."
             ) from None
+        for left_by_a_kill in self.path.rglob(".*.tmp"):  # the lock is ours: nobody is writing them
+            left_by_a_kill.unlink(missing_ok=True)
 
     def close(self) -> None:
         if self._lock is not None:
