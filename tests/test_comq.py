@@ -148,10 +148,13 @@ def test_guard_takes_nearest_rounding_where_it_is_better() -> None:
     )
 
 
-def test_target_is_passed_on() -> None:
+@pytest.mark.parametrize(
+    ("options", "target"), [({}, "float"), ({"target": "layer"}, "layer"), ({"preset": "paper"}, "layer")]
+)
+def test_target_is_passed_on(options: dict[str, Any], target: str) -> None:
     task = OneLayerTask((1, 4, 9))
-    run(COMQ, task, target="float")
-    assert task.targets == ["float"]
+    run(COMQ, task, **options)
+    assert task.targets == [target]
 
 
 def test_same_input_same_bits() -> None:

@@ -3,7 +3,9 @@
 The paper's form is `-o preset=paper`: min-max ranges, codes starting from the unrounded weights as in the authors'
 released routine, sweeps of one coordinate at a time, scales in closed form between them (in the paper; the released
 routine keeps them). The default differs where measurement says so: the range of every channel is searched on the
-output error, with GPTQ's rounding on each range tried, and the best of them is where the descent starts.
+output error, with GPTQ's rounding on each range tried, and the best of them is where the descent starts; and the
+outputs to match are the float network's, so that a layer also undoes what earlier ones lost (mobilenetv2_100 at 4 bits,
+192 calibration images: 74.0 % instead of 66.7 % of 300 images).
 """
 
 from __future__ import annotations
@@ -26,7 +28,15 @@ from coraq.api import (
 )
 from coraq.core.rounding import Problem, Rounding, descend, factorise, feedback, nearest, pack, prepare, search
 
-PAPER = {"grid": "minmax", "start": "float", "order": "cyclic", "sweeps": 3, "tolerance": 0.0, "guard": False}
+PAPER = {
+    "grid": "minmax",
+    "start": "float",
+    "order": "cyclic",
+    "sweeps": 3,
+    "tolerance": 0.0,
+    "guard": False,
+    "target": "layer",
+}
 SPAN = (1.25, 0.65)  # scales tried, as shares of that of least weight error: wider gained nothing
 FEW_INPUTS = 64  # up to here (depthwise layers) a range costs nothing to try, and four times as many are
 
@@ -36,7 +46,7 @@ class COMQ:
 
     name: ClassVar[str] = "comq"
     summary: ClassVar[str] = "coordinate descent over codes and scales on each layer's output error"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     needs_data: ClassVar[bool] = True
 
     class Config(MethodConfig):
@@ -62,7 +72,7 @@ class COMQ:
             "channel by channel (the paper's greedy order; slow)",
         )
         target: Literal["layer", "float"] = Field(
-            default="layer",
+            default="float",
             description="outputs to match, on the quantized network's inputs: of the layer with float weights, or of "
             "the float network",
         )
