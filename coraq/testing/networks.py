@@ -121,7 +121,7 @@ def randomise_batchnorm(model: nn.Module, generator: torch.Generator, images: Te
         def uniform(low: float, high: float) -> Tensor:
             return torch.empty_like(mean).uniform_(low, high, generator=generator)
 
-        floor = 0.1 * var.mean() + 1e-4  # a channel that never moves would be blown up
+        floor = 0.3 * var.mean() + 1e-4  # a channel that never moves would be blown up
         norm.running_mean.copy_(mean + uniform(-0.3, 0.3) * (var + floor).sqrt())
         norm.running_var.copy_((var + floor) * uniform(0.5, 2.0))
         if isinstance(norm.weight, Tensor):
