@@ -11,6 +11,7 @@ import torch
 
 from coraq import registry
 from coraq.api import Field, MethodConfig, QuantizedLayer, minmax_grid
+from coraq.core.rounding import prepare
 from coraq.testing import assert_conforms
 
 CHECKOUT = Path(__file__).parents[1]
@@ -303,3 +304,13 @@ def test_a_sound_method_conforms() -> None:
 def test_a_planted_fault_is_found_and_named(method: type[Sound]) -> None:
     with pytest.raises(AssertionError, match=method.__doc__):
         assert_conforms(method)  # type: ignore[arg-type]
+
+
+def test_inputs_that_are_constant_but_for_rounding_do_no_harm() -> None:
+    # the kernel is larger than the image: one tap sees anything, and sees the same in all images, so that its
+    # centred second moment is a rounding error, here a negative one
+    gram = torch.zeros(1, 5, 5, dtype=torch.float64)
+    gram[0, 2, 2] = -8e-9
+    problem = prepare(torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(0)), gram)
+    assert torch.isfinite(problem.pull).all()
+    assert torch.isfinite(problem.energy()).all()

@@ -119,10 +119,11 @@ def prepare(weight: Tensor, gram: Tensor, order: Order = "common", dtype: torch.
     Order "common" visits inputs by falling `√H_ii · mean |w_i|`, one order for all channels; "curvature" by falling
     H_ii (GPTQ's activation order); "cyclic" as they come.
     """
-    diagonal = gram.diagonal(dim1=-2, dim2=-1).double()
+    # a constant input's variance may come out as −1e-9
+    diagonal = gram.diagonal(dim1=-2, dim2=-1).double().clamp(min=0)
     if order != "cyclic":
         strength = weight.abs().mean(1) if order == "common" else 1.0
-        visit = (diagonal.clamp(min=0).sqrt() * strength).argsort(dim=-1, descending=True, stable=True)
+        visit = (diagonal.sqrt() * strength).argsort(dim=-1, descending=True, stable=True)
     else:
         visit = torch.arange(gram.shape[-1], device=gram.device).repeat(gram.shape[0], 1)
     dead = diagonal <= DEAD * diagonal.mean(-1, keepdim=True)
