@@ -26,7 +26,7 @@ folder, and reports progress; so sequential calibration and resuming come for fr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -100,11 +100,12 @@ class Task(Protocol):
     def stats(self, name: str) -> LayerStats:
         """Statistics of the layer's inputs in both networks; each is computed when first read."""
 
-    def least_squares(self, name: str, target: Literal["layer", "float"] = "layer") -> LeastSquares:
+    def least_squares(self, name: str, correction: float = 0.5) -> LeastSquares:
         """The problem `min ‖(W − Q)·H^½‖²` of a layer, its inputs' mean taken out where the bias absorbs it.
 
-        target "layer": W are the float weights, on the student's inputs (the papers' objective). target "float":
-        outputs of the float network on the student's inputs, so W also undoes what earlier layers lost.
+        H is of the student's inputs. correction 0: W are the float weights (the papers' objective). 1: W gives the
+        float network's outputs on the student's inputs as nearly as any weight can, so it also undoes what earlier
+        layers lost, but shrinks the signal as every regression on noisy inputs does. Between: part of the way.
         """
 
     def batches(self) -> Iterator[Tensor]:

@@ -43,7 +43,7 @@ class Scheme(Frozen):
         default="channel", description="one scale per output channel, or one per weight tensor"
     )
     symmetric: bool = Field(
-        default=True, description="zero point fixed at the middle code: every integer runtime takes it"
+        default=False, description="zero point fixed at the middle code: every integer runtime takes it"
     )
     bias: Literal["float", "layer", "keep"] = Field(
         default="float",
@@ -95,6 +95,11 @@ class DataConfig(Frozen):
     calib_dir: str | None = Field(default=None, description="folder of calibration images, if not under --data-dir")
     calib_split: str = Field(default="train", description="split to calibrate on")
     calib_size: int = Field(default=1024, ge=1, description="number of calibration images")
+    calib_rows: int = Field(
+        default=64,
+        ge=0,
+        description="patches for each input of a layer that Grams are estimated from; 0: all",
+    )
     eval_size: int | None = Field(default=None, ge=1, description="evaluate on at most so many images (default: all)")
     class_map: str | None = Field(default=None, description="text file: class names in index order")
     batch_size: int = Field(default=32, ge=1, description="images in a micro-batch")

@@ -237,6 +237,7 @@ def _calibrate(
             done,
             save,
             config.calib_memory or default_memory_bound(),
+            rows_per_input=config.data.calib_rows,
         )
         try:
             prepared.method(prepared.options).quantize(task)

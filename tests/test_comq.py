@@ -34,11 +34,11 @@ class OneLayerTask:
         self.scheme = Scheme(bits=bits, **scheme)
         self.layers = [LayerView("layer", weight, None, bits, None, "conv", (1, 1), 0)]
         self.squares = LeastSquares(weight, x.mT @ x / 400)
-        self.targets: list[str] = []
+        self.corrections: list[float] = []
         self.committed: dict[str, tuple[QuantizedLayer, dict[str, Any]]] = {}
 
-    def least_squares(self, name: str, target: str = "layer") -> LeastSquares:
-        self.targets.append(target)
+    def least_squares(self, name: str, correction: float = 0.5) -> LeastSquares:
+        self.corrections.append(correction)
         return self.squares
 
     def commit(self, name: str, layer: QuantizedLayer, **metrics: Any) -> None:
@@ -148,13 +148,11 @@ def test_guard_takes_nearest_rounding_where_it_is_better() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("options", "target"), [({}, "float"), ({"target": "layer"}, "layer"), ({"preset": "paper"}, "layer")]
-)
-def test_target_is_passed_on(options: dict[str, Any], target: str) -> None:
+@pytest.mark.parametrize(("options", "correction"), [({}, 0.5), ({"correction": 0.2}, 0.2), ({"preset": "paper"}, 0.0)])
+def test_correction_is_passed_on(options: dict[str, Any], correction: float) -> None:
     task = OneLayerTask((1, 4, 9))
     run(COMQ, task, **options)
-    assert task.targets == [target]
+    assert task.corrections == [correction]
 
 
 def test_same_input_same_bits() -> None:

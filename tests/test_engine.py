@@ -319,7 +319,7 @@ def test_the_least_squares_error_is_the_true_output_error_of_every_kind_of_layer
     task = calibration_task(scheme=Scheme(bits=3, bias=bias))
     batches = list(task.batches())
     for layer in task.layers:
-        squares = task.least_squares(layer.name)
+        squares = task.least_squares(layer.name, 0.0)
         assert squares.weight is layer.weight or torch.equal(squares.weight, layer.weight)
         inputs = [plain_inputs(task.student, x, [layer.name])[layer.name] for x in batches]
         candidate = rounded(task, layer)
@@ -337,7 +337,7 @@ def test_a_transposed_gram_would_be_noticed() -> None:
     # the planted fault of the test above: taps and channels in the wrong order
     task = calibration_task()
     for layer in task.layers:
-        squares = task.least_squares(layer.name)
+        squares = task.least_squares(layer.name, 0.0)
         if layer.name == "grouped":
             delta = squares.weight - rounded(task, layer).dequantize()
             groups, out, _ = delta.shape
@@ -353,7 +353,7 @@ def test_the_float_target_is_the_weight_that_best_gives_the_float_outputs_on_the
     batches = list(task.batches())
     checked = 0
     for layer in task.layers:
-        squares = task.least_squares(layer.name, "float")
+        squares = task.least_squares(layer.name, 1.0)
         module = task.teacher.get_submodule(layer.name)
         inputs = [plain_inputs(task.student, x, [layer.name])[layer.name] for x in batches]
         wanted = outputs_by_channel(task.teacher, layer.name, batches, task.teacher)
@@ -381,7 +381,7 @@ def test_the_float_target_is_the_weight_that_best_gives_the_float_outputs_on_the
 
 
 def test_on_unquantized_inputs_the_float_target_is_the_float_weight(task: CalibrationTask) -> None:
-    squares = task.least_squares("stem", "float")
+    squares = task.least_squares("stem", 1.0)
     assert torch.allclose(squares.weight, task.layers[0].weight, atol=1e-5)
 
 
@@ -393,7 +393,7 @@ def test_statistics_expire_when_the_next_layer_is_asked_for(task: CalibrationTas
     task.stats(second.name)
     assert torch.equal(kept.gram, gram)  # what has been read stays
     with pytest.raises(CoraqError, match=f"statistics of layer {first.name} are gone"):
-        _ = unread.cross
+        _ = unread.cross_gram
 
 
 def test_going_back_to_an_earlier_layer_costs_a_pass_and_gives_the_same_statistics(task: CalibrationTask) -> None:
@@ -419,7 +419,7 @@ def test_a_memory_bound_changes_no_committed_bit_and_is_reported(tmp_path: Path)
         sinks.append(ListSink())
         task = calibration_task(memory_bytes=bound, folder=tmp_path, sink=sinks[-1])
         for layer in task.layers:
-            task.least_squares(layer.name, "float")
+            task.least_squares(layer.name, 1.0)
             task.commit(layer.name, rounded(task, layer))
         task.finish("test")
         digests.append(state_digest(task.student))

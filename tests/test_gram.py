@@ -60,16 +60,14 @@ def force(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """Make the accumulators use one way for everything that it can do."""
     automatic = module._choose
 
-    def choose(
-        geometry: Geometry, size: tuple[int, int], cross: bool, positions: int | None, shifts: tuple[Tensor, Tensor]
-    ) -> object:
+    def choose(geometry: Geometry, size: tuple[int, int], cross: bool, shifts: tuple[Tensor, Tensor]) -> object:
         if way == "im2col":
-            return module._Im2col(geometry, size, cross, positions, shifts)
+            return module._Im2col(geometry, size, cross, shifts)
         if way == "lags":
             return module._Lags(module._Plan(geometry, size, cross), shifts)
         if way == "depthwise" and geometry.groups == geometry.in_channels:
             return module._Depthwise(geometry, size, cross, shifts[0].device)
-        return automatic(geometry, size, cross, positions, shifts)
+        return automatic(geometry, size, cross, shifts)
 
     monkeypatch.setattr(module, "_choose", choose)
 
@@ -236,22 +234,6 @@ def test_precision_of_the_centred_gram(way: str, monkeypatch: pytest.MonkeyPatch
     wanted = gram - mean[:, :, None] * mean[:, None]
     centred = moments.gram - moments.mean[:, :, None] * moments.mean[:, None]
     assert float((centred - wanted).norm() / wanted.norm()) < 1e-5
-
-
-@pytest.mark.parametrize("geometry", [Geometry((1, 1), in_channels=3), Geometry((3, 3), padding=SAME_3, in_channels=3)])
-def test_a_grid_of_positions(geometry: Geometry) -> None:
-    """Few enough positions of each image; and as the grid's phase moves, all of them in the end, equally often."""
-    x = images(1, 3, 8, 8)
-    accumulator = GramAccumulator(geometry, positions=16)
-    accumulator.add(x)
-    assert accumulator.result().count == 16
-    for _ in range(3):
-        accumulator.add(x)
-    count, mean, _, gram = reference([x], [x], geometry)
-    moments = accumulator.result()
-    assert moments.count == count
-    assert close(moments.mean, mean)
-    assert close(moments.gram, gram)
 
 
 def test_inputs_of_other_layers() -> None:

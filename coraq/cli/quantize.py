@@ -119,6 +119,9 @@ def quantize(
     calib_size: Annotated[
         int, option(DataConfig, "calib_size", "--calib-size", panel=options.CALIBRATION_PANEL)
     ] = DATA.calib_size,
+    calib_rows: Annotated[
+        int, option(DataConfig, "calib_rows", "--calib-rows", panel=options.CALIBRATION_PANEL)
+    ] = DATA.calib_rows,
     calib_memory: Annotated[
         Any,
         option(

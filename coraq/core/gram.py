@@ -168,7 +168,7 @@ def _check(x: Tensor, geometry: Geometry) -> None:
     geometry.output_size(x.shape[2], x.shape[3])
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """aᵀ b of [G, K, P] and [G, K, Q], float32."""
     out = torch.empty(a.shape[0], a.shape[2], b.shape[2], device=a.device)
     _products(a, b, out)
@@ -183,12 +183,12 @@ def _products(a: Tensor, b: Tensor, out: Tensor) -> None:
     if _ONEDNN and a.device.type == "cpu" and min(a.shape[2], b.shape[2]) >= least:
         for i in range(a.shape[0]):
             left = a[i]
-            out[i] = _onednn_product(left, left if same else b[i])
+            out[i] = _onednnproduct(left, left if same else b[i])
     else:
         torch.bmm(a.transpose(1, 2), b, out=out)
 
 
-def _onednn_product(a: Tensor, b: Tensor) -> Tensor:
+def _onednnproduct(a: Tensor, b: Tensor) -> Tensor:
     left = _dense_transpose(a)
     right = left if a is b else _dense_transpose(b)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
@@ -305,12 +305,10 @@ class GramAccumulator:
     Args:
         geometry: how the layer reads its input.
         device: where sums are kept and inputs are moved to.
-        positions: use at most so many output positions of each image, on a regular grid whose phase moves
-            from image to image; None uses all.
     """
 
-    def __init__(self, geometry: Geometry, device: torch.device | str = "cpu", positions: int | None = None) -> None:
-        self._joint = _Joint(geometry, torch.device(device), positions)
+    def __init__(self, geometry: Geometry, device: torch.device | str = "cpu") -> None:
+        self._joint = _Joint(geometry, torch.device(device))
 
     def add(self, x: Tensor) -> None:
         """Take in images [N, C, H, W] float32; fastest when channels-last in memory."""
@@ -328,8 +326,8 @@ class CrossGramAccumulator:
     As `GramAccumulator`, with two inputs; there is no symmetry to use, so it takes about twice as long.
     """
 
-    def __init__(self, geometry: Geometry, device: torch.device | str = "cpu", positions: int | None = None) -> None:
-        self._joint = _Joint(geometry, torch.device(device), positions)
+    def __init__(self, geometry: Geometry, device: torch.device | str = "cpu") -> None:
+        self._joint = _Joint(geometry, torch.device(device))
 
     def add(self, teacher: Tensor, student: Tensor) -> None:
         """Take in images [N, C, H, W] float32 of both networks, in the same order."""
@@ -345,12 +343,9 @@ class CrossGramAccumulator:
 class _Joint:
     """What both accumulators share: it chooses a way for each image size, and adds up the results."""
 
-    def __init__(self, geometry: Geometry, device: torch.device, positions: int | None) -> None:
-        if positions is not None and positions < 1:
-            raise ValueError(f"positions is {positions}, must be at least 1")
+    def __init__(self, geometry: Geometry, device: torch.device) -> None:
         self.geometry = geometry
         self.device = device
-        self.positions = positions
         self._shifts: tuple[Tensor, Tensor] | None = None
         self._ways: dict[tuple[int, int], _Way] = {}
 
@@ -366,7 +361,7 @@ class _Joint:
             self._shifts = (shift if same else teacher.mean((0, 1, 2)), shift)
         size = (student.shape[1], student.shape[2])
         if size not in self._ways:
-            self._ways[size] = _choose(self.geometry, size, not same, self.positions, self._shifts)
+            self._ways[size] = _choose(self.geometry, size, not same, self._shifts)
         self._ways[size].add(teacher, student)
 
     def _frame(self, x: Tensor) -> Tensor:
@@ -394,17 +389,15 @@ class _Joint:
         return blocks.permute(0, 2, 1, 4, 3).reshape(gram.shape)
 
 
-def _choose(
-    geometry: Geometry, size: tuple[int, int], cross: bool, positions: int | None, shifts: tuple[Tensor, Tensor]
-) -> _Way:
+def _choose(geometry: Geometry, size: tuple[int, int], cross: bool, shifts: tuple[Tensor, Tensor]) -> _Way:
     """The cheapest way for images of this size."""
-    if positions is None and math.prod(geometry.kernel) > 1:
+    if math.prod(geometry.kernel) > 1:
         if geometry.in_channels == geometry.groups:
             return _Depthwise(geometry, size, cross, shifts[0].device)
         plan = _Plan(geometry, size, cross)
         if plan.cost() < _im2col_cost(geometry, size, cross):
             return _Lags(plan, shifts)
-    return _Im2col(geometry, size, cross, positions, shifts)
+    return _Im2col(geometry, size, cross, shifts)
 
 
 def _im2col_cost(geometry: Geometry, size: tuple[int, int], cross: bool) -> float:
@@ -420,42 +413,29 @@ class _Im2col:
     Patches are taken of x − shift with the padding shifted too, so undoing it is `(z + c)(z + c)ᵀ` expanded.
     """
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        size: tuple[int, int],
-        cross: bool,
-        positions: int | None,
-        shifts: tuple[Tensor, Tensor],
-    ) -> None:
+    def __init__(self, geometry: Geometry, size: tuple[int, int], cross: bool, shifts: tuple[Tensor, Tensor]) -> None:
         self.geometry, self.size, self.cross, self.shifts = geometry, size, cross, shifts
         self.out = geometry.output_size(*size)
-        self.step = _grid_step(self.out, positions)
         shape = (geometry.groups, geometry.inputs)
         self.gram = torch.zeros(*shape, geometry.inputs, dtype=torch.float64, device=shifts[0].device)
         self.sums = torch.zeros(2, *shape, dtype=torch.float64, device=shifts[0].device)
         self.count = 0
-        self.images = 0
 
     def add(self, teacher: Tensor, student: Tensor) -> None:
-        images, rows = _pieces(student.shape[0], self._rows_each(), 4 * self._row_entries(), self._limit())
+        images, rows = _pieces(student.shape[0], self.out[0], 4 * self._row_entries(), self._limit())
         for i in range(0, student.shape[0], images):
             t, s = teacher[i : i + images], student[i : i + images]
             windows_s = self._windows(s, self.shifts[1])
             windows_t = windows_s if teacher is student else self._windows(t, self.shifts[0])
-            for y in range(0, self._rows_each(), rows):
+            for y in range(0, self.out[0], rows):
                 self._add_rows(windows_t, windows_s, y, y + rows)
-            self.images += s.shape[0]
 
     def _limit(self) -> int:
         """Bytes of patches to make at once: small enough for the cache, but many rows for each update of the Gram."""
         return min(PATCH_BYTES, max(CACHE_BYTES, 32 * self.geometry.groups * self.geometry.inputs**2))
 
-    def _rows_each(self) -> int:
-        return -(-self.out[0] // self.step[0])
-
     def _row_entries(self) -> int:
-        return -(-self.out[1] // self.step[1]) * self.geometry.inputs * self.geometry.groups
+        return self.out[1] * self.geometry.inputs * self.geometry.groups
 
     def _windows(self, frame: Tensor, shift: Tensor) -> Tensor:
         if any(self.geometry.padding):
@@ -463,8 +443,8 @@ class _Im2col:
         return _windows(frame - shift, self.geometry)
 
     def _add_rows(self, teacher: Tensor, student: Tensor, first: int, last: int) -> None:
-        rows_s = self._gather(student, first, last)
-        rows_t = rows_s if teacher is student else self._gather(teacher, first, last)
+        rows_s = _by_group(student[:, first:last], self.geometry.groups)
+        rows_t = rows_s if teacher is student else _by_group(teacher[:, first:last], self.geometry.groups)
         self.count += rows_s.shape[1]
         ones = torch.ones(1, rows_s.shape[1], device=rows_s.device)
         self.sums[1] += (ones @ rows_s)[:, 0]
@@ -475,19 +455,7 @@ class _Im2col:
             left, right = (rows_t, rows_s) if self.cross else (rows_s[..., i:j], rows_s[..., i:])
             if j >= self.geometry.inputs and not self.cross:
                 left = right
-            self.gram[:, i:j, 0 if self.cross else i :] += _product(left, right)
-
-    def _gather(self, windows: Tensor, first: int, last: int) -> Tensor:
-        """Rows [G, rows, taps · C/G] of the windows' output rows first … last of the grid."""
-        if self.step == (1, 1):
-            return _by_group(windows[:, first:last], self.geometry.groups)
-        chosen = []
-        for k in range(windows.shape[0]):  # the grid's phase moves from image to image, so that all positions count
-            image = self.images + k
-            phase = image % self.step[0], image // self.step[0] % self.step[1]
-            grid = windows[k : k + 1, phase[0] :: self.step[0], phase[1] :: self.step[1]]
-            chosen.append(_by_group(grid[:, first:last], self.geometry.groups))
-        return torch.cat(chosen, 1)
+            self.gram[:, i:j, 0 if self.cross else i :] += product(left, right)
 
     def totals(self) -> _Totals:
         taps = math.prod(self.geometry.kernel)
@@ -497,17 +465,6 @@ class _Im2col:
         left, right = torch.stack((z_t, c_t), 2), torch.stack((c_s, x_s), 1)
         gram = torch.baddbmm(self.gram, left, right)  # + z_t c_sᵀ + c_t x_sᵀ
         return _Totals(self.count, z_t + self.count * c_t, x_s, gram if self.cross else _mirrored(gram))
-
-
-def _grid_step(out: tuple[int, int], positions: int | None) -> tuple[int, int]:
-    """Steps of a regular grid that has at most `positions` points whatever its phase."""
-    step = [1, 1]
-    while positions is not None:
-        points = [-(-out[0] // step[0]), -(-out[1] // step[1])]
-        if math.prod(points) <= positions:
-            break
-        step[0 if points[0] >= points[1] else 1] += 1
-    return step[0], step[1]
 
 
 def _pieces(images: int, rows: int, row_bytes: int, limit: int) -> tuple[int, int]:
@@ -797,7 +754,7 @@ class _Lags:
             for j, edge_x in enumerate(plan.x.edges):
                 if edge_y and edge_x:
                     a = _corner(t, edge_y, edge_x)
-                    _accumulate(self.corners, (i, j), _product(a, a if t is s else _corner(s, edge_y, edge_x)))
+                    _accumulate(self.corners, (i, j), product(a, a if t is s else _corner(s, edge_y, edge_x)))
 
     def _strip(self, t: Tensor, s: Tensor, name: str, edge: list[tuple[int, int]], shifts: list[int]) -> Tensor:
         """Autocorrelation along a strip: [shifts, G, P, P] with P = entries · phases along · C/G."""
@@ -811,7 +768,7 @@ class _Lags:
                 continue
             left = a[:, :, low:high].flatten(1, 2)
             right = left if a is b and not shift else b[:, :, low + shift : high + shift].flatten(1, 2)
-            products.append(_product(left, right))
+            products.append(product(left, right))
         return torch.stack(products)
 
     def totals(self) -> _Totals:

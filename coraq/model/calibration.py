@@ -10,13 +10,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from coraq.config import Scheme
-from coraq.core.gram import CrossGramAccumulator, GramAccumulator, MeanAccumulator, Moments
+from coraq.core.gram import (
+    CrossGramAccumulator,
+    CrossMoments,
+    GramAccumulator,
+    MeanAccumulator,
+    Moments,
+)
+from coraq.core.sampling import SampledMoments, positions_needed
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.events import LayerCommitted, Metric, Note, Sink, null_sink
@@ -25,8 +32,10 @@ from coraq.model.fold import Trace, relative_error
 from coraq.model.layers import LayerView, as_images, as_matrices, groups_of, install, kernel_of, kind_of
 
 TEACHER, STUDENT = 0, 1
+ROWS_PER_INPUT = 64
 DAMPING = 1e-3  # of the Gram's mean diagonal, where the float outputs are projected on the student's inputs
 Metrics = dict[str, float | int | str]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,14 +61,16 @@ class LayerStats:
     """Statistics of one layer's inputs in both networks, each computed when first read.
 
     They can be read while the engine stands at the layer: until the next layer is asked for. What has been read
-    stays. Rows are im2col patches (output positions of all images).
+    stays. Rows are im2col patches (output positions of all images). Means are over all rows. Second moments are
+    over some positions of each image where there are many more than `rows_per_input` rows for every input (0: over
+    all), the same in both networks; they are centred with those rows' own means.
     """
 
-    def __init__(self, module: nn.Module, arrival: Arrival, clock: dict[str, float]) -> None:
-        self._module, self._arrival, self._clock = module, arrival, clock
+    def __init__(self, module: nn.Module, arrival: Arrival, clock: dict[str, float], rows_per_input: int = 0) -> None:
+        self._module, self._arrival, self._clock, self._rows_per_input = module, arrival, clock, rows_per_input
         self.current = True
 
-    def _timed(self, compute: Callable[[], Any]) -> Any:
+    def _timed(self, compute: Callable[[], T]) -> T:
         if not self.current:
             raise CoraqError(
                 f"the statistics of layer {self._arrival.name} are gone: the engine has moved on",
@@ -70,10 +81,35 @@ class LayerStats:
         self._clock["statistics"] += time.perf_counter() - start
         return result
 
+    def _mean(self, stream: int) -> Tensor:
+        def compute() -> Tensor:
+            accumulator: MeanAccumulator | None = None
+            for x in self._arrival.inputs(stream):
+                images, geometry = as_images(self._module, x)
+                accumulator = accumulator or MeanAccumulator(geometry, images.device)
+                accumulator.add(images)
+            assert accumulator is not None
+            return accumulator.result()[1]
+
+        return self._timed(compute)
+
+    def _sampler(self) -> SampledMoments | None:
+        """What samples this layer's patches, or None where all of them are wanted or hardly more are there."""
+        if not self._rows_per_input:
+            return None
+        images, geometry = as_images(self._module, next(iter(self._arrival.inputs(STUDENT))))
+        rows = math.prod(geometry.output_size(images.shape[2], images.shape[3])) * images.shape[0]
+        needed = self._arrival.batch_size * positions_needed(geometry, self._arrival.images, self._rows_per_input)
+        # by the leading axis and not by image: a Linear layer's inputs come as one image of many rows
+        return SampledMoments(geometry, -(-needed // images.shape[0]), images.device) if 2 * needed < rows else None
+
     @cached_property
     def _student(self) -> Moments:
+        if "_both" in self.__dict__:
+            return self._both[0]
+
         def compute() -> Moments:
-            accumulator: GramAccumulator | None = None
+            accumulator: SampledMoments | GramAccumulator | None = self._sampler()
             for x in self._arrival.inputs(STUDENT):
                 images, geometry = as_images(self._module, x)
                 accumulator = accumulator or GramAccumulator(geometry, images.device)
@@ -81,31 +117,42 @@ class LayerStats:
             assert accumulator is not None
             return accumulator.result()
 
-        moments: Moments = self._timed(compute)
-        return moments
+        return self._timed(compute)
 
-    def _mean(self, stream: int) -> tuple[int, Tensor]:
-        def compute() -> tuple[int, Tensor]:
-            accumulator: MeanAccumulator | None = None
-            for x in self._arrival.inputs(stream):
-                images, geometry = as_images(self._module, x)
-                accumulator = accumulator or MeanAccumulator(geometry, images.device)
-                accumulator.add(images)
-            assert accumulator is not None
-            return accumulator.result()
+    @cached_property
+    def _both(self) -> tuple[Moments, CrossMoments]:
+        """Moments of the student and of both together, in one go."""
 
-        result: tuple[int, Tensor] = self._timed(compute)
-        return result
+        def compute() -> tuple[Moments, CrossMoments]:
+            sampler = self._sampler()
+            alone: GramAccumulator | None = None
+            joint: CrossGramAccumulator | None = None
+            for x, y in self._arrival.pairs():
+                (teacher, geometry), (student, _) = as_images(self._module, x), as_images(self._module, y)
+                if sampler is not None:
+                    sampler.add(student, teacher)
+                    continue
+                alone = alone or GramAccumulator(geometry, student.device)
+                joint = joint or CrossGramAccumulator(geometry, student.device)
+                alone.add(student)
+                joint.add(teacher, student)
+            if sampler is not None:
+                return sampler.result(), sampler.joint()
+            assert alone is not None
+            assert joint is not None
+            return alone.result(), joint.result()
+
+        return self._timed(compute)
 
     @cached_property
     def mean(self) -> Tensor:
         """Mean student input, float64 [groups, in]."""
-        return self._student.mean if "_student" in self.__dict__ else self._mean(STUDENT)[1]
+        return self._mean(STUDENT)
 
     @cached_property
     def teacher_mean(self) -> Tensor:
         """Mean teacher input, float64 [groups, in]."""
-        return self._mean(TEACHER)[1]
+        return self._mean(TEACHER)
 
     @property
     def count(self) -> int:
@@ -117,21 +164,22 @@ class LayerStats:
         """`E[x xᵀ]` of the student's inputs, float64 [groups, in, in]."""
         return self._student.gram
 
-    @cached_property
-    def cross(self) -> Tensor:
+    @property
+    def covariance(self) -> Tensor:
+        """The Gram of the student's inputs less their mean."""
+        moments = self._student
+        return moments.gram - moments.mean[:, :, None] * moments.mean[:, None, :]
+
+    @property
+    def cross_gram(self) -> Tensor:
         """`E[x_teacher x_studentᵀ]`, float64 [groups, in, in]."""
+        return self._both[1].gram
 
-        def compute() -> Tensor:
-            accumulator: CrossGramAccumulator | None = None
-            for x, y in self._arrival.pairs():
-                (teacher, geometry), (student, _) = as_images(self._module, x), as_images(self._module, y)
-                accumulator = accumulator or CrossGramAccumulator(geometry, student.device)
-                accumulator.add(teacher, student)
-            assert accumulator is not None
-            return accumulator.result().gram
-
-        cross: Tensor = self._timed(compute)
-        return cross
+    @property
+    def cross_covariance(self) -> Tensor:
+        """The cross-Gram of both networks' inputs less their means."""
+        moments = self._both[1]
+        return moments.gram - moments.teacher_mean[:, :, None] * moments.student_mean[:, None, :]
 
     def sample(self) -> tuple[Tensor, Tensor]:
         """(teacher input, student input) of the first micro-batch, as the layer receives them (copies).
@@ -144,8 +192,7 @@ class LayerStats:
                 return x.clone(), y.clone()
             raise AssertionError("a pass has at least one micro-batch")
 
-        result: tuple[Tensor, Tensor] = self._timed(compute)
-        return result
+        return self._timed(compute)
 
 
 class CalibrationTask:
@@ -161,6 +208,7 @@ class CalibrationTask:
         done: layers that a resumed run has already committed, with the metrics of then.
         on_commit: called with number, name, codes and metrics of every new layer before it counts as committed.
         memory_bytes, folder: bound on live activations, and where the overflow goes.
+        rows_per_input: patches for every input of a layer that second moments are estimated from (0: all).
     """
 
     def __init__(
@@ -175,6 +223,7 @@ class CalibrationTask:
         on_commit: Callable[[int, str, QuantizedLayer, Metrics], None] | None = None,
         memory_bytes: int | None = None,
         folder: Path | None = None,
+        rows_per_input: int = ROWS_PER_INPUT,
     ) -> None:
         self.teacher = teacher.requires_grad_(False)
         self.student = copy.deepcopy(self.teacher)
@@ -187,6 +236,7 @@ class CalibrationTask:
         self._batches = list(batches)
         self._seed, self._sink, self._on_commit = seed, sink, on_commit
         self.memory_bytes, self._folder = memory_bytes, folder
+        self._rows_per_input = rows_per_input
         self._engine: LockStep | None = None
         self._stats: LayerStats | None = None
         self._at: str | None = None
@@ -283,26 +333,24 @@ class CalibrationTask:
                 f"the calibration pass ended without reaching layer {wanted}", "Please report the architecture."
             )
         self._at = arrival.name
-        self._stats = LayerStats(self.student.get_submodule(arrival.name), arrival, self.clock)
+        self._stats = LayerStats(self.student.get_submodule(arrival.name), arrival, self.clock, self._rows_per_input)
 
     @torch.no_grad()
-    def least_squares(self, name: str, target: Literal["layer", "float"] = "layer") -> LeastSquares:
-        """See `coraq.api.Task.least_squares`. Damping of the float target: 1e-3 of the Gram's mean diagonal."""
+    def least_squares(self, name: str, correction: float = 0.5) -> LeastSquares:
+        """See `coraq.api.Task.least_squares`. The regression is damped by 1e-3 of the Gram's mean diagonal."""
         stats, weight = self.stats(name), self._view(name).weight
-        gram = stats.gram
         centred = self.scheme.bias != "keep"
-        if centred:
-            gram = gram - stats.mean[:, :, None] * stats.mean[:, None, :]
-        if target == "float":
-            cross = stats.cross
-            if centred:
-                cross = cross - stats.teacher_mean[:, :, None] * stats.mean[:, None, :]
-            diagonal = gram.diagonal(dim1=1, dim2=2)
-            damping = DAMPING * diagonal.mean(1).clamp(min=1e-12)
-            damped = gram + torch.diag_embed(damping[:, None].expand_as(diagonal))
-            # W* = W C (H + λ)⁻¹, written as a change of W, so that strong damping leads back to W
-            change = weight.double() @ (cross - gram)
-            weight = (weight.double() + torch.linalg.solve(damped, change, left=False)).float()
+        if correction == 0:
+            return LeastSquares(weight, stats.covariance if centred else stats.gram)
+        # the cross moments first: they bring the student's own along
+        cross = stats.cross_covariance if centred else stats.cross_gram
+        gram = stats.covariance if centred else stats.gram
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        damping = DAMPING * diagonal.mean(1).clamp(min=1e-12)
+        damped = gram + torch.diag_embed(damping[:, None].expand_as(diagonal))
+        # W C (H + λ)⁻¹ written as a change of W, so that strong damping leads back to W
+        change = correction * (weight.double() @ (cross - gram))
+        weight = (weight.double() + torch.linalg.solve(damped, change, left=False)).float()
         return LeastSquares(weight, gram)
 
     @torch.no_grad()

@@ -133,6 +133,8 @@ class Arrival:
     def __init__(self, name: str, parked: list[list[_MicroBatch]]) -> None:
         self.name = name
         self._parked = parked
+        self.batch_size = parked[0][0].size
+        self.images = sum(batch.size for batch in parked[0])
 
     def inputs(self, stream: int) -> Iterator[Tensor]:
         """The layer's input in each micro-batch of a stream; do not keep a tensor after the next is asked for."""
@@ -151,6 +153,7 @@ class _MicroBatch:
     """One forward pass of one micro-batch in one stream."""
 
     def __init__(self, model: nn.Module, images: Tensor, spill: Spill | None) -> None:
+        self.size = len(images)
         self._greenlet = greenlet(lambda: model(images))
         self._greenlet.coraq_seen = set()
         self._spill = spill

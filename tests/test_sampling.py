@@ -1,0 +1,100 @@
+"""Claims about moments from some positions: all give the exact ones, and some give them nearly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coraq.core.gram import CrossGramAccumulator, Geometry, GramAccumulator, patches
+from coraq.core.sampling import MIN_ROWS, SampledMoments, grid_step, positions_needed
+
+GEOMETRIES = [
+    Geometry((1, 1), in_channels=6),
+    Geometry((3, 3), padding=(1, 1, 1, 1), in_channels=6),
+    Geometry((3, 3), stride=(2, 2), padding=(0, 1, 0, 1), in_channels=6),
+    Geometry((3, 3), padding=(2, 2, 2, 2), dilation=(2, 2), groups=2, in_channels=6),
+    Geometry((5, 3), stride=(1, 2), padding=(2, 2, 1, 1), groups=6, in_channels=6),
+]
+
+
+def maps(seed: int, n: int = 4, size: int = 9) -> torch.Tensor:
+    """Smooth, positive maps [n, 6, size, size], as after a ReLU."""
+    noise = torch.randn(n, 6, size + 4, size + 4, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.avg_pool2d(noise, 5, 1).mul_(5).add_(1).relu_()
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_all_positions_give_the_exact_moments(geometry: Geometry) -> None:
+    sampled = SampledMoments(geometry, 10**6)
+    exact, cross = GramAccumulator(geometry), CrossGramAccumulator(geometry)
+    for seed in (0, 1):
+        student, teacher = maps(seed), maps(seed + 10)
+        sampled.add(student, teacher)
+        exact.add(student)
+        cross.add(teacher, student)
+    # float32 products of a few hundred rows, centred: far below 1e-5 of the whole
+    torch.testing.assert_close(sampled.result().gram, exact.result().gram, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sampled.result().mean, exact.result().mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sampled.joint().gram, cross.result().gram, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sampled.joint().teacher_mean, cross.result().teacher_mean, rtol=1e-5, atol=1e-6)
+    assert sampled.result().count == exact.result().count
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_some_positions_are_patches_of_the_input(geometry: Geometry) -> None:
+    """Every sampled row is one of the im2col patches, none twice."""
+    x = maps(3, n=1)
+    sampled = SampledMoments(geometry, 6)
+    rows, all_rows = sampled._rows(x), patches(x, geometry)
+    distances = torch.cdist(rows.double(), all_rows.double())
+    nearest = distances.min(-1)
+    assert float(nearest.values.max()) < 1e-6
+    if geometry.groups == 1:
+        assert len(nearest.indices[0].unique()) == rows.shape[1]
+
+
+def test_the_phase_reaches_every_position() -> None:
+    geometry = Geometry((1, 1), in_channels=1)
+    x = torch.arange(64.0).reshape(1, 1, 8, 8)
+    sampled, seen = SampledMoments(geometry, 16), set()
+    for _ in range(4):
+        seen |= set(sampled._rows(x)[0, :, 0].int().tolist())
+        sampled.add(x)
+    assert seen == set(range(64))
+
+
+def test_sampled_moments_come_near_the_exact_ones() -> None:
+    geometry = GEOMETRIES[1]
+    sampled, exact = SampledMoments(geometry, 25), GramAccumulator(geometry)
+    for seed in range(20):
+        x = maps(seed, n=8, size=14)
+        sampled.add(x)
+        exact.add(x)
+    error = (sampled.result().gram - exact.result().gram).norm() / exact.result().gram.norm()
+    assert float(error) < 0.05
+    assert sampled.result().count < exact.result().count / 4
+
+
+@pytest.mark.parametrize(
+    ("out", "positions"), [((56, 56), 36), ((7, 7), 49), ((7, 7), 100), ((1, 1), 5), ((14, 3), 10)]
+)
+def test_a_grid_has_enough_positions_and_not_many_more(out: tuple[int, int], positions: int) -> None:
+    step = grid_step(out, positions)
+    fewest = (out[0] // step[0]) * (out[1] // step[1])
+    assert fewest >= min(positions, out[0] * out[1])
+    assert fewest <= max(4 * positions, 1)
+
+
+def test_layers_with_few_inputs_get_a_minimum_of_rows() -> None:
+    depthwise = Geometry((3, 3), groups=8, in_channels=8)
+    assert positions_needed(depthwise, 1024, 64) * 1024 >= MIN_ROWS
+    assert positions_needed(Geometry((1, 1), in_channels=960), 1024, 64) == 60
+
+
+def test_joint_moments_need_the_teacher() -> None:
+    sampled = SampledMoments(GEOMETRIES[0], 4)
+    sampled.add(maps(0))
+    with pytest.raises(ValueError, match="teacher"):
+        sampled.joint()
+    with pytest.raises(ValueError, match="positions"):
+        SampledMoments(GEOMETRIES[0], 0)
