@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -252,6 +253,28 @@ def test_a_network_that_gives_nan_is_not_taken_for_unchanged(images: Tensor) -> 
         network.get_submodule("head").weight[0, 0] = float("nan")  # type: ignore[index,operator]
     with pytest.raises(CoraqError):
         fold(network, images)
+
+
+def test_rounding_that_the_network_blows_up_is_not_taken_for_a_fault(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Chaotic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(1e5 * self.norm(self.conv(x)))  # rounding of 1e-7 grows to 1e-2
+
+    network = prepared(Chaotic(), images)
+    broken = copy.deepcopy(network)
+    with torch.no_grad():
+        before = network(images)
+        assert fold(network, images).structure.folded == {"norm": "conv"}
+        assert relative_error(network(images), before) > 1e-3
+    monkeypatch.setattr(folding, "_fold", lambda layer, norm: None)
+    with pytest.raises(CoraqError, match="changed the network's output"):
+        fold(broken, images)
 
 
 def test_a_structure_rebuilds_the_same_modules_without_data(images: Tensor) -> None:
