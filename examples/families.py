@@ -110,7 +110,7 @@ FAMILIES = [
     Family("convmixer", "convmixer_768_32", size=32, heavy=True),
     Family("inception_next", "inception_next_atto", SHALLOW),
     Family("inception_v3", "inception_v3", size=80, heavy=True),
-    Family("inception_v4", "inception_v4", size=80, heavy=True),
+    Family("inception_v4", "inception_v4", size=112, heavy=True),
     Family("inception_resnet_v2", "inception_resnet_v2", size=80, heavy=True),
     Family("densenet", "densenet121", {"block_config": [2, 2, 2, 2]}),
     Family("dla", "dla46_c"),

@@ -161,7 +161,7 @@ def test_no_model_means_the_demo(pipeline: FakePipeline) -> None:
         (["-w", "2"], {"scheme": {"bits": 2}}),
         (["--first-bits", "4", "--last-bits", "same"], {"scheme": {"first_bits": 4, "last_bits": None}}),
         (["--granularity", "tensor"], {"scheme": {"granularity": "tensor"}}),
-        (["--asymmetric"], {"scheme": {"symmetric": False}}),
+        (["--symmetric"], {"scheme": {"symmetric": True}}),
         (["--bias", "keep"], {"scheme": {"bias": "keep"}}),
         (
             ["--override", r"a=b\d=3", "--override", "c.*=8"],

@@ -91,8 +91,6 @@ def test_a_large_network_is_folded_to_the_same_function(family: Any) -> None:
     network, images = families.build(family), families.images(family)[:2]
     found = fold(network, images)  # which asserts it
     assert len(found.order) > 10
-    # every norm that a convolution alone feeds is gone; weight standardisation leaves no norm at all
-    assert found.structure.folded or found.structure.materialised
 
 
 @pytest.mark.slow

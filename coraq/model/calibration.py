@@ -97,11 +97,15 @@ class LayerStats:
         """What samples this layer's patches, or None where all of them are wanted or hardly more are there."""
         if not self._rows_per_input:
             return None
-        images, geometry = as_images(self._module, next(iter(self._arrival.inputs(STUDENT))))
-        rows = math.prod(geometry.output_size(images.shape[2], images.shape[3])) * images.shape[0]
-        needed = self._arrival.batch_size * positions_needed(geometry, self._arrival.images, self._rows_per_input)
-        # by the leading axis and not by image: a Linear layer's inputs come as one image of many rows
-        return SampledMoments(geometry, -(-needed // images.shape[0]), images.device) if 2 * needed < rows else None
+        for x in self._arrival.inputs(STUDENT):  # looked at inside the loop: a spilled input is gone after it
+            images, geometry = as_images(self._module, x)
+            rows = math.prod(geometry.output_size(images.shape[2], images.shape[3])) * images.shape[0]
+            needed = self._arrival.batch_size * positions_needed(geometry, self._arrival.images, self._rows_per_input)
+            if 2 * needed < rows:
+                # by the leading axis and not by image: a Linear layer's inputs come as one image of many rows
+                return SampledMoments(geometry, -(-needed // images.shape[0]), images.device)
+            break
+        return None
 
     @cached_property
     def _student(self) -> Moments:
