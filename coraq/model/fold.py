@@ -9,7 +9,6 @@ standardisation) becomes a plain one that holds the effective weight. What was d
 from __future__ import annotations
 
 import copy
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -305,15 +304,6 @@ def _error_in_float64(original: nn.Module, structure: Structure, example: Tensor
         return relative_error(model(images), before)
     except (RuntimeError, TypeError):
         return float("inf")
-
-
-def _right_in_double(model: nn.Module, example: Tensor) -> bool:
-    """Whether folding is exact in float64: then the network itself blows float32's rounding up. Consumes `model`."""
-    model, example = model.double(), example.double()
-    before = model(example)
-    found, effective = trace(model, example)
-    restructure(model, found.structure, effective)
-    return relative_error(model(example), before) <= 1e-6
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
