@@ -83,7 +83,7 @@ def test_comq_never_worsens_nearest_rounding(kind: str, bits: int, symmetric: bo
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_each_part_of_the_default_earns_its_place(bits: int) -> None:
     errors = {
-        name: sum(run(COMQ, OneLayerTask((1, 32, 96), bits, seed), **options)[1]["error"] for seed in range(3))
+        name: sum(run(COMQ, OneLayerTask((1, 32, 96), bits, seed, symmetric=True), **options)[1]["error"] for seed in range(3))
         for name, options in {
             "default": {},
             "one range": {"candidates": 1},
@@ -175,9 +175,9 @@ def test_rtn_takes_the_range_that_clip_names(granularity: str) -> None:
     for clip in ("mse", "minmax", "sigma"):
         task = OneLayerTask((1, 16, 72), 3, granularity=granularity)
         results[clip], _ = run(RoundToNearest, task, clip=clip, k=2.0)
-        assert not task.targets  # needs no data
+        assert not task.corrections  # needs no data
     weight = task.layers[0].weight
-    assert torch.equal(results["minmax"], minmax_grid(weight, 3, True, granularity).round(weight))
+    assert torch.equal(results["minmax"], minmax_grid(weight, 3, task.scheme.symmetric, granularity).round(weight))
     errors = {clip: float((weight - result).square().sum()) for clip, result in results.items()}
     assert errors["mse"] < errors["sigma"]
     assert errors["mse"] < errors["minmax"]
