@@ -103,7 +103,7 @@ def test_npot_uses_data_where_there_is_some() -> None:
     blind, seeing = OneLayerTask((1, 16, 72), 4), OneLayerTask((1, 16, 72), 4)
     blind.has_data = False
     without, _ = run(METHODS["npot"], blind)
-    assert not blind.targets
+    assert not blind.corrections
     with_data, _ = run(METHODS["npot"], seeing)
     assert relative_error(seeing, with_data) < 0.8 * relative_error(seeing, without)
     weight = blind.layers[0].weight
