@@ -59,12 +59,13 @@ def main() -> int:
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--methods", default="rtn,comq")
     parser.add_argument("--bits", default="4,3,2")
+    parser.add_argument("--edges", default="8,all", help="8: first and last layer at 8 bits; all: at the same bits")
     arguments = parser.parse_args()
     folder = RESULTS / "accuracy"
     folder.mkdir(parents=True, exist_ok=True)
     failed = 0
     for network in arguments.networks.split(","):
-        for everywhere in (False, True):
+        for everywhere in [edge == "all" for edge in arguments.edges.split(",")]:
             for bits in map(int, arguments.bits.split(",")):
                 for method in arguments.methods.split(","):
                     line = command(arguments.assets, network, method, bits, everywhere)
