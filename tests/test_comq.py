@@ -83,7 +83,9 @@ def test_comq_never_worsens_nearest_rounding(kind: str, bits: int, symmetric: bo
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_each_part_of_the_default_earns_its_place(bits: int) -> None:
     errors = {
-        name: sum(run(COMQ, OneLayerTask((1, 32, 96), bits, seed, symmetric=True), **options)[1]["error"] for seed in range(3))
+        name: sum(
+            run(COMQ, OneLayerTask((1, 32, 96), bits, seed, symmetric=True), **options)[1]["error"] for seed in range(3)
+        )
         for name, options in {
             "default": {},
             "one range": {"candidates": 1},
