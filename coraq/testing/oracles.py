@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from coraq.core.grid import Grid
 
 
 def state_digest(module: nn.Module) -> str:
@@ -71,30 +68,3 @@ def mean_output_error(module: nn.Module, inputs: Sequence[Tensor], delta: Tensor
     if centred:
         error = error - error.mean(1, keepdim=True)
     return error.square().mean(1).reshape(delta.shape[:2])
-
-
-def exhaustive_rounding(weight: Tensor, gram: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The codes of least `(w − q) H (w − q)ᵀ` for each channel on a given grid, by trying all.
-
-    Args:
-        weight: [1, out, in] with in · bits small (2**(in·bits) candidates).
-        gram: float64 [1, in, in].
-
-    Returns:
-        codes [1, out, in] and their errors [1, out], float64.
-    """
-    inputs = weight.shape[2]
-    every = torch.tensor(list(itertools.product(range(grid.top + 1), repeat=inputs)), dtype=torch.float64)
-    codes, errors = [], []
-    for row, scale, zero in zip(
-        weight[0],
-        grid.scale.expand(weight.shape[0], weight.shape[1], 1)[0],
-        grid.zero.expand(weight.shape[0], weight.shape[1], 1)[0],
-        strict=True,
-    ):
-        delta = row.double() - (every - zero.double()) * scale.double()
-        loss = ((delta @ gram[0]) * delta).sum(1)
-        best = int(loss.argmin())
-        codes.append(every[best])
-        errors.append(loss[best])
-    return torch.stack(codes)[None], torch.stack(errors)[None]
