@@ -50,6 +50,11 @@ class Scheme(Frozen):
         description="bias correction: make a layer's mean output equal the float network's (float), that of the same "
         "layer with float weights on the quantized network's inputs (layer), or leave the bias alone (keep)",
     )
+    gain: Literal["float", "keep"] = Field(
+        default="float",
+        description="scale correction: make every output channel vary as in the float network, as re-estimating "
+        "BatchNorm would (float), or keep the scales that the method chose (keep); needs a scale per channel",
+    )
     overrides: dict[str, LayerScheme] = Field(
         default_factory=dict,
         description="regular expression over layer names -> that layer's own bits and rank; first match wins",
@@ -83,7 +88,7 @@ class Scheme(Frozen):
         edges = f"first/last layer {self.first_bits or self.bits}/{self.last_bits or self.bits} bits"
         grid = f"{'symmetric' if self.symmetric else 'affine'} per {self.granularity}"
         extra = f", {len(self.overrides)} overrides" if self.overrides else ""
-        return f"W{self.bits}A32, {edges}, {grid}, bias {self.bias}, activations float{extra}"
+        return f"W{self.bits}A32, {edges}, {grid}, bias {self.bias}, gain {self.gain}, activations float{extra}"
 
 
 class DataConfig(Frozen):

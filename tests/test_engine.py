@@ -297,6 +297,33 @@ def test_bias_correction_by_layer_makes_the_mean_that_of_float_weights_on_the_sa
     task.close()
 
 
+def test_the_gain_makes_every_channel_vary_as_in_the_float_network(task: CalibrationTask) -> None:
+    """All positions are sampled here, so it does so exactly, wherever the factor is within its bounds."""
+    batches = list(task.batches())
+    shrunk = 0
+    for layer in task.layers:
+        own = rounded(task, layer)
+        task.commit(layer.name, own)
+        of_float = outputs_by_channel(task.teacher, layer.name, batches, task.teacher)
+        of_student = outputs_by_channel(task.student, layer.name, batches, task.student)
+        gain = (task.committed[layer.name][0].weight.scale / own.weight.scale).flatten()
+        assert float(gain.min()) >= 0.5
+        assert float(gain.max()) <= 2.0
+        inside = (gain > 0.5) & (gain < 2.0) & (of_float.var(1) > 1e-6)
+        torch.testing.assert_close(of_student.var(1)[inside], of_float.var(1)[inside], rtol=1e-4, atol=0.0)
+        shrunk += int(inside.sum())
+    assert shrunk > 20
+
+
+def test_gain_keep_leaves_every_scale_alone() -> None:
+    task = calibration_task(scheme=Scheme(bits=3, gain="keep"))
+    for layer in task.layers:
+        own = rounded(task, layer)
+        task.commit(layer.name, own)
+        assert torch.equal(task.committed[layer.name][0].weight.scale, own.weight.scale)
+    task.close()
+
+
 def test_bias_keep_leaves_every_bias_alone() -> None:
     task = calibration_task(scheme=Scheme(bits=3, bias="keep"))
     for layer in task.layers:

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from coraq.core.gram import CrossGramAccumulator, Geometry, GramAccumulator, patches
-from coraq.core.sampling import MIN_ROWS, SampledMoments, grid_step, positions_needed
+from coraq.core.sampling import (
+    MIN_ROWS,
+    OutputVariance,
+    SampledMoments,
+    grid_step,
+    positions_needed,
+    sampled_patches,
+)
 
 GEOMETRIES = [
     Geometry((1, 1), in_channels=6),
@@ -44,8 +51,7 @@ def test_all_positions_give_the_exact_moments(geometry: Geometry) -> None:
 def test_some_positions_are_patches_of_the_input(geometry: Geometry) -> None:
     """Every sampled row is one of the im2col patches, none twice."""
     x = maps(3, n=1)
-    sampled = SampledMoments(geometry, 6)
-    rows, all_rows = sampled._rows(x), patches(x, geometry)
+    rows, all_rows = sampled_patches(x, geometry, 6, 0), patches(x, geometry)
     distances = torch.cdist(rows.double(), all_rows.double())
     nearest = distances.min(-1)
     assert float(nearest.values.max()) < 1e-6
@@ -56,11 +62,22 @@ def test_some_positions_are_patches_of_the_input(geometry: Geometry) -> None:
 def test_the_phase_reaches_every_position() -> None:
     geometry = Geometry((1, 1), in_channels=1)
     x = torch.arange(64.0).reshape(1, 1, 8, 8)
-    sampled, seen = SampledMoments(geometry, 16), set()
-    for _ in range(4):
-        seen |= set(sampled._rows(x)[0, :, 0].int().tolist())
-        sampled.add(x)
+    seen: set[int] = set()
+    for turn in range(4):
+        seen |= set(sampled_patches(x, geometry, 16, turn)[0, :, 0].int().tolist())
     assert seen == set(range(64))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_the_output_variance_is_that_of_the_convolution(geometry: Geometry) -> None:
+    """All positions, against the convolution itself, with a mean a hundred times the deviation."""
+    weight = torch.randn(geometry.groups, 4, geometry.inputs, generator=torch.Generator().manual_seed(1)) + 2
+    x = maps(3) + 5
+    variance = OutputVariance(geometry, weight, 10**6)
+    for batch in x.split(3):
+        variance.add(batch)
+    outputs = patches(x, geometry).double() @ weight.double().mT
+    torch.testing.assert_close(variance.result(), outputs.var(1, unbiased=False), rtol=1e-3, atol=0.0)
 
 
 def test_sampled_moments_come_near_the_exact_ones() -> None:

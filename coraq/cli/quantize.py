@@ -83,6 +83,7 @@ def quantize(
     bias: Annotated[
         Literal["float", "layer", "keep"], option(Scheme, "bias", "--bias", panel=SCHEME_PANEL)
     ] = SCHEME.bias,
+    gain: Annotated[Literal["float", "keep"], option(Scheme, "gain", "--gain", panel=SCHEME_PANEL)] = SCHEME.gain,
     override: Annotated[
         list[str] | None,
         typer.Option(

@@ -41,7 +41,7 @@ class SampledMoments:
     def add(self, student: Tensor, teacher: Tensor | None = None) -> None:
         """Take in images [N, C, H, W] float32 of the student, and of the teacher in the same order."""
         streams = [student] if teacher is None else [student, teacher]
-        rows = [self._rows(x) for x in streams]
+        rows = [sampled_patches(x, self.geometry, self.positions, self._batches) for x in streams]
         if not self._shifts:
             self._shifts = [x.mean(1, keepdim=True) for x in rows]
         rows = [x.sub_(shift) for x, shift in zip(rows, self._shifts, strict=True)]
@@ -74,25 +74,61 @@ class SampledMoments:
         centred = self._sums[stream] / self.count
         return shift, shift + centred, centred
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """Patches [groups, rows, in] at this micro-batch's positions, in the order of the weight matrix."""
-        geometry = self.geometry
-        height, width = x.shape[2], x.shape[3]
-        out = geometry.output_size(height, width)
-        step = grid_step(out, self.positions)
-        phase = self._batches % step[0], self._batches // step[0] % step[1]
-        y = torch.arange(phase[0] % out[0], out[0], step[0], device=x.device) * geometry.stride[0] - geometry.padding[0]
-        z = torch.arange(phase[1] % out[1], out[1], step[1], device=x.device) * geometry.stride[1] - geometry.padding[2]
-        frame = x.permute(0, 2, 3, 1)
-        taps = []
-        for i in range(geometry.kernel[0]):
-            for j in range(geometry.kernel[1]):
-                rows, columns = (y + i * geometry.dilation[0])[:, None], z + j * geometry.dilation[1]
-                tap = frame[:, rows.clamp(0, height - 1), columns.clamp(0, width - 1)]
-                inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-                taps.append(tap * inside[..., None] if not bool(inside.all()) else tap)
-        patches = torch.stack(taps, -1) if len(taps) > 1 else taps[0][..., None]  # N, py, px, C, taps
-        return patches.reshape(-1, geometry.groups, geometry.inputs).transpose(0, 1).contiguous()
+
+def sampled_patches(x: Tensor, geometry: Geometry, positions: int, turn: int) -> Tensor:
+    """Patches [groups, rows, in] of images [N, C, H, W] on a regular grid of about `positions` output positions each.
+
+    `turn`, the number of the micro-batch, moves the grid. Inputs stand in the order of the weight matrix.
+    """
+    height, width = x.shape[2], x.shape[3]
+    out = geometry.output_size(height, width)
+    step = grid_step(out, positions)
+    phase = turn % step[0], turn // step[0] % step[1]
+    y = torch.arange(phase[0] % out[0], out[0], step[0], device=x.device) * geometry.stride[0] - geometry.padding[0]
+    z = torch.arange(phase[1] % out[1], out[1], step[1], device=x.device) * geometry.stride[1] - geometry.padding[2]
+    frame = x.permute(0, 2, 3, 1)
+    taps = []
+    for i in range(geometry.kernel[0]):
+        for j in range(geometry.kernel[1]):
+            rows, columns = (y + i * geometry.dilation[0])[:, None], z + j * geometry.dilation[1]
+            tap = frame[:, rows.clamp(0, height - 1), columns.clamp(0, width - 1)]
+            inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+            taps.append(tap * inside[..., None] if not bool(inside.all()) else tap)
+    patches = torch.stack(taps, -1) if len(taps) > 1 else taps[0][..., None]  # N, py, px, C, taps
+    return patches.reshape(-1, geometry.groups, geometry.inputs).transpose(0, 1).contiguous()
+
+
+class OutputVariance:
+    """Variance of a layer's outputs per channel, from some positions of each image.
+
+    Args:
+        geometry: of the layer.
+        weight: [groups, out, in].
+        positions: about how many output positions of each image to keep.
+    """
+
+    def __init__(self, geometry: Geometry, weight: Tensor, positions: int) -> None:
+        self._geometry, self._weight, self._positions = geometry, weight, max(1, positions)
+        self._count, self._turn = 0, 0
+        self._shift: Tensor | None = None
+        self._sums = torch.zeros(2, *weight.shape[:2], dtype=torch.float64, device=weight.device)
+
+    def add(self, images: Tensor) -> None:
+        """Take in a micro-batch [N, C, H, W] float32 of the layer's inputs."""
+        rows = sampled_patches(images, self._geometry, self._positions, self._turn)
+        y = rows @ self._weight.mT  # [groups, rows, out]
+        if self._shift is None:  # a mean much larger than the deviation would drown it
+            self._shift = y.mean(1, keepdim=True)
+        y -= self._shift
+        self._sums[0] += y.sum(1, dtype=torch.float64)
+        self._sums[1] += y.square_().sum(1, dtype=torch.float64)
+        self._count += y.shape[1]
+        self._turn += 1
+
+    def result(self) -> Tensor:
+        """Variance, float64 [groups, out]."""
+        mean, square = self._sums / max(1, self._count)
+        return (square - mean.square()).clamp(min=0)
 
 
 def grid_step(out: tuple[int, int], positions: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ group, `in = channels/groups · kh · kw` inputs of each (a Linear layer has one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -126,6 +126,14 @@ class QuantizedLayer:
         """The effective weight, float32 [groups, out, in]."""
         weight = self.weight.dequantize()
         return weight if self.adapter is None else weight + self.adapter.dequantize()
+
+    def scaled(self, factor: Tensor) -> QuantizedLayer:
+        """The layer with every output channel's weight times `factor` [groups, out, 1]; the bias as it is."""
+        weight = replace(self.weight, scale=self.weight.scale * factor.to(self.weight.scale.device))
+        adapter = self.adapter
+        if adapter is not None:
+            adapter = replace(adapter, b=replace(adapter.b, scale=adapter.b.scale * factor.to(adapter.b.scale.device)))
+        return replace(self, weight=weight, adapter=adapter)
 
     def check(self, shape: tuple[int, int, int]) -> None:
         """Raise ValueError unless everything fits a weight of `shape` and is finite."""

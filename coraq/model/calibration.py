@@ -23,7 +23,7 @@ from coraq.core.gram import (
     MeanAccumulator,
     Moments,
 )
-from coraq.core.sampling import SampledMoments, positions_needed
+from coraq.core.sampling import OutputVariance, SampledMoments, positions_needed
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.events import LayerCommitted, Metric, Note, Sink, null_sink
@@ -34,6 +34,7 @@ from coraq.model.layers import LayerView, as_images, as_matrices, groups_of, ins
 TEACHER, STUDENT = 0, 1
 ROWS_PER_INPUT = 64
 DAMPING = 1e-3  # of the Gram's mean diagonal, where the float outputs are projected on the student's inputs
+MOST_GAIN = 2.0  # factor on a channel's scale that matches its variance; more would be a channel beyond repair
 Metrics = dict[str, float | int | str]
 T = TypeVar("T")
 
@@ -184,6 +185,25 @@ class LayerStats:
         """The cross-Gram of both networks' inputs less their means."""
         moments = self._both[1]
         return moments.gram - moments.teacher_mean[:, :, None] * moments.student_mean[:, None, :]
+
+    def output_variance(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+        """Variance of the layer's outputs per channel, float64 [groups, out], in the float and the quantized network.
+
+        Each with its own inputs and a weight [groups, out, in] of its own; from sampled positions.
+        """
+
+        def compute(stream: int, weight: Tensor) -> Tensor:
+            variance: OutputVariance | None = None
+            for x in self._arrival.inputs(stream):
+                images, geometry = as_images(self._module, x)
+                if variance is None:
+                    needed = self._arrival.batch_size * positions_needed(geometry, self._arrival.images, 0)
+                    variance = OutputVariance(geometry, weight, -(-needed // images.shape[0]))
+                variance.add(images)
+            assert variance is not None
+            return variance.result()
+
+        return self._timed(lambda: (compute(TEACHER, teacher), compute(STUDENT, student)))
 
     def sample(self) -> tuple[Tensor, Tensor]:
         """(teacher input, student input) of the first micro-batch, as the layer receives them (copies).
@@ -373,6 +393,8 @@ class CalibrationTask:
             raise CoraqError(
                 f"the method's result for layer {name} is invalid: {error}", "This is a fault of the method."
             ) from None
+        if layer.bias is None and self.has_data:
+            layer = self._gain(view, layer)
         layer = replace(layer, bias=self._bias(view, layer))
         self._put(name, layer)
         numbers: Metrics = {**self._measure(view, layer), **metrics}
@@ -381,6 +403,21 @@ class CalibrationTask:
         self.committed[name] = (layer, numbers)
         self._reseed()
         self._sink(LayerCommitted(name, len(self.committed), len(self._views), numbers))
+
+    def _gain(self, view: LayerView, layer: QuantizedLayer) -> QuantizedLayer:
+        """The layer with its scales such that every output channel varies as in the float network.
+
+        Codes of least squared error shrink what they stand for, as any regression does, and the shrinkage compounds
+        from layer to layer. Re-estimating BatchNorm's variances would undo it; here the norm is folded, and the
+        channel's scale takes the factor, at no cost in bytes.
+        """
+        if self.scheme.gain == "keep" or self.scheme.granularity == "tensor" or layer.weight.scale.numel() == 1:
+            return layer
+        effective = layer.dequantize()
+        wanted, found = self.stats(view.name).output_variance(view.weight, effective.to(view.weight.device))
+        alive = (wanted > 0) & (found > 0) & torch.isfinite(wanted) & torch.isfinite(found)
+        ratio = torch.where(alive, wanted / torch.where(alive, found, 1.0), 1.0)
+        return layer.scaled(ratio.sqrt().clamp(1 / MOST_GAIN, MOST_GAIN).float()[:, :, None])
 
     def _bias(self, view: LayerView, layer: QuantizedLayer) -> Tensor | None:
         """The committed bias: the method's own, or the one that makes the mean output right."""

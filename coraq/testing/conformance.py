@@ -310,7 +310,7 @@ def _check_grid(bench: _Bench, bits: int, symmetric: bool, granularity: Granular
 
     The outputs' mean is taken out: bias correction makes it right whatever the weights are.
     """
-    scheme = Scheme(bits=bits, symmetric=symmetric, granularity=granularity)
+    scheme = Scheme(bits=bits, symmetric=symmetric, granularity=granularity, gain="keep")
     case = _describe(bits, symmetric, granularity)
     outcome = bench.run(scheme, bench.batches(), case)
     _check_commits(bench, scheme, outcome, case)
@@ -442,7 +442,7 @@ def _check_awkward(method: type[Quantizer], options: dict[str, Any]) -> None:
     bench = _Bench(method, options, *_folded(small_network(seed=3, awkward=True)))
     for symmetric, granularity in _GRIDS:
         for bits in (2, 4):
-            scheme = Scheme(bits=bits, symmetric=symmetric, granularity=granularity)
+            scheme = Scheme(bits=bits, symmetric=symmetric, granularity=granularity, gain="keep")
             case = f"network with dead and constant channels, {_describe(bits, symmetric, granularity)}"
             outcome = bench.run(scheme, bench.batches(), case)
             _check_commits(bench, scheme, outcome, case)
