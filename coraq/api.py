@@ -25,7 +25,7 @@ folder, and reports progress; so sequential calibration and resuming come for fr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -33,14 +33,21 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from coraq.config import Frozen, LayerScheme, Scheme
+from coraq.core.allocate import Choice, allocate
+from coraq.core.alternate import alternate
+from coraq.core.cutoffs import SearchLayer, search_cutoffs
 from coraq.core.grid import Grid, best_shrink, grid_from_range, minmax_grid, mse_grid, sigma_grid
+from coraq.core.lowrank import Directions, adapter, adapter_bytes, directions
+from coraq.core.sensitivity import kl_of_errors
 from coraq.core.tensors import LowRank, QTensor, QuantizedLayer
 from coraq.errors import CoraqError, UsageError
 from coraq.model.calibration import LayerStats, LeastSquares
 from coraq.model.layers import LayerView
 
 __all__ = [
+    "Choice",
     "CoraqError",
+    "Directions",
     "Field",
     "Grid",
     "LayerScheme",
@@ -53,18 +60,30 @@ __all__ = [
     "QuantizedLayer",
     "Quantizer",
     "Scheme",
+    "SearchLayer",
     "Task",
     "UsageError",
+    "adapter",
+    "adapter_bytes",
+    "allocate",
+    "alternate",
     "best_shrink",
+    "directions",
     "grid_from_range",
+    "kl_of_errors",
     "minmax_grid",
     "mse_grid",
+    "search_cutoffs",
     "sigma_grid",
 ]
 
 
 class MethodConfig(Frozen):
     """Base of a method's options: frozen, unknown keys refused; a field's description is its help."""
+
+    def bases(self) -> Sequence[str]:
+        """Other methods that these options use (`Task.codes`); their versions are part of the run's identity."""
+        return ()
 
 
 class Task(Protocol):
@@ -114,6 +133,33 @@ class Task(Protocol):
     def commit(self, name: str, layer: QuantizedLayer, **metrics: float | int | str) -> None:
         """Install, save and report one layer. Each layer is committed exactly once."""
 
+    def preview(self, name: str, layer: QuantizedLayer) -> QuantizedLayer:
+        """Install a layer as `commit` would, but for now: it is not saved, and must still be committed.
+
+        For methods that look at the whole quantized network before they decide. Returns the layer as installed,
+        with its bias and gain.
+        """
+
+    def codes(
+        self,
+        name: str,
+        method: str,
+        options: Mapping[str, Any] | None = None,
+        *,
+        bits: int | None = None,
+        less: Tensor | None = None,
+        scheme: Scheme | None = None,
+    ) -> QuantizedLayer:
+        """The codes that another method gives a layer; nothing is committed.
+
+        Args:
+            bits: instead of the layer's own. scheme: instead of the task's.
+            less: [groups, out, in], taken off the weight before it is quantized.
+        """
+
+    def remember(self, key: str, compute: Callable[[], Any]) -> Any:
+        """A decision, JSON-able, that the layers' commits rest on: computed once, kept for a resumed run."""
+
     def log(self, metric: str, value: float, step: int) -> None:
         """Report a scalar while working (a loss, a budget)."""
 
@@ -125,7 +171,8 @@ class Task(Protocol):
 class Quantizer(Protocol):
     """What every method implements, built-in or a stranger's plugin.
 
-    `version` is part of the run's identity: raise it whenever the method's results change.
+    `version` is part of the run's identity: raise it whenever the method's results change. A method that gives
+    layers other bits than `layer.bits` says so with a class attribute `chooses_bits = True`.
     """
 
     name: ClassVar[str]

@@ -12,7 +12,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,7 +91,8 @@ class _Prepared:
     def folder(self, runs_dir: Path) -> RunFolder:
         """Where the run lives: a name that people can read, and a hash of all that decides the result."""
         config, calibration = self.config, self.images.calibration
-        digest = config.digest(calibration=calibration.fingerprint, method_version=self.method.version)
+        versions = {f"{name}_version": registry.load(name).version for name in self.options.bases()}
+        digest = config.digest(calibration=calibration.fingerprint, method_version=self.method.version, **versions)
         name = re.sub(r"[^A-Za-z0-9._]+", "-", Path(config.model.split(":")[-1]).name or config.model)
         return RunFolder(runs_dir / f"{name}-{config.method}-w{config.scheme.bits}-{digest}")
 
@@ -200,7 +201,7 @@ def _work(
 ) -> RunResult:
     config, device = prepared.config, prepared.device
     done = folder.committed()
-    task = _calibrate(prepared, sink, done, folder.save_layer)
+    task = _calibrate(prepared, sink, done, folder.save_layer, folder.decisions)
     with stage(sink, "write checkpoint"):
         dtype = getattr(torch, config.float_dtype)
         file_bytes = write_checkpoint(folder.checkpoint, task.student, task.quantized, _info(prepared), dtype)
@@ -222,6 +223,7 @@ def _calibrate(
     sink: Sink,
     done: dict[str, tuple[QuantizedLayer, Metrics]] | None = None,
     save: Callable[[int, str, QuantizedLayer, Metrics], None] | None = None,
+    memory: MutableMapping[str, Any] | None = None,
 ) -> CalibrationTask:
     """Run the method over all layers; returns the finished task with the quantized student in it."""
     config = prepared.config
@@ -238,6 +240,8 @@ def _calibrate(
             save,
             config.calib_memory or default_memory_bound(),
             rows_per_input=config.data.calib_rows,
+            find_method=registry.make,
+            memory=memory,
         )
         try:
             prepared.method(prepared.options).quantize(task)
@@ -522,7 +526,10 @@ def _result(
         ),
         **vars(measured),
         size=_size(task, file_bytes, prepared.float_bytes),
-        cost=CostInfo(macs=sum(v.macs for v in views), bitops=sum(v.macs * v.bits * 32 for v in views)),
+        cost=CostInfo(
+            macs=sum(v.macs for v in views),
+            bitops=sum(v.macs * task.committed[v.name][0].weight.bits * 32 for v in views),
+        ),
         stages={**recorder.stages, **{f"quantize: {part}": seconds for part, seconds in task.clock.items()}},
         total_s=time.perf_counter() - started,
         float_pass_s=task.clock.get("float pass"),
@@ -561,7 +568,7 @@ def _layer_result(view: LayerView, layer: QuantizedLayer, numbers: Metrics) -> L
         name=view.name,
         kind=view.kind,
         shape=view.shape,
-        bits=view.bits,
+        bits=layer.weight.bits,
         bytes=layer.size_bytes(),
         macs=view.macs,
         metrics={key: value for key, value in numbers.items() if key not in own},

@@ -29,6 +29,8 @@ from coraq.errors import CoraqError, UsageError
 BUILT_IN = {
     "rtn": "coraq.methods.rtn:RoundToNearest",
     "comq": "coraq.methods.comq:COMQ",
+    "qera": "coraq.methods.qera:QERA",
+    "cora": "coraq.methods.cora:CoRa",
 }
 ENTRY_POINTS = "coraq.methods"
 REQUIRED = ("name", "summary", "version", "needs_data", "Config", "quantize")
@@ -124,6 +126,12 @@ def find(name: str, plugins_dirs: Iterable[Path | str] = ()) -> tuple[type[Quant
             "`coraq methods` shows its traceback.",
         )
     return matches[0].method, matches[0].source
+
+
+def make(name: str, options: dict[str, Any]) -> Quantizer:
+    """A method, ready to run; raises as `find` and `configure` do."""
+    method = load(name)
+    return method(configure(method, options))
 
 
 def configure(method: type[Quantizer], options: dict[str, Any]) -> MethodConfig:

@@ -1,6 +1,7 @@
 """The run folder: everything that a run leaves behind, and what a killed run resumes from.
 
-config.json  events.jsonl  layers/0000.safetensors …  model.safetensors  metrics.json  report.md  log.txt
+config.json  events.jsonl  decisions.json  layers/0000.safetensors …  model.safetensors  metrics.json  report.md
+log.txt
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
@@ -38,6 +40,11 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.json"
+
+    @property
+    def decisions(self) -> Decisions:
+        """What the method decided before it committed layers."""
+        return Decisions(self.path / "decisions.json")
 
     @property
     def finished(self) -> bool:
@@ -73,7 +80,7 @@ class RunFolder:
     def clear(self) -> None:
         """Forget all earlier work in this folder (`--force`)."""
         shutil.rmtree(self.path / "layers", ignore_errors=True)
-        for file in (self.checkpoint, self.metrics):
+        for file in (self.checkpoint, self.metrics, self.path / "decisions.json"):
             file.unlink(missing_ok=True)
         (self.path / "layers").mkdir(parents=True, exist_ok=True)
 
@@ -100,6 +107,37 @@ class RunFolder:
             except (SafetensorError, OSError, KeyError, ValueError, CoraqError):
                 break
         return found
+
+
+class Decisions(MutableMapping[str, Any]):
+    """What a method decided before its first commit (JSON-able values), kept in one file of the run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._read()[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        write_atomic(self._path, json.dumps({**self._read(), key: value}))
+
+    def __delitem__(self, key: str) -> None:
+        content = self._read()
+        del content[key]
+        write_atomic(self._path, json.dumps(content))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
 
 
 def read_result(run: Path) -> RunResult:

@@ -6,11 +6,11 @@ import copy
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from coraq.core.sampling import OutputVariance, SampledMoments, positions_needed
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.events import LayerCommitted, Metric, Note, Sink, null_sink
+from coraq.model.delegate import OneLayer
 from coraq.model.engine import Arrival, LockStep
 from coraq.model.fold import Trace, relative_error
 from coraq.model.layers import LayerView, as_images, as_matrices, groups_of, install, kernel_of, kind_of
@@ -56,6 +57,16 @@ class LeastSquares:
         """The objective per output channel, float64 [groups, out], of a candidate weight [groups, out, in]."""
         delta = (self.weight - candidate).double()
         return ((delta @ self.gram) * delta).sum(-1).clamp(min=0)
+
+    def energy(self) -> float:
+        """`tr[W H Wᵀ]`, all groups together: what an error is relative to."""
+        return float(self.error(torch.zeros_like(self.weight)).sum())
+
+    def inputs(self, form: Literal["exact", "approximate", "plain"]) -> Tensor | None:
+        """H in full, its diagonal [groups, in], or None for the identity: what a decomposition is weighted by."""
+        if form == "exact":
+            return self.gram
+        return self.gram.diagonal(dim1=1, dim2=2) if form == "approximate" else None
 
 
 class LayerStats:
@@ -233,6 +244,8 @@ class CalibrationTask:
         on_commit: called with number, name, codes and metrics of every new layer before it counts as committed.
         memory_bytes, folder: bound on live activations, and where the overflow goes.
         rows_per_input: patches for every input of a layer that second moments are estimated from (0: all).
+        find_method: makes a method from its name and options, for `codes`.
+        memory: what `remember` keeps beyond this process; a mapping of JSON-able values.
     """
 
     def __init__(
@@ -248,7 +261,11 @@ class CalibrationTask:
         memory_bytes: int | None = None,
         folder: Path | None = None,
         rows_per_input: int = ROWS_PER_INPUT,
+        find_method: Callable[[str, dict[str, Any]], Any] | None = None,
+        memory: MutableMapping[str, Any] | None = None,
     ) -> None:
+        self._find_method, self._bases = find_method, dict[str, Any]()
+        self._memory: MutableMapping[str, Any] = {} if memory is None else memory
         self.teacher = teacher.requires_grad_(False)
         self.student = copy.deepcopy(self.teacher)
         self.scheme = scheme
@@ -404,6 +421,61 @@ class CalibrationTask:
         self._reseed()
         self._sink(LayerCommitted(name, len(self.committed), len(self._views), numbers))
 
+    @torch.no_grad()
+    def preview(self, name: str, layer: QuantizedLayer) -> QuantizedLayer:
+        """See `coraq.api.Task.preview`."""
+        view = self._view(name)
+        if name in self.committed:
+            raise CoraqError(f"layer {name} is committed already", "Only layers of task.layers can be previewed.")
+        if layer.bias is None and self.has_data:
+            layer = self._gain(view, layer)
+        layer = replace(layer, bias=self._bias(view, layer))
+        self._put(name, layer)
+        return layer
+
+    def codes(
+        self,
+        name: str,
+        method: str,
+        options: Mapping[str, Any] | None = None,
+        *,
+        bits: int | None = None,
+        less: Tensor | None = None,
+        scheme: Scheme | None = None,
+    ) -> QuantizedLayer:
+        """See `coraq.api.Task.codes`."""
+        if self._find_method is None:
+            raise CoraqError(
+                f"there is no method {method!r} to make codes with",
+                "Give CalibrationTask a find_method (coraq.registry).",
+            )
+        view = self._view(name)
+        if bits is not None:
+            view = replace(view, bits=bits)
+        part = OneLayer(self, view, less, scheme or self.scheme)
+        key = f"{method} {sorted((options or {}).items())}"
+        if key not in self._bases:
+            self._bases[key] = self._find_method(method, dict(options or {}))
+        self._bases[key].quantize(part)
+        if part.result is None:
+            raise CoraqError(f"method {method} made no codes for layer {name}", "It cannot serve as a base.")
+        return part.result
+
+    def remember(self, key: str, compute: Callable[[], Any]) -> Any:
+        """See `coraq.api.Task.remember`.
+
+        Raises:
+            CoraqError: layers have been committed, but what they were committed under is lost.
+        """
+        if key not in self._memory:
+            if self.committed:
+                raise CoraqError(
+                    f"this run has finished layers but lost the decision {key!r} that they rest on",
+                    "Run it afresh with --force.",
+                )
+            self._memory[key] = compute()
+        return self._memory[key]
+
     def _gain(self, view: LayerView, layer: QuantizedLayer) -> QuantizedLayer:
         """The layer with its scales such that every output channel varies as in the float network.
 
@@ -441,7 +513,7 @@ class CalibrationTask:
         weight = view.weight.double()
         signal = float((weight**2).sum())
         noise = float(((weight - layer.dequantize().double()) ** 2).sum())
-        numbers: Metrics = {"bits": view.bits, "bytes": layer.size_bytes()}
+        numbers: Metrics = {"bits": layer.weight.bits, "bytes": layer.size_bytes()}
         if signal > 0 and noise > 0:
             numbers["weight_sqnr_db"] = 10 * math.log10(signal / noise)
         if layer.adapter is not None:

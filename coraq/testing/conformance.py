@@ -24,7 +24,7 @@ from coraq.config import Scheme
 from coraq.errors import CoraqError, UsageError
 from coraq.model.calibration import CalibrationTask
 from coraq.model.fold import Trace, fold, relative_error
-from coraq.registry import REQUIRED, configure
+from coraq.registry import REQUIRED, configure, make
 from coraq.testing.networks import ARCHITECTURE, random_images, small_network
 from coraq.testing.oracles import hook_count, state_digest
 
@@ -136,7 +136,17 @@ class _Bench:
         done = folder.committed() if folder is not None else {}
         save = folder.save_layer if folder is not None else None
         teacher = copy.deepcopy(self.teacher)
-        task = _WatchedTask(teacher, self.found, scheme, batches, seed=7, done=done, on_commit=save)
+        task = _WatchedTask(
+            teacher,
+            self.found,
+            scheme,
+            batches,
+            seed=7,
+            done=done,
+            on_commit=save,
+            find_method=make,
+            memory=None if folder is None else folder.decisions,
+        )
         task.given = []
         if stop_after is not None:
             task.commit = _killing(task.commit, stop_after)  # type: ignore[method-assign]
@@ -345,7 +355,8 @@ def _check_commits(bench: _Bench, scheme: Scheme, outcome: _Outcome, case: str) 
     )
     views = {v.name: v for v in CalibrationTask(copy.deepcopy(bench.teacher), bench.found, scheme, []).all_layers}
     for name, layer, metrics in outcome.given:
-        _check_layer(views[name], layer, scheme, f"{where}, layer {name}")
+        chooses = bool(getattr(bench.method, "chooses_bits", False))
+        _check_layer(views[name], layer, scheme, f"{where}, layer {name}", chooses)
         for key, value in metrics.items():
             _require(
                 type(value) in (float, int, str, bool) and (isinstance(value, str) or math.isfinite(value)),
@@ -354,14 +365,16 @@ def _check_commits(bench: _Bench, scheme: Scheme, outcome: _Outcome, case: str) 
             )
 
 
-def _check_layer(view: LayerView, layer: QuantizedLayer, scheme: Scheme, where: str) -> None:
+def _check_layer(view: LayerView, layer: QuantizedLayer, scheme: Scheme, where: str, chooses: bool) -> None:
     try:
         layer.check(view.shape)
     except ValueError as error:
         raise AssertionError(f"{where}: {error}. Use Grid.pack(codes): it gives the right types.") from error
     weight = layer.weight
     _require(
-        weight.bits == view.bits, f"{where}: {weight.bits} bits instead of {view.bits}", "Take them from layer.bits."
+        chooses or weight.bits == view.bits,
+        f"{where}: {weight.bits} bits instead of {view.bits}",
+        "Take them from layer.bits, or declare `chooses_bits = True` if the method shares out bits by itself.",
     )
     _require(
         not (scheme.symmetric and weight.zero_point is not None),

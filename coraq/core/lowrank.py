@@ -1,0 +1,117 @@
+"""Low-rank adapters `C = B A` for what rounding left, `D = T − Q`, in closed form and relaxed.
+
+Everything follows from one identity. Over all C of rank r, `tr[(D − C) G (D − C)ᵀ]` is least at
+
+    C = U_r U_rᵀ D,    U the eigenvectors of D G Dᵀ,
+
+the projection of D on the r output directions that its output error is largest in. With G the input autocorrelation
+this is QERA's closed form (arXiv 2410.06040, theorem 1) without its matrix square root, its inverse or any damping:
+`U Σ Vᵀ = SVD(D G^½)` has these U, and `U_r Σ_r V_rᵀ G^{−½} = U_r U_rᵀ D G^½ G^{−½}`. So a rank-deficient G needs no
+care. With G diagonal it is QERA-approx; with G = I the plain SVD of D, which is CoRa's (arXiv 2408.00923, equation 4).
+What is left is the sum of the discarded eigenvalues.
+
+Matrices are batches [groups, …], as everywhere in coraq.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coraq.core.grid import minmax_grid
+from coraq.core.tensors import LowRank, QTensor
+
+ORDER = 4  # p of the Butterworth gain, CoRa equation 7
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The directions of an output error, by falling energy.
+
+    Attributes:
+        basis: float32 [groups, out, k], orthonormal columns U.
+        rows: float32 [groups, k, in], `Uᵀ D`.
+        energy: float64 [groups, k], eigenvalues of `D G Dᵀ`: what keeping each direction takes off the error.
+    """
+
+    basis: Tensor
+    rows: Tensor
+    energy: Tensor
+
+    def left(self) -> Tensor:
+        """Error that is left at each rank 0 … k, all groups together, less that of directions beyond k: [k + 1]."""
+        energy = self.energy.sum(0)
+        return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+
+    def keep(self, gains: Tensor) -> Tensor:
+        """`U diag(gains) Uᵀ D` [groups, out, in]; gains [k], differentiable."""
+        return (self.basis * gains) @ self.rows
+
+    def truncate(self, rank: int) -> Tensor:
+        """The optimum of a rank, float32 [groups, out, in]."""
+        return self.basis[..., :rank] @ self.rows[:, :rank]
+
+
+def directions(delta: Tensor, gram: Tensor | None = None, limit: int | None = None) -> Directions:
+    """The directions of `delta` [groups, out, in] under `gram` [groups, in, in]; None stands for the identity.
+
+    A gram [groups, in] is diagonal. At most `min(out, in)` of them have energy; `limit` keeps fewer. float64 inside.
+    """
+    d = delta.double()
+    if gram is None:
+        weighted = d
+    elif gram.dim() == 2:
+        weighted = d * gram.double()[:, None, :]
+    else:
+        weighted = d @ gram.double()
+    error = weighted @ d.mT
+    energy, basis = torch.linalg.eigh((error + error.mT) / 2)
+    count = min(*delta.shape[1:], limit if limit is not None else delta.shape[1])
+    energy, basis = energy.flip(-1)[:, :count].clamp(min=0), basis.flip(-1)[..., :count]
+    # a sign convention, so that another LAPACK gives the same factors: the largest entry of a direction is positive
+    signs = basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
+    basis = basis * torch.where(signs == 0, 1.0, signs)
+    return Directions(basis.float(), (basis.mT @ d).float(), energy)
+
+
+def adapter(found: Directions, delta: Tensor, rank: int, bits: int = 8) -> LowRank:
+    """The first `rank` directions as codes of `bits`, a symmetric scale for every row of A and of B.
+
+    The singular values are shared between the factors, as in CoRa; A is then fitted anew to the rounded B, which
+    costs no bytes and undoes most of B's rounding.
+
+    Args:
+        found: directions of `delta`.
+        delta: [groups, out, in].
+        rank: 1 … k.
+    """
+    share = found.rows[:, :rank].norm(dim=-1).clamp(min=1e-20).sqrt()  # [groups, rank]
+    b = _rounded(found.basis[..., :rank] * share[:, None, :], bits)
+    left = b.dequantize().double()  # [groups, out, rank]; pinv, since rounding may make columns equal or zero
+    fitted = torch.linalg.pinv(left.mT @ left, hermitian=True) @ (left.mT @ delta.double())
+    return LowRank(b, _rounded(fitted.float(), bits))
+
+
+def _rounded(factor: Tensor, bits: int) -> QTensor:
+    grid = minmax_grid(factor, bits, symmetric=True)
+    return grid.pack(grid.codes(factor))
+
+
+def adapter_bytes(shape: tuple[int, int, int], rank: int, bits: int = 8) -> int:
+    """Bytes on disk of an adapter for a weight [groups, out, in]: packed codes and a float32 scale for every row."""
+    groups, out, inputs = shape
+    if rank == 0:
+        return 0
+    return groups * (out * (-(-rank * bits // 8) + 4) + rank * (-(-inputs * bits // 8) + 4))
+
+
+def butterworth(cutoff: Tensor, count: int, order: int = ORDER) -> Tensor:
+    """What a cutoff keeps of each direction: `T² = 1 / (1 + ((i/R)/c)^{2p})`, i = 1 … R (CoRa equation 7, squared).
+
+    T multiplies both factors, so a direction is kept with weight T². Differentiable in `cutoff`, a scalar in
+    [1/R, 1]; returns [count].
+    """
+    position = torch.arange(1, count + 1, dtype=cutoff.dtype, device=cutoff.device) / count
+    return 1 / (1 + (position / cutoff).pow(2 * order))
