@@ -19,7 +19,7 @@ SHAPES = [(1, 12, 20), (1, 20, 12), (3, 5, 9), (1, 8, 8)]
 
 def problem(shape: tuple[int, int, int], seed: int = 0, rank: int | None = None) -> tuple[Tensor, Tensor]:
     """A residual [groups, out, in] and a Gram [groups, in, in] of correlated inputs, of full rank or of `rank`."""
-    groups, out, inputs = shape
+    groups, _, inputs = shape
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(groups, rank or 4 * inputs, inputs, generator=generator, dtype=torch.float64)
     x = x @ torch.randn(groups, inputs, inputs, generator=generator, dtype=torch.float64)
@@ -241,7 +241,7 @@ def test_the_allocation_is_the_best_of_all_where_steps_fit() -> None:
         for _ in range(4):
             sizes = torch.randint(1, 9, (4,), generator=generator).cumsum(0).tolist()
             losses = torch.rand(4, generator=generator).sort(descending=True).values.tolist()
-            layers.append([Choice(s, l) for s, l in zip(sizes, losses, strict=True)])
+            layers.append([Choice(size, loss) for size, loss in zip(sizes, losses, strict=True)])
         for budget in range(4 * 4, 80, 7):
             least = sum(c[0].size for c in layers)
             if budget < least:
