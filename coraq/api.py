@@ -37,7 +37,7 @@ from coraq.core.allocate import Choice, allocate
 from coraq.core.alternate import alternate
 from coraq.core.cutoffs import SearchLayer, search_cutoffs
 from coraq.core.grid import Grid, best_shrink, grid_from_range, minmax_grid, mse_grid, sigma_grid
-from coraq.core.lowrank import Directions, adapter, adapter_bytes, directions
+from coraq.core.lowrank import Directions, adapter, adapter_bytes, can_pay, directions
 from coraq.core.sensitivity import kl_of_errors
 from coraq.core.tensors import LowRank, QTensor, QuantizedLayer
 from coraq.errors import CoraqError, UsageError
@@ -68,6 +68,7 @@ __all__ = [
     "allocate",
     "alternate",
     "best_shrink",
+    "can_pay",
     "directions",
     "grid_from_range",
     "kl_of_errors",

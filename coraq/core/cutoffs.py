@@ -114,5 +114,5 @@ def search_cutoffs(
         with torch.no_grad():
             cutoffs.clamp_(min=floors, max=torch.ones(()))
         if on_step is not None:
-            on_step(step, float(kl), spent)
-    return [float(c) for c in cutoffs]
+            on_step(step, float(kl.detach()), spent)
+    return [float(c) for c in cutoffs.detach()]

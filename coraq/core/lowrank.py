@@ -77,34 +77,44 @@ def directions(delta: Tensor, gram: Tensor | None = None, limit: int | None = No
 
 
 def adapter(found: Directions, delta: Tensor, rank: int, bits: int = 8) -> LowRank:
-    """The first `rank` directions as codes of `bits`, a symmetric scale for every row of A and of B.
+    """The first `rank` directions as codes of `bits`; A is fitted anew to the rounded B, which undoes its rounding.
 
-    The singular values are shared between the factors, as in CoRa; A is then fitted anew to the rounded B, which
-    costs no bytes and undoes most of B's rounding.
+    The columns of B are scaled to the same largest entry, so one scale serves all of B and the singular values stand in
+    A, which has a scale for every row. (A scale for every row of B, too, would cost as much as four ranks.)
 
     Args:
         found: directions of `delta`.
         delta: [groups, out, in].
         rank: 1 … k.
     """
-    share = found.rows[:, :rank].norm(dim=-1).clamp(min=1e-20).sqrt()  # [groups, rank]
-    b = _rounded(found.basis[..., :rank] * share[:, None, :], bits)
-    left = b.dequantize().double()  # [groups, out, rank]; pinv, since rounding may make columns equal or zero
+    basis = found.basis[..., :rank]
+    basis = basis / basis.abs().amax(1, keepdim=True).clamp(min=1e-20)
+    b = _rounded(basis, bits, "tensor")
+    left = b.dequantize().double()  # [groups, out, rank]; pinv, since rounding may make columns equal
     fitted = torch.linalg.pinv(left.mT @ left, hermitian=True) @ (left.mT @ delta.double())
-    return LowRank(b, _rounded(fitted.float(), bits))
+    return LowRank(b, _rounded(fitted.float(), bits, "channel"))
 
 
-def _rounded(factor: Tensor, bits: int) -> QTensor:
-    grid = minmax_grid(factor, bits, symmetric=True)
+def _rounded(factor: Tensor, bits: int, granularity: str) -> QTensor:
+    grid = minmax_grid(factor, bits, symmetric=True, granularity=granularity)
     return grid.pack(grid.codes(factor))
 
 
 def adapter_bytes(shape: tuple[int, int, int], rank: int, bits: int = 8) -> int:
-    """Bytes on disk of an adapter for a weight [groups, out, in]: packed codes and a float32 scale for every row."""
+    """Bytes on disk of an adapter for a weight [groups, out, in]: packed codes, and float32 scales as `adapter` has."""
     groups, out, inputs = shape
     if rank == 0:
         return 0
-    return groups * (out * (-(-rank * bits // 8) + 4) + rank * (-(-inputs * bits // 8) + 4))
+    return groups * (out * -(-rank * bits // 8) + rank * (-(-inputs * bits // 8) + 4)) + 4
+
+
+def can_pay(shape: tuple[int, int, int], code_bits: int, bits: int = 8) -> bool:
+    """Whether an adapter is worth a thought: rank 1 is not the whole matrix, and costs less than half the codes.
+
+    Never for depthwise layers, whose groups have one output.
+    """
+    groups, out, inputs = shape
+    return min(out, inputs) > 1 and 2 * adapter_bytes(shape, 1, bits) <= groups * out * -(-inputs * code_bits // 8)
 
 
 def butterworth(cutoff: Tensor, count: int, order: int = ORDER) -> Tensor:

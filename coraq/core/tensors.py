@@ -128,12 +128,8 @@ class QuantizedLayer:
         return weight if self.adapter is None else weight + self.adapter.dequantize()
 
     def scaled(self, factor: Tensor) -> QuantizedLayer:
-        """The layer with every output channel's weight times `factor` [groups, out, 1]; the bias as it is."""
-        weight = replace(self.weight, scale=self.weight.scale * factor.to(self.weight.scale.device))
-        adapter = self.adapter
-        if adapter is not None:
-            adapter = replace(adapter, b=replace(adapter.b, scale=adapter.b.scale * factor.to(adapter.b.scale.device)))
-        return replace(self, weight=weight, adapter=adapter)
+        """The layer with its codes' scale times `factor` [groups, out, 1]; adapter and bias as they are."""
+        return replace(self, weight=replace(self.weight, scale=self.weight.scale * factor.to(self.weight.scale.device)))
 
     def check(self, shape: tuple[int, int, int]) -> None:
         """Raise ValueError unless everything fits a weight of `shape` and is finite."""

@@ -34,6 +34,7 @@ from coraq.api import (
     adapter_bytes,
     allocate,
     alternate,
+    can_pay,
     directions,
     kl_of_errors,
     search_cutoffs,
@@ -171,14 +172,10 @@ class CoRa:
             installed = task.preview(layer.name, self._codes(task, layer, layer.bits))
             weight = installed.weight.dequantize()
             delta = squares.weight - weight
-            ranked = self.config.spend != "bits" and self._may_have_adapter(layer)
+            ranked = self.config.spend != "bits" and can_pay(layer.shape, layer.bits, self.config.adapter_bits)
             found = directions(delta, squares.inputs(self.config.form)) if ranked else None
             seen.append(_Seen(layer, weight, installed.bias, task.stats(layer.name).mean.float(), delta, found))
         return seen
-
-    def _may_have_adapter(self, layer: LayerView) -> bool:
-        """Rank 1 must cost less than a tenth of the layer's codes (depthwise layers never do)."""
-        return 10 * adapter_bytes(layer.shape, 1, self.config.adapter_bits) <= layer.weight.numel() * layer.bits / 8
 
     def _closed_form(self, task: Task, seen: Sequence[_Seen]) -> dict[str, list[int]]:
         """Bits and ranks of least predicted KL under the budget: each layer's own KL, scaled by what would be left."""

@@ -4,7 +4,7 @@ Minimises `tr[(D − BA) G (D − BA)ᵀ]` over B, A of a rank, exactly (before 
 what the base's codes leave of the weight and G the autocorrelation of the layer's inputs. The paper's formula needs
 G's square root and its inverse; here the optimum is the projection of D on the leading eigenvectors of `D G Dᵀ`, the
 same matrix (see coraq.core.lowrank). A convolution's adapter is a convolution to r channels and a 1×1 one; grouped
-layers get one of each group; where rank 1 costs more than a tenth of the layer's codes (depthwise) there is none.
+layers get one of each group; where even rank 1 cannot pay (depthwise layers) there is none.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from coraq.api import (
     adapter_bytes,
     allocate,
     alternate,
+    can_pay,
     directions,
 )
 
@@ -92,8 +93,8 @@ class QERA:
 
     def _capped(self, layer: LayerView, rank: int) -> int:
         """The rank, or what the matrix has; 0 where even rank 1 cannot pay."""
-        cannot = 10 * adapter_bytes(layer.shape, 1, self.config.adapter_bits) > layer.weight.numel() * layer.bits / 8
-        return 0 if cannot else min(rank, *layer.shape[1:])
+        pays = can_pay(layer.shape, layer.bits, self.config.adapter_bits)
+        return min(rank, *layer.shape[1:]) if pays else 0
 
     def _share_out(self, task: Task) -> dict[str, int]:
         """Ranks by layer: a first pass sees what every layer's codes leave, relative to the layer's output."""
