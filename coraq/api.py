@@ -41,8 +41,8 @@ from coraq.core.lowrank import Directions, adapter, adapter_bytes, can_pay, dire
 from coraq.core.sensitivity import kl_of_errors
 from coraq.core.tensors import LowRank, QTensor, QuantizedLayer
 from coraq.errors import CoraqError, UsageError
-from coraq.model.calibration import LayerStats, LeastSquares
 from coraq.model.layers import LayerView
+from coraq.model.statistics import LayerStats, LeastSquares
 
 __all__ = [
     "Choice",
@@ -126,6 +126,8 @@ class Task(Protocol):
         H is of the student's inputs. correction 0: W are the float weights (the papers' objective). 1: W gives the
         float network's outputs on the student's inputs as nearly as any weight can, so it also undoes what earlier
         layers lost, but shrinks the signal as every regression on noisy inputs does. Between: part of the way.
+
+        A layer of more than some 8,000 inputs has H in blocks, which is noted; see `LeastSquares`.
         """
 
     def batches(self) -> Iterator[Tensor]:

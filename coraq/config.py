@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -83,6 +84,10 @@ class Scheme(Frozen):
             resolved[name] = next(matches, LayerScheme(bits=bits))
         return resolved
 
+    def unmatched(self, names: list[str]) -> list[str]:
+        """The overrides that no name matches."""
+        return [pattern for pattern in self.overrides if not any(re.fullmatch(pattern, name) for name in names)]
+
     def describe(self) -> str:
         """One line that a person can read and a paper can cite."""
         edges = f"first/last layer {self.first_bits or self.bits}/{self.last_bits or self.bits} bits"
@@ -116,6 +121,13 @@ class DataConfig(Frozen):
     interpolation: str | None = Field(default=None, description="resize interpolation (default: the model's)")
     strict: bool = Field(default=False, description="a corrupt image is an error instead of a skipped one")
 
+    @field_validator("mean", "std")
+    @classmethod
+    def _normalises(cls, value: tuple[float, ...] | None, info: ValidationInfo) -> tuple[float, ...] | None:
+        if value is not None and not all(math.isfinite(x) and (x > 0 or info.field_name == "mean") for x in value):
+            raise ValueError(f"each {info.field_name} must be finite{' and positive' * (info.field_name == 'std')}")
+        return value
+
 
 class RunConfig(Frozen):
     """One run, completely: the run folder's name is a hash of this."""
@@ -142,8 +154,9 @@ class RunConfig(Frozen):
         """Six hex digits over the resolved configuration and `more` (calibration fingerprint, method version).
 
         What cannot change the result (workers, memory bound) is left out, so that the same command with
-        another number of workers resumes the same run.
+        another number of workers resumes the same run. A strict run is another run: it may not skip images.
         """
-        content = self.model_dump(mode="json", exclude={"calib_memory": True, "data": {"workers", "strict"}})
+        without = {"workers"} if self.data.strict else {"workers", "strict"}
+        content = self.model_dump(mode="json", exclude={"calib_memory": True, "data": without})
         text = json.dumps({**content, **more}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:6]

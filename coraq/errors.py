@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_BELOW_THRESHOLD = 3
@@ -32,3 +35,17 @@ class UsageError(CoraqError):
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message, hint, EXIT_USAGE)
+
+
+def disk_error(path: Path, error: OSError, size: int = 0) -> CoraqError:
+    """The CoraqError for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CoraqError(
+            f"no room on the disk of {path.parent} (writing {size:,} bytes to {path.name})",
+            "Free some space and run the same command again: finished layers are kept. Or choose another --output.",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return CoraqError(
+            f"cannot write to {path.parent}: {error.strerror}", "Choose another place with --output FOLDER."
+        )
+    return CoraqError(f"cannot write {path}: {error.strerror or error}", "Choose another place with --output FOLDER.")

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from coraq.errors import disk_error
+
 T = TypeVar("T")
 
 
@@ -102,16 +104,27 @@ class ListSink:
 
 
 class JsonLinesSink:
-    """Append each event, with a time stamp in seconds since the epoch, to a file of JSON lines."""
+    """Append each event, with a time stamp in seconds since the epoch, to a file of JSON lines.
+
+    Raises:
+        CoraqError: no room on the disk, or no permission.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        try:
+            self._file = path.open("ab", buffering=0)  # unbuffered: what a full disk refused must not come up again
+        except OSError as error:
+            raise disk_error(path, error) from error
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, StageAdvanced):  # too many to keep; they carry no result
             return
-        self._file.write(json.dumps({"time": round(time.time(), 3), **event.as_dict()}) + "\n")
-        self._file.flush()
+        line = json.dumps({"time": round(time.time(), 3), **event.as_dict()}) + "\n"
+        try:
+            self._file.write(line.encode())
+        except OSError as error:
+            raise disk_error(self._path, error, len(line)) from error
 
     def close(self) -> None:
         self._file.close()

@@ -185,6 +185,8 @@ def _prepare(config: RunConfig, sink: Sink) -> _Prepared:
         found = fold(float_model.module, _example(preprocess, device))
     if not found.order:
         raise CoraqError(f"{config.model} has no convolution or Linear layer", "There is nothing to quantize.")
+    for pattern in config.scheme.unmatched(found.order):
+        sink(Note(f"no layer matches the override {pattern!r} (--dry-run lists their names)", "warning"))
     images = _open_images(config, preprocess, float_model, sink)
     return _Prepared(config, float_model, found, preprocess, images, method, source, options, float_bytes)
 
@@ -205,6 +207,7 @@ def _work(
     with stage(sink, "write checkpoint"):
         dtype = getattr(torch, config.float_dtype)
         file_bytes = write_checkpoint(folder.checkpoint, task.student, task.quantized, _info(prepared), dtype)
+        folder.supersede()
     task.release()
     with stage(sink, "reload checkpoint"):
         student = load_checkpoint(folder.checkpoint).module

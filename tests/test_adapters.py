@@ -114,7 +114,7 @@ def test_alternation_is_monotone_and_ends_at_the_best(made: CalibrationTask) -> 
         return adapter(directions(delta, squares.gram, limit=4), delta, 4)
 
     layer, errors = alternate(
-        squares.weight, squares.gram, lambda less: made.codes("dense", "rtn", less=less), decompose, rounds=8
+        squares.weight, squares.error, lambda less: made.codes("dense", "rtn", less=less), decompose, rounds=8
     )
     assert errors == sorted(errors, reverse=True)
     assert len(errors) > 1, "the second round gained nothing: this test needs a layer where it does"

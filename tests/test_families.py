@@ -83,7 +83,7 @@ def test_a_network_is_quantized_written_and_read_back_bit_for_bit(family: Any) -
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("family", HEAVY)
 def test_a_large_network_is_quantized_written_and_read_back_bit_for_bit(family: Any) -> None:
-    quantized(family, families.methods_for(family))
+    quantized(family, families.METHODS)
 
 
 @pytest.mark.parametrize("family", HEAVY)

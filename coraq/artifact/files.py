@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 
-from coraq.errors import CoraqError
+from coraq.errors import disk_error
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -26,17 +25,3 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise disk_error(path, error, len(data)) from error
-
-
-def disk_error(path: Path, error: OSError, size: int = 0) -> CoraqError:
-    """The CoraqError for a failed write."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CoraqError(
-            f"no room on the disk of {path.parent} (writing {size:,} bytes to {path.name})",
-            "Free some space and run the same command again: finished layers are kept. Or choose another --output.",
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return CoraqError(
-            f"cannot write to {path.parent}: {error.strerror}", "Choose another place with --output FOLDER."
-        )
-    return CoraqError(f"cannot write {path}: {error.strerror or error}", "Choose another place with --output FOLDER.")

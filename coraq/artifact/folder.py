@@ -17,10 +17,10 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from coraq.artifact.codec import LayerRecord, decode, encode, serialise
-from coraq.artifact.files import disk_error, write_atomic
+from coraq.artifact.files import write_atomic
 from coraq.config import RunConfig
 from coraq.core.tensors import QuantizedLayer
-from coraq.errors import CoraqError
+from coraq.errors import CoraqError, disk_error
 from coraq.results import RunResult
 
 Metrics = dict[str, float | int | str]
@@ -78,11 +78,14 @@ class RunFolder:
             self._lock = None
 
     def clear(self) -> None:
-        """Forget all earlier work in this folder (`--force`)."""
+        """Forget layers and decisions of earlier attempts (`--force`). A finished result stays until `supersede`."""
         shutil.rmtree(self.path / "layers", ignore_errors=True)
-        for file in (self.checkpoint, self.metrics, self.path / "decisions.json"):
-            file.unlink(missing_ok=True)
+        (self.path / "decisions.json").unlink(missing_ok=True)
         (self.path / "layers").mkdir(parents=True, exist_ok=True)
+
+    def supersede(self) -> None:
+        """A new checkpoint has replaced the old one: the old metrics would be wrong beside it."""
+        self.metrics.unlink(missing_ok=True)
 
     def write_config(self, config: RunConfig) -> None:
         write_atomic(self.path / "config.json", config.model_dump_json(indent=1))
@@ -153,7 +156,7 @@ def read_result(run: Path) -> RunResult:
         raise CoraqError(
             f"{run} is not a finished run (no metrics.json)", "Run the same `coraq quantize` again: it resumes."
         ) from None
-    except (ValidationError, UnicodeDecodeError) as error:
+    except (ValidationError, UnicodeDecodeError, OSError) as error:
         raise CoraqError(
             f"{path} is damaged or of another version", "Run the same `coraq quantize` with --force."
         ) from error

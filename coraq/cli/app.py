@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -66,6 +67,9 @@ def run(arguments: list[str]) -> int:
             "interrupted", f"the same command starts again: {shlex.join(['coraq', *arguments])}", EXIT_INTERRUPTED
         )
     except Exception as error:  # the edge: everything else is a bug, ours or a plugin's
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # in a library, or on stdout
+            hint = "free some space and run the same command again: finished layers are kept"
+            return _fail(f"no room on a disk: {error}", hint, EXIT_FAILURE)
         return _fail(*_bug(error), EXIT_FAILURE)
     if code == EXIT_INTERRUPTED:  # Typer turns an interrupt into this exit code
         return _fail(
@@ -75,7 +79,7 @@ def run(arguments: list[str]) -> int:
 
 
 def main() -> None:
-    """Entry point of the `coraq` script."""
+    """Run the process's own command line and leave with its exit code."""
     # Activations are large and short-lived: with huge pages the kernel clears them in far fewer faults, which was
     # worth a third of resnet18's and half of mobilenetv2's time. torch reads this when it first allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -107,6 +107,12 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, dict[str, int]]:
                 f"--override {text!r} is not REGEX=BITS with {MIN_BITS} to {MAX_BITS} bits",
                 r"for example --override 'layer1\..*=3'; the expression must match a layer's whole name",
             )
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UsageError(
+                f"--override {pattern!r} is no regular expression: {error}", r"for example --override 'layer1\..*=3'"
+            ) from None
         if pattern in overrides:
             raise UsageError(
                 f"--override {pattern!r} is given twice", "give each expression once; the first match wins"

@@ -12,7 +12,7 @@ from coraq.core.tensors import LowRank, QuantizedLayer
 
 def alternate(
     target: Tensor,
-    gram: Tensor,
+    error_of: Callable[[Tensor], Tensor],
     quantize: Callable[[Tensor | None], QuantizedLayer],
     decompose: Callable[[Tensor], LowRank | None],
     rounds: int = 0,
@@ -23,7 +23,7 @@ def alternate(
 
     Args:
         target: [groups, out, in], W.
-        gram: [groups, in, in], G.
+        error_of: the error of a weight [groups, out, in] by channel, `LeastSquares.error`.
         quantize: codes for W less a matrix (None: for W).
         decompose: the adapter for a residual [groups, out, in]; None: no adapter.
         rounds: at most so many beyond the first.
@@ -37,8 +37,7 @@ def alternate(
         found = decompose(delta)
         layer = replace(codes, adapter=found)
         less = None if found is None else found.dequantize()
-        left = (delta if less is None else delta - less).double()
-        error = float(((left @ gram.double()) * left).sum().clamp(min=0))
+        error = float(error_of(layer.dequantize()).sum())
         if best is not None and not error < errors[-1]:
             break
         best = layer

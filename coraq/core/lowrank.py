@@ -57,7 +57,8 @@ class Directions:
 def directions(delta: Tensor, gram: Tensor | None = None, limit: int | None = None) -> Directions:
     """The directions of `delta` [groups, out, in] under `gram` [groups, in, in]; None stands for the identity.
 
-    A gram [groups, in] is diagonal. At most `min(out, in)` of them have energy; `limit` keeps fewer. float64 inside.
+    A gram [groups, in] is diagonal, one of [groups · blocks, in/blocks, in/blocks] has blocks along its diagonal. At
+    most `min(out, in)` of the directions have energy; `limit` keeps fewer. float64 inside.
     """
     d = delta.double()
     if gram is None:
@@ -65,7 +66,9 @@ def directions(delta: Tensor, gram: Tensor | None = None, limit: int | None = No
     elif gram.dim() == 2:
         weighted = d * gram.double()[:, None, :]
     else:
-        weighted = d @ gram.double()
+        groups, blocks = delta.shape[0], delta.shape[2] // gram.shape[2]
+        parts = d.unflatten(2, (blocks, -1)).transpose(1, 2)  # [groups, blocks, out, in/blocks]
+        weighted = (parts @ gram.double().unflatten(0, (groups, blocks))).transpose(1, 2).flatten(2)
     error = weighted @ d.mT
     energy, basis = torch.linalg.eigh((error + error.mT) / 2)
     count = min(*delta.shape[1:], limit if limit is not None else delta.shape[1])

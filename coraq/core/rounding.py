@@ -14,6 +14,9 @@ The second is the usual form with `H⁻¹ = UᵀU`, since U = R⁻¹: one Choles
 
 Layout: transposed, `[groups, in, out]`, inputs in visiting order, so that one coordinate of all output channels is
 contiguous. `levels` are centred codes `code − zero`, or a codebook's entries; the weight is `scale · levels`.
+
+H may be block-diagonal: `[groups · blocks, in/blocks, in/blocks]`, each block for so many consecutive inputs. Blocks
+are then rounded side by side; a channel's scale and error are those of all its blocks.
 """
 
 from __future__ import annotations
@@ -42,10 +45,12 @@ class Problem:
 
     Attributes:
         weight: [groups, in, out].
-        pull: [groups, in, in], `pull[j, i] = H_ji / H_ii`, diagonal zero; nothing pulls a dead input (H_ii = 0).
+        pull: like H, `pull[j, i] = H_ji / H_ii`, diagonal zero; nothing pulls a dead input (H_ii = 0).
         ideal: [groups, in, out], `H W / diag H`; W itself at dead inputs.
         curvature: [groups, in, 1], the diagonal of H.
-        order: [groups, in], the input visited at each step.
+        order: [groups, in], the input visited at each step; a block's inputs stay together.
+        rows: [groups, rows, in] inputs in visiting order, or None. Where H leaves correlations out, `reassess` takes
+            the error from these, so that roundings are compared by what they do to the outputs.
     """
 
     weight: Tensor
@@ -53,15 +58,18 @@ class Problem:
     ideal: Tensor
     curvature: Tensor
     order: Tensor
+    rows: Tensor | None = None
 
     def energy(self) -> Tensor:
         """`w H wᵀ` of each channel, float64 [groups, 1, out]."""
+        if self.rows is not None:
+            return _mean_square(self.rows, self.weight)
         return _dot(self.weight * self.curvature, self.ideal)
 
     def targets(self, levels: Tensor, scale: Tensor) -> Tensor:
         """The best value of every coordinate while all others stay, in units of the scale [groups, in, out]."""
         weight = self.weight / scale
-        return torch.baddbmm(weight, self.pull.mT, weight - levels)
+        return _add_pulled(weight, self.pull, weight - levels)
 
     def error(self, levels: Tensor, scale: Tensor, targets: Tensor) -> Tensor:
         """The objective, float64 [groups, 1, out], where `targets` belong to `levels` and `scale`."""
@@ -74,9 +82,9 @@ class Factor:
     """`H + damping = R Rᵀ` (R upper triangular, visiting order), as GPTQ reads it.
 
     Attributes:
-        pull: [groups, in, in], `R_ji / R_ii` above the diagonal, zero elsewhere.
+        pull: like H, `R_ji / R_ii` above the diagonal, zero elsewhere.
         curvature: [groups, in, 1], `R_ii²`.
-        damping: float64 [groups], the share of the mean diagonal that was added to the diagonal.
+        damping: float64 [groups · blocks], the share of the mean diagonal that was added to the diagonal.
     """
 
     pull: Tensor
@@ -113,16 +121,23 @@ class Rounding:
         return Rounding(levels, scale, low, high, error, self.table)
 
 
-def prepare(weight: Tensor, gram: Tensor, order: Order = "common", dtype: torch.dtype = torch.float32) -> Problem:
-    """The problem of rounding `weight` [groups, out, in] under `gram` [groups, in, in], in `dtype`.
+def prepare(
+    weight: Tensor,
+    gram: Tensor,
+    order: Order = "common",
+    dtype: torch.dtype = torch.float32,
+    rows: Tensor | None = None,
+) -> Problem:
+    """The problem of rounding `weight` [groups, out, in] under `gram` [groups · blocks, in/blocks, in/blocks].
 
+    Computed in `dtype`. `rows` [groups, rows, in] are inputs to take errors from where `gram` has several blocks.
     Order "common" visits inputs by falling `√H_ii · mean |w_i|`, one order for all channels; "curvature" by falling
     H_ii (GPTQ's activation order); "cyclic" as they come.
     """
     # a constant input's variance may come out as −1e-9
     diagonal = gram.diagonal(dim1=-2, dim2=-1).double().clamp(min=0)
     if order != "cyclic":
-        strength = weight.abs().mean(1) if order == "common" else 1.0
+        strength = weight.abs().mean(1).reshape(diagonal.shape) if order == "common" else 1.0
         visit = (diagonal.sqrt() * strength).argsort(dim=-1, descending=True, stable=True)
     else:
         visit = torch.arange(gram.shape[-1], device=gram.device).repeat(gram.shape[0], 1)
@@ -131,8 +146,15 @@ def prepare(weight: Tensor, gram: Tensor, order: Order = "common", dtype: torch.
     curvature = _visit(torch.where(dead, 0.0, diagonal).unsqueeze(-1), visit).to(dtype)
     pull = _visit_both(gram.to(dtype), visit).mul_(_visit(inverse.unsqueeze(-1), visit).to(dtype).mT)
     pull.diagonal(dim1=-2, dim2=-1).zero_()
+    blocks, size = gram.shape[0] // weight.shape[0], gram.shape[-1]
+    if blocks > 1:
+        offsets = size * torch.arange(blocks, device=visit.device).repeat(weight.shape[0])
+        visit = (visit + offsets[:, None]).reshape(weight.shape[0], -1)
     ordered = _visit(weight.mT, visit).to(dtype).contiguous()
-    return Problem(ordered, pull, torch.baddbmm(ordered, pull.mT, ordered), curvature, visit)
+    if rows is not None:
+        rows = rows.to(dtype).gather(2, visit.unsqueeze(1).expand_as(rows))
+    ideal = _add_pulled(ordered, pull, ordered)
+    return Problem(ordered, pull, ideal, curvature.reshape(weight.shape[0], -1, 1), visit, rows)
 
 
 def factorise(problem: Problem, gram: Tensor, damping: float = 0.01) -> Factor:
@@ -141,11 +163,12 @@ def factorise(problem: Problem, gram: Tensor, damping: float = 0.01) -> Factor:
     `damping` times the mean diagonal is added, ten times more as often as a group's factor does not exist; an input
     that is dead gets the mean diagonal itself, which leaves it alone.
     """
-    work = _visit_both(gram.double(), problem.order.flip(-1))  # backwards: its lower factor is R, backwards
+    order = (problem.order % gram.shape[-1]).reshape(gram.shape[:2])  # within each block
+    work = _visit_both(gram.double(), order.flip(-1))  # backwards: its lower factor is R, backwards
     diagonal = work.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
     mean = torch.where(mean > 0, mean, 1.0)
-    dead = problem.curvature.squeeze(-1).flip(-1) <= 0
+    dead = problem.curvature.reshape(gram.shape[:2]).flip(-1) <= 0
     if bool(dead.any()):
         work.masked_fill_(dead.unsqueeze(1) | dead.unsqueeze(2), 0.0)
     diagonal += torch.where(dead, mean, damping * mean)
@@ -161,7 +184,7 @@ def factorise(problem: Problem, gram: Tensor, damping: float = 0.01) -> Factor:
     pull = lower.to(dtype).flip(-2, -1)
     pull /= pivots.unsqueeze(1).to(dtype)
     pull.diagonal(dim1=-2, dim2=-1).zero_()
-    return Factor(pull, pivots.square().unsqueeze(-1).to(dtype), share)
+    return Factor(pull, pivots.square().reshape(problem.curvature.shape).to(dtype), share)
 
 
 def nearest(problem: Problem, grid: Grid | Codebook) -> Rounding:
@@ -185,7 +208,9 @@ def feedback(problem: Problem, factor: Factor, grid: Grid | Codebook) -> Roundin
 
 
 def reassess(problem: Problem, rounding: Rounding) -> Rounding:
-    """The same rounding with its error computed afresh from H."""
+    """The same rounding with its error computed afresh: from H, or from the problem's rows where it has some."""
+    if problem.rows is not None:
+        return replace(rounding, error=_mean_square(problem.rows, problem.weight - rounding.scale * rounding.levels))
     targets = problem.targets(rounding.levels, rounding.scale)
     return replace(rounding, error=problem.error(rounding.levels, rounding.scale, targets))
 
@@ -292,9 +317,11 @@ def _snap(targets: Tensor, low: Tensor, high: Tensor, table: Tensor | None, out:
 
 def _sweep(targets: Tensor, levels: Tensor, pull: Tensor, grid: Rounding, *, onward: bool) -> None:
     """Round every input once, in order, in place, on `grid`'s levels; `onward`: `pull` is upper triangular (GPTQ)."""
+    bounds = _per_block(grid.low, pull), _per_block(grid.high, pull)
+    targets, levels = _in_blocks(targets, pull), _in_blocks(levels, pull)
     for start in range(0, targets.shape[-1], STRIP):
         strip = slice(start, start + STRIP)
-        low, high = (b.squeeze(1) if b.shape[-1] == 1 else b[:, 0, strip] for b in (grid.low, grid.high))
+        low, high = (b.squeeze(1) if b.shape[-1] == 1 else b[:, 0, strip] for b in bounds)
         ours, codes = targets[..., strip].contiguous(), levels[..., strip].contiguous()
         _sweep_strip(ours, codes, pull, low, high, grid.table, onward=onward)
         targets[..., strip] = ours
@@ -331,15 +358,38 @@ def _sweep_strip(
 
 def _greedy_sweep(problem: Problem, targets: Tensor, levels: Tensor, grid: Rounding) -> None:
     """One visit to every input in each channel's own order, falling `‖x_i‖·|w_i|`; in place, unblocked."""
-    visits = (problem.curvature.sqrt() * problem.weight).abs().argsort(dim=1, descending=True, stable=True)
+    low, high = _per_block(grid.low, problem.pull), _per_block(grid.high, problem.pull)
+    targets, levels = _in_blocks(targets, problem.pull), _in_blocks(levels, problem.pull)
+    strength = _in_blocks(problem.curvature.sqrt() * problem.weight, problem.pull).abs()
+    visits = strength.argsort(dim=1, descending=True, stable=True)
     groups = torch.arange(levels.shape[0], device=levels.device).unsqueeze(-1)
     for step in range(levels.shape[1]):
         visit = visits[:, step : step + 1]
         code = targets.gather(1, visit)
-        _snap(code.clone(), grid.low, grid.high, grid.table, code)
+        _snap(code.clone(), low, high, grid.table, code)
         change = levels.gather(1, visit) - code
         levels.scatter_(1, visit, code)
         targets.addcmul_(problem.pull[groups, visit.squeeze(1)].mT, change)
+
+
+def _in_blocks(x: Tensor, pull: Tensor) -> Tensor:
+    """The view [groups · blocks, in/blocks, k] of `x` [groups, in, k], for a `pull` of that many blocks."""
+    return x.view(*pull.shape[:2], x.shape[-1])
+
+
+def _per_block(bound: Tensor, pull: Tensor) -> Tensor:
+    """`bound` [groups, 1, k] (or one for all groups) once for every block of its group."""
+    return bound if bound.shape[0] == 1 else bound.repeat_interleave(pull.shape[0] // bound.shape[0], 0)
+
+
+def _add_pulled(base: Tensor, pull: Tensor, change: Tensor) -> Tensor:
+    """`base + pullᵀ change`, block by block: [groups, in, out]."""
+    return torch.baddbmm(_in_blocks(base, pull), pull.mT, _in_blocks(change, pull)).view(base.shape)
+
+
+def _mean_square(rows: Tensor, weight: Tensor) -> Tensor:
+    """Mean square of `rows` [groups, rows, in] times `weight` [groups, in, out], float64 [groups, 1, out]."""
+    return (rows @ weight).double().square().mean(1, keepdim=True)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

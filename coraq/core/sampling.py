@@ -3,6 +3,10 @@
 A layer with `in` inputs has far more patches than its Gram needs: neighbouring patches say nearly the same. Here a
 regular grid of positions stands for all of them; its phase moves from one micro-batch to the next, so that every
 position counts. Where all positions are wanted, `coraq.core.gram` gives exact moments for less.
+
+A Gram grows with the square of the inputs: 25,088 of them (VGG's first classifier layer) would take 5 GB, and a
+solver several times that. Past `GRAM_ENTRIES` the inputs are divided into blocks of consecutive ones, and correlations
+from one block to another are left out.
 """
 
 from __future__ import annotations
@@ -15,6 +19,10 @@ from torch import Tensor
 from coraq.core.gram import CrossMoments, Geometry, Moments, product
 
 MIN_ROWS = 16_384  # for layers with few inputs: a depthwise 3×3 has nine, and they matter
+# Of a layer's Gram: 0.5 GiB in float64, or 8,192 inputs in one piece; a solver needs six to eight of that size. No
+# share of the memory that is free: a run must give the same bytes wherever and whenever it runs.
+GRAM_ENTRIES = 2**26
+KEPT_ROWS = 1024  # of a layer whose Gram is in blocks, to take errors from with all correlations in them
 
 
 class SampledMoments:
@@ -24,24 +32,34 @@ class SampledMoments:
         geometry: of the layer.
         positions: about how many output positions of each image to keep.
         device: of the inputs.
+        blocks: how many blocks each group's Gram has; must divide the inputs. Moments are then
+            [groups · blocks, in/blocks, …], and the first `KEPT_ROWS` patches are kept.
     """
 
-    def __init__(self, geometry: Geometry, positions: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, geometry: Geometry, positions: int, device: torch.device | str = "cpu", blocks: int = 1) -> None:
         if positions < 1:
             raise ValueError(f"positions is {positions}, must be at least 1")
+        if geometry.inputs % blocks:
+            raise ValueError(f"{geometry.inputs} inputs do not divide into {blocks} blocks")
         self.geometry, self.positions, self.device = geometry, positions, torch.device(device)
+        self.blocks = blocks
         self.count, self._batches = 0, 0
-        shape = (geometry.groups, geometry.inputs)
+        self._kept: list[Tensor] = []
+        shape = (geometry.groups * blocks, geometry.inputs // blocks)
         # of inputs less a fixed shift, which removes most of the mean that a Gram would otherwise drown in
         self._shifts: list[Tensor] = []
         self._sums = torch.zeros(2, *shape, dtype=torch.float64, device=self.device)
-        self._gram = torch.zeros(*shape, geometry.inputs, dtype=torch.float64, device=self.device)
+        self._gram = torch.zeros(*shape, shape[1], dtype=torch.float64, device=self.device)
         self._cross: Tensor | None = None
 
     def add(self, student: Tensor, teacher: Tensor | None = None) -> None:
         """Take in images [N, C, H, W] float32 of the student, and of the teacher in the same order."""
         streams = [student] if teacher is None else [student, teacher]
         rows = [sampled_patches(x, self.geometry, self.positions, self._batches) for x in streams]
+        if self.blocks > 1:
+            room = max(0, KEPT_ROWS - self.count)
+            self._kept += [rows[0][:, :room].clone()] if room else []
+            rows = [_in_blocks(x, self.blocks) for x in rows]
         if not self._shifts:
             self._shifts = [x.mean(1, keepdim=True) for x in rows]
         rows = [x.sub_(shift) for x, shift in zip(rows, self._shifts, strict=True)]
@@ -59,6 +77,10 @@ class SampledMoments:
         _, mean, centred_mean = self._means(0)
         gram = self._gram / self.count - _outer(centred_mean, centred_mean)
         return Moments(self.count, mean, (gram + gram.transpose(1, 2)) / 2 + _outer(mean, mean))
+
+    def rows(self) -> Tensor | None:
+        """The first of the student's patches, float32 [groups, rows, in], if there are several blocks."""
+        return torch.cat(self._kept, 1) if self._kept else None
 
     def joint(self) -> CrossMoments:
         """Joint moments; ValueError if the teacher's inputs were not given."""
@@ -145,6 +167,20 @@ def grid_step(out: tuple[int, int], positions: int) -> tuple[int, int]:
 def positions_needed(geometry: Geometry, images: int, rows_per_input: int) -> int:
     """Positions of each of `images` images that give `rows_per_input` patches for every input of a layer."""
     return math.ceil(max(rows_per_input * geometry.inputs, MIN_ROWS) / images)
+
+
+def blocks_needed(geometry: Geometry) -> int:
+    """The least number of equal blocks of a group's inputs that keeps the Gram within `GRAM_ENTRIES`."""
+    inputs = geometry.inputs
+    sizes = (size for size in range(inputs, 0, -1) if inputs % size == 0)
+    return next((inputs // size for size in sizes if geometry.groups * inputs * size <= GRAM_ENTRIES), inputs)
+
+
+def _in_blocks(rows: Tensor, blocks: int) -> Tensor:
+    """[groups, rows, in] → [groups · blocks, rows, in/blocks], contiguous."""
+    groups, count, inputs = rows.shape
+    parts = rows.reshape(groups, count, blocks, inputs // blocks).transpose(1, 2)
+    return parts.reshape(groups * blocks, count, inputs // blocks)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ def read_class_map(path: str, num_classes: int | None) -> dict[str, int]:
     """
     file = Path(path)
     if not file.is_file():
-        raise CoraqError(f"class map {path} does not exist", "give a text file with one class name a line")
+        wrong = "is no file" if file.exists() else "does not exist"
+        raise CoraqError(f"class map {path} {wrong}", "give a text file with one class name a line")
     numbered = True
     if file.suffix.lower() == ".pkl":
         try:
@@ -32,7 +33,13 @@ def read_class_map(path: str, num_classes: int | None) -> dict[str, int]:
         except Exception as error:  # unpickling raises anything; timm's reader runs no code of the file
             raise CoraqError(f"class map {path} cannot be read: {error}", "pickle a dict of name to index") from error
     else:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").rstrip().splitlines()]
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CoraqError(
+                f"class map {path} cannot be read: {error}", "give a text file (UTF-8) with one class name a line"
+            ) from error
+        lines = [line.strip() for line in text.rstrip().splitlines()]
         pairs = [line.rsplit(maxsplit=1) for line in lines]
         numbered = all(len(pair) == 2 and pair[1].isdecimal() for pair in pairs)
         names = (

@@ -19,6 +19,7 @@ from coraq.data.classes import ClassMap
 from coraq.data.imageset import Source
 from coraq.errors import CoraqError, UsageError
 
+KINDS = ("torch", "hfds", "hfids", "wds", "tfds")  # what timm's specs begin with; it takes others for folders
 NEEDS_ROOT = ("torch", "wds", "tfds")  # specs that find nothing without --data-dir
 PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow-datasets"}
 
@@ -145,6 +146,11 @@ def open_spec(spec: str, root: str | None, split: str, option: str, class_map: C
     """
     prefix = spec.partition("/")[0].lower()
     where = f"{spec} ({split})" + (f" in {root}" if root else "")
+    if prefix not in KINDS:
+        raise UsageError(
+            f"--dataset {spec} is no dataset spec",
+            f"write one of {', '.join(f'{kind}/NAME' for kind in KINDS)}; for a folder of images give --data-dir alone",
+        )
     if prefix in NEEDS_ROOT and not root:
         raise UsageError(f"--dataset {spec} needs a folder", "say where its files are: --data-dir FOLDER")
     try:

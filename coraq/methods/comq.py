@@ -25,7 +25,7 @@ from coraq.api import (
     minmax_grid,
     mse_grid,
 )
-from coraq.core.rounding import Problem, Rounding, descend, factorise, feedback, nearest, pack, prepare, search
+from coraq.core.rounding import Order, Problem, Rounding, descend, factorise, feedback, nearest, pack, prepare, search
 
 PAPER = {
     "grid": "minmax",
@@ -101,7 +101,8 @@ class COMQ:
         """Codes and scales for one layer, and its output errors relative to the output's energy."""
         config = self.config
         weight, bits, symmetric = squares.weight, layer.bits, scheme.symmetric
-        problem = prepare(weight, squares.gram, "common" if config.order == "common" else "cyclic")
+        order: Order = "common" if config.order == "common" else "cyclic"
+        problem = prepare(weight, squares.gram, order, rows=squares.rows)
         by_weight = mse_grid(weight, bits, symmetric, scheme.granularity)
         baseline = nearest(problem, by_weight)
         grid = minmax_grid(weight, bits, symmetric, scheme.granularity) if config.grid == "minmax" else by_weight

@@ -139,7 +139,7 @@ class CoRa:
             squares = task.least_squares(layer.name, self.config.correction)
             quantized, errors = alternate(
                 squares.weight,
-                squares.gram,
+                squares.error,
                 partial(self._codes, task, layer, bits),
                 partial(self._decompose, squares, rank),
                 self.config.rounds if rank else 0,

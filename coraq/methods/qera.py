@@ -77,7 +77,7 @@ class QERA:
             squares = task.least_squares(layer.name, self.config.correction)
             quantized, errors = alternate(
                 squares.weight,
-                squares.gram,
+                squares.error,
                 partial(self._codes, task, layer.name),
                 partial(self._decompose, squares, rank),
                 self.config.rounds if rank else 0,

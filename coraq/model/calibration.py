@@ -7,227 +7,28 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coraq.config import Scheme
-from coraq.core.gram import (
-    CrossGramAccumulator,
-    CrossMoments,
-    GramAccumulator,
-    MeanAccumulator,
-    Moments,
-)
-from coraq.core.sampling import OutputVariance, SampledMoments, positions_needed
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.events import LayerCommitted, Metric, Note, Sink, null_sink
 from coraq.model.delegate import OneLayer
-from coraq.model.engine import Arrival, LockStep
+from coraq.model.engine import LockStep
 from coraq.model.fold import Trace, relative_error
-from coraq.model.layers import LayerView, as_images, as_matrices, groups_of, install, kernel_of, kind_of
+from coraq.model.layers import LayerView, as_matrices, groups_of, install, kernel_of, kind_of
+from coraq.model.statistics import LayerStats, LeastSquares
 
-TEACHER, STUDENT = 0, 1
 ROWS_PER_INPUT = 64
 DAMPING = 1e-3  # of the Gram's mean diagonal, where the float outputs are projected on the student's inputs
 MOST_GAIN = 2.0  # factor on a channel's scale that matches its variance; more would be a channel beyond repair
 Metrics = dict[str, float | int | str]
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class LeastSquares:
-    """`min over Q of Σ_g tr[(W_g − Q_g) H_g (W_g − Q_g)ᵀ]`.
-
-    Attributes:
-        weight: float32 [groups, out, in], the unconstrained optimum W.
-        gram: float64 [groups, in, in], H: symmetric, positive semi-definite, per row of im2col patches (a mean,
-            not a sum); centred where the bias absorbs the mean.
-    """
-
-    weight: Tensor
-    gram: Tensor
-
-    def error(self, candidate: Tensor) -> Tensor:
-        """The objective per output channel, float64 [groups, out], of a candidate weight [groups, out, in]."""
-        delta = (self.weight - candidate).double()
-        return ((delta @ self.gram) * delta).sum(-1).clamp(min=0)
-
-    def energy(self) -> float:
-        """`tr[W H Wᵀ]`, all groups together: what an error is relative to."""
-        return float(self.error(torch.zeros_like(self.weight)).sum())
-
-    def inputs(self, form: Literal["exact", "approximate", "plain"]) -> Tensor | None:
-        """H in full, its diagonal [groups, in], or None for the identity: what a decomposition is weighted by."""
-        if form == "exact":
-            return self.gram
-        return self.gram.diagonal(dim1=1, dim2=2) if form == "approximate" else None
-
-
-class LayerStats:
-    """Statistics of one layer's inputs in both networks, each computed when first read.
-
-    They can be read while the engine stands at the layer: until the next layer is asked for. What has been read
-    stays. Rows are im2col patches (output positions of all images). Means are over all rows. Second moments are
-    over some positions of each image where there are many more than `rows_per_input` rows for every input (0: over
-    all), the same in both networks; they are centred with those rows' own means.
-    """
-
-    def __init__(self, module: nn.Module, arrival: Arrival, clock: dict[str, float], rows_per_input: int = 0) -> None:
-        self._module, self._arrival, self._clock, self._rows_per_input = module, arrival, clock, rows_per_input
-        self.current = True
-
-    def _timed(self, compute: Callable[[], T]) -> T:
-        if not self.current:
-            raise CoraqError(
-                f"the statistics of layer {self._arrival.name} are gone: the engine has moved on",
-                "A method must read a layer's statistics before it asks for the next layer's.",
-            )
-        start = time.perf_counter()
-        result = compute()
-        self._clock["statistics"] += time.perf_counter() - start
-        return result
-
-    def _mean(self, stream: int) -> Tensor:
-        def compute() -> Tensor:
-            accumulator: MeanAccumulator | None = None
-            for x in self._arrival.inputs(stream):
-                images, geometry = as_images(self._module, x)
-                accumulator = accumulator or MeanAccumulator(geometry, images.device)
-                accumulator.add(images)
-            assert accumulator is not None
-            return accumulator.result()[1]
-
-        return self._timed(compute)
-
-    def _sampler(self) -> SampledMoments | None:
-        """What samples this layer's patches, or None where all of them are wanted or hardly more are there."""
-        if not self._rows_per_input:
-            return None
-        for x in self._arrival.inputs(STUDENT):  # looked at inside the loop: a spilled input is gone after it
-            images, geometry = as_images(self._module, x)
-            rows = math.prod(geometry.output_size(images.shape[2], images.shape[3])) * images.shape[0]
-            needed = self._arrival.batch_size * positions_needed(geometry, self._arrival.images, self._rows_per_input)
-            if 2 * needed < rows:
-                # by the leading axis and not by image: a Linear layer's inputs come as one image of many rows
-                return SampledMoments(geometry, -(-needed // images.shape[0]), images.device)
-            break
-        return None
-
-    @cached_property
-    def _student(self) -> Moments:
-        if "_both" in self.__dict__:
-            return self._both[0]
-
-        def compute() -> Moments:
-            accumulator: SampledMoments | GramAccumulator | None = self._sampler()
-            for x in self._arrival.inputs(STUDENT):
-                images, geometry = as_images(self._module, x)
-                accumulator = accumulator or GramAccumulator(geometry, images.device)
-                accumulator.add(images)
-            assert accumulator is not None
-            return accumulator.result()
-
-        return self._timed(compute)
-
-    @cached_property
-    def _both(self) -> tuple[Moments, CrossMoments]:
-        """Moments of the student and of both together, in one go."""
-
-        def compute() -> tuple[Moments, CrossMoments]:
-            sampler = self._sampler()
-            alone: GramAccumulator | None = None
-            joint: CrossGramAccumulator | None = None
-            for x, y in self._arrival.pairs():
-                (teacher, geometry), (student, _) = as_images(self._module, x), as_images(self._module, y)
-                if sampler is not None:
-                    sampler.add(student, teacher)
-                    continue
-                alone = alone or GramAccumulator(geometry, student.device)
-                joint = joint or CrossGramAccumulator(geometry, student.device)
-                alone.add(student)
-                joint.add(teacher, student)
-            if sampler is not None:
-                return sampler.result(), sampler.joint()
-            assert alone is not None
-            assert joint is not None
-            return alone.result(), joint.result()
-
-        return self._timed(compute)
-
-    @cached_property
-    def mean(self) -> Tensor:
-        """Mean student input, float64 [groups, in]."""
-        return self._mean(STUDENT)
-
-    @cached_property
-    def teacher_mean(self) -> Tensor:
-        """Mean teacher input, float64 [groups, in]."""
-        return self._mean(TEACHER)
-
-    @property
-    def count(self) -> int:
-        """Rows that the Gram is a mean of."""
-        return self._student.count
-
-    @property
-    def gram(self) -> Tensor:
-        """`E[x xᵀ]` of the student's inputs, float64 [groups, in, in]."""
-        return self._student.gram
-
-    @property
-    def covariance(self) -> Tensor:
-        """The Gram of the student's inputs less their mean."""
-        moments = self._student
-        return moments.gram - moments.mean[:, :, None] * moments.mean[:, None, :]
-
-    @property
-    def cross_gram(self) -> Tensor:
-        """`E[x_teacher x_studentᵀ]`, float64 [groups, in, in]."""
-        return self._both[1].gram
-
-    @property
-    def cross_covariance(self) -> Tensor:
-        """The cross-Gram of both networks' inputs less their means."""
-        moments = self._both[1]
-        return moments.gram - moments.teacher_mean[:, :, None] * moments.student_mean[:, None, :]
-
-    def output_variance(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-        """Variance of the layer's outputs per channel, float64 [groups, out], in the float and the quantized network.
-
-        Each with its own inputs and a weight [groups, out, in] of its own; from sampled positions.
-        """
-
-        def compute(stream: int, weight: Tensor) -> Tensor:
-            variance: OutputVariance | None = None
-            for x in self._arrival.inputs(stream):
-                images, geometry = as_images(self._module, x)
-                if variance is None:
-                    needed = self._arrival.batch_size * positions_needed(geometry, self._arrival.images, 0)
-                    variance = OutputVariance(geometry, weight, -(-needed // images.shape[0]))
-                variance.add(images)
-            assert variance is not None
-            return variance.result()
-
-        return self._timed(lambda: (compute(TEACHER, teacher), compute(STUDENT, student)))
-
-    def sample(self) -> tuple[Tensor, Tensor]:
-        """(teacher input, student input) of the first micro-batch, as the layer receives them (copies).
-
-        Copies, because a micro-batch that waits in a file is emptied again as soon as it has been visited.
-        """
-
-        def compute() -> tuple[Tensor, Tensor]:
-            for x, y in self._arrival.pairs():
-                return x.clone(), y.clone()
-            raise AssertionError("a pass has at least one micro-batch")
-
-        return self._timed(compute)
 
 
 class CalibrationTask:
@@ -282,6 +83,7 @@ class CalibrationTask:
         self._stats: LayerStats | None = None
         self._at: str | None = None
         self._passed: set[str] = set()
+        self._blocks: dict[str, int] = {}  # of each layer whose Gram is taken in several
         for name, (layer, metrics) in (done or {}).items():
             self._put(name, layer)
             self.committed[name] = (layer, metrics)
@@ -374,7 +176,19 @@ class CalibrationTask:
                 f"the calibration pass ended without reaching layer {wanted}", "Please report the architecture."
             )
         self._at = arrival.name
-        self._stats = LayerStats(self.student.get_submodule(arrival.name), arrival, self.clock, self._rows_per_input)
+        module = self.student.get_submodule(arrival.name)
+        blocks = partial(self._in_blocks, arrival.name)
+        self._stats = LayerStats(module, arrival, self.clock, self._rows_per_input, blocks)
+
+    def _in_blocks(self, name: str, blocks: int) -> None:
+        """A layer's Gram is taken in blocks: say so, once."""
+        if name not in self._blocks:
+            inputs = self._view(name).weight.shape[2]
+            self.note(
+                f"layer {name} has {inputs:,} inputs: its Gram is taken in {blocks} blocks of them, without the "
+                "correlations between blocks"
+            )
+        self._blocks[name] = blocks
 
     @torch.no_grad()
     def least_squares(self, name: str, correction: float = 0.5) -> LeastSquares:
@@ -382,17 +196,18 @@ class CalibrationTask:
         stats, weight = self.stats(name), self._view(name).weight
         centred = self.scheme.bias != "keep"
         if correction == 0:
-            return LeastSquares(weight, stats.covariance if centred else stats.gram)
+            return LeastSquares(weight, stats.covariance if centred else stats.gram, stats.rows(centred))
         # the cross moments first: they bring the student's own along
         cross = stats.cross_covariance if centred else stats.cross_gram
         gram = stats.covariance if centred else stats.gram
+        squares = LeastSquares(weight, gram, stats.rows(centred))
         diagonal = gram.diagonal(dim1=1, dim2=2)
         damping = DAMPING * diagonal.mean(1).clamp(min=1e-12)
         damped = gram + torch.diag_embed(damping[:, None].expand_as(diagonal))
         # W C (H + λ)⁻¹ written as a change of W, so that strong damping leads back to W
-        change = correction * (weight.double() @ (cross - gram))
-        weight = (weight.double() + torch.linalg.solve(damped, change, left=False)).float()
-        return LeastSquares(weight, gram)
+        change = correction * (squares.split(weight.double()) @ (cross - gram))
+        change = squares.join(torch.linalg.solve(damped, change, left=False))
+        return replace(squares, weight=(weight.double() + change).float())
 
     @torch.no_grad()
     def commit(self, name: str, layer: QuantizedLayer, **metrics: float | int | str) -> None:
@@ -516,6 +331,8 @@ class CalibrationTask:
         numbers: Metrics = {"bits": layer.weight.bits, "bytes": layer.size_bytes()}
         if signal > 0 and noise > 0:
             numbers["weight_sqnr_db"] = 10 * math.log10(signal / noise)
+        if view.name in self._blocks:
+            numbers["gram_blocks"] = self._blocks[view.name]
         if layer.adapter is not None:
             numbers["rank"] = layer.adapter.rank
         if self.has_data:

@@ -71,16 +71,26 @@ class Spill:
 
     def __init__(self, live: LiveStorages, path: Path) -> None:
         self.live, self._path = live, path
-        self._file: BinaryIO = path.open("w+b", buffering=0)
+        try:
+            self._file: BinaryIO = path.open("w+b", buffering=0)
+        except OSError as error:
+            raise _no_spill(path.parent, error) from error
         self._out: list[tuple[Any, int]] = []
 
     def save(self) -> int:
-        """Move all live activations to the file; returns the bytes freed."""
+        """Move all live activations to the file; returns the bytes freed.
+
+        Raises:
+            CoraqError: no room for them.
+        """
         self._file.seek(0)
         for storage in self.live.alive():
             size = storage.nbytes()
             if size:
-                _write(self._file, memoryview(_bytes_of(storage)).cast("B"))
+                try:
+                    _write(self._file, memoryview(_bytes_of(storage)).cast("B"))
+                except OSError as error:
+                    raise _no_spill(self._path.parent, error) from error
                 storage.resize_(0)
                 self._out.append((storage, size))
         return sum(size for _, size in self._out)
@@ -105,6 +115,13 @@ class Spill:
         self._out.clear()
         self._file.close()
         self._path.unlink(missing_ok=True)
+
+
+def _no_spill(folder: Path, error: OSError) -> CoraqError:
+    return CoraqError(
+        f"activations beyond the memory bound cannot be kept in {folder}: {error.strerror or error}",
+        "Set TMPDIR to a folder with more room, raise --calib-memory, or lower --calib-size.",
+    )
 
 
 def _bytes_of(storage: Any) -> Any:
@@ -233,7 +250,10 @@ class LockStep:
             )
         self.spilled = max(0, len(batches) * len(self._streams) - max(0, resident))
         if self.spilled:
-            self._temporary = tempfile.TemporaryDirectory(prefix="coraq-activations-", dir=folder)
+            try:
+                self._temporary = tempfile.TemporaryDirectory(prefix="coraq-activations-", dir=folder)
+            except OSError as error:
+                raise _no_spill(folder or Path(tempfile.gettempdir()), error) from error
         self._batches: list[list[_MicroBatch]] = [[] for _ in self._streams]
         count = 0
         for index, images in enumerate(batches):

@@ -139,11 +139,14 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
             )
         if not (folder / "model.safetensors").is_file():
             raise CoraqError(f"no model.safetensors in {folder}", SAFETENSORS_ONLY)
+        refuse_pickle(folder / "model.safetensors")
         try:
             _, architecture, arguments = load_model_config_from_path(folder)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            wrong = f"it has no {error}" if isinstance(error, KeyError) else _first_line(error)
             raise CoraqError(
-                f"{folder / 'config.json'} is not a timm configuration: {_first_line(error)}", ""
+                f"{folder / 'config.json'} is not a timm configuration: {wrong}",
+                'It needs "architecture", and "pretrained_cfg" if the defaults do not fit; copy it from the hub again.',
             ) from error
         if not timm.is_model(architecture):
             raise CoraqError(
@@ -157,7 +160,7 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
         try:
             _, architecture, arguments = load_model_config_from_hf(name.split(":", 1)[1])
         except Exception as error:
-            raise CoraqError(f"cannot read {name}: {_first_line(error)}", _WAYS_OUT) from error
+            raise CoraqError(f"cannot read {name}: {_first_line(error).split('. ')[0]}", _WAYS_OUT) from error
         return architecture, dict(arguments or {})
     _, architecture = parse_model_name(name)
     architecture = architecture.split(".")[0]
@@ -195,7 +198,7 @@ def _creation_error(config: RunConfig, error: Exception) -> CoraqError:
             f"{config.model} refuses its arguments: {text}", "Check --model-kwargs against the architecture."
         )
     if isinstance(error, OSError):
-        return CoraqError(f"the weights of {config.model} cannot be reached: {text[:160]}", _WAYS_OUT)
+        return CoraqError(f"the weights of {config.model} cannot be reached: {text.split('. ')[0]}", _WAYS_OUT)
     return CoraqError(f"timm cannot create {config.model}: {text}", _WAYS_OUT)
 
 

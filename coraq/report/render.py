@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from coraq.errors import disk_error
 from coraq.report import summary
 from coraq.results import LayerResult, RunResult
 
@@ -38,7 +39,7 @@ def write_report(result: RunResult, folder: Path) -> Path:
     Raises:
         CoraqError: the folder cannot be written to.
     """
-    from coraq.artifact.files import disk_error, write_atomic  # here: the package behind it imports torch
+    from coraq.artifact.files import write_atomic  # here: the package behind it imports torch
 
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from coraq.api import LayerView, MethodConfig, QuantizedLayer, Quantizer
 from coraq.artifact import RunFolder, load_checkpoint, write_checkpoint
 from coraq.artifact.checkpoint import CheckpointInfo
 from coraq.config import Scheme
+from coraq.core import sampling
 from coraq.errors import CoraqError, UsageError
 from coraq.model.calibration import CalibrationTask
 from coraq.model.fold import Trace, fold, relative_error
@@ -41,7 +42,8 @@ def assert_conforms(
 
     The method quantizes a small random network (dense, grouped, depthwise, 1×1 and Linear layers) on tiny images
     again and again: at every width of `bits`, on symmetric and affine grids, per channel and per tensor; twice with
-    one seed; stopped and resumed; on dead and constant channels; on a single image; and without any.
+    one seed; stopped and resumed; on dead and constant channels; on layers whose Grams come in blocks, as those of very
+    many inputs do; on a single image; and without any.
 
     Args:
         method: the class, as in a plugin's METHODS.
@@ -73,6 +75,7 @@ def assert_conforms(
     _check_repeatable(bench)
     _check_resume(bench)
     _check_awkward(method, bench.options)
+    _check_wide(bench)
     _check_images(bench)
 
 
@@ -464,6 +467,19 @@ def _check_awkward(method: type[Quantizer], options: dict[str, Any]) -> None:
             _require(
                 finite, f"{bench.name}, {case}: the quantized network gives NaN or Inf", "Guard divisions by zero."
             )
+
+
+def _check_wide(bench: _Bench) -> None:
+    """Grams in blocks, as layers of very many inputs have them."""
+    usual = sampling.GRAM_ENTRIES
+    sampling.GRAM_ENTRIES = 200
+    try:
+        for granularity in ("channel", "tensor"):
+            scheme = Scheme(bits=4, granularity=granularity)
+            case = f"Grams in blocks, per {granularity} (LeastSquares.gram is [groups · blocks, in/blocks, in/blocks])"
+            _check_commits(bench, scheme, bench.run(scheme, bench.batches(), case), case)
+    finally:
+        sampling.GRAM_ENTRIES = usual
 
 
 def _check_images(bench: _Bench) -> None:

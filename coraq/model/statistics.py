@@ -1,0 +1,265 @@
+"""What a method learns of a layer's inputs: moments in both networks, and the least-squares problem they make."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from coraq.core.gram import CrossGramAccumulator, CrossMoments, GramAccumulator, MeanAccumulator, Moments
+from coraq.core.sampling import OutputVariance, SampledMoments, blocks_needed, positions_needed
+from coraq.errors import CoraqError
+from coraq.model.engine import Arrival
+from coraq.model.layers import as_images
+
+TEACHER, STUDENT = 0, 1
+CONSTANT = 1e-12  # an input whose variance is a smaller share of its mean square is constant but for float32 rounding
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """`min over Q of Σ_g tr[(W_g − Q_g) H_g (W_g − Q_g)ᵀ]`.
+
+    A layer of very many inputs has a block-diagonal H: each block for so many consecutive inputs, correlations from
+    one block to another left out. `split` and `coraq.core.rounding` know how to work with that.
+
+    Attributes:
+        weight: float32 [groups, out, in], the unconstrained optimum W.
+        gram: float64 [groups · blocks, in/blocks, in/blocks], H: symmetric, positive semi-definite, per row of im2col
+            patches (a mean, not a sum); centred where the bias absorbs the mean. `blocks` is nearly always 1.
+        rows: with several blocks, some inputs [groups, rows, in], centred alike: what they say of a rounding has all
+            correlations in it. None otherwise.
+    """
+
+    weight: Tensor
+    gram: Tensor
+    rows: Tensor | None = None
+
+    @property
+    def blocks(self) -> int:
+        return self.gram.shape[0] // self.weight.shape[0]
+
+    def split(self, weight: Tensor) -> Tensor:
+        """[groups, out, in] as one matrix for each block of `gram`: [groups · blocks, out, in/blocks]."""
+        return weight if self.blocks == 1 else weight.unflatten(2, (self.blocks, -1)).transpose(1, 2).flatten(0, 1)
+
+    def join(self, parts: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        return parts if self.blocks == 1 else parts.unflatten(0, (-1, self.blocks)).transpose(1, 2).flatten(2)
+
+    def error(self, candidate: Tensor) -> Tensor:
+        """The objective per output channel, float64 [groups, out], of a candidate weight [groups, out, in]."""
+        delta = self.split((self.weight - candidate).double())
+        error = ((delta @ self.gram) * delta).sum(-1).clamp(min=0)
+        return error.unflatten(0, (-1, self.blocks)).sum(1)
+
+    def energy(self) -> float:
+        """`tr[W H Wᵀ]`, all groups together: what an error is relative to."""
+        return float(self.error(torch.zeros_like(self.weight)).sum())
+
+    def inputs(self, form: Literal["exact", "approximate", "plain"]) -> Tensor | None:
+        """H in full, its diagonal [groups, in], or None for the identity: what a decomposition is weighted by."""
+        if form == "exact":
+            return self.gram
+        return self.gram.diagonal(dim1=1, dim2=2).reshape(len(self.weight), -1) if form == "approximate" else None
+
+
+class _Seen(NamedTuple):
+    """Second moments of the student's inputs, perhaps of both networks', and some of the student's inputs."""
+
+    student: Moments
+    joint: CrossMoments | None
+    rows: Tensor | None
+
+
+class LayerStats:
+    """Statistics of one layer's inputs in both networks, each computed when first read.
+
+    They can be read while the engine stands at the layer: until the next layer is asked for. What has been read
+    stays. Rows are im2col patches (output positions of all images). Means are over all rows. Second moments are
+    over some positions of each image where there are many more than `rows_per_input` rows for every input (0: over
+    all), the same in both networks; they are centred with those rows' own means.
+
+    A layer of very many inputs has its second moments in blocks of consecutive inputs; `on_blocks` is told how many.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        arrival: Arrival,
+        clock: dict[str, float],
+        rows_per_input: int = 0,
+        on_blocks: Callable[[int], None] | None = None,
+    ) -> None:
+        self._module, self._arrival, self._clock, self._rows_per_input = module, arrival, clock, rows_per_input
+        self._on_blocks = on_blocks
+        self.current = True
+
+    def _timed(self, compute: Callable[[], T]) -> T:
+        if not self.current:
+            raise CoraqError(
+                f"the statistics of layer {self._arrival.name} are gone: the engine has moved on",
+                "A method must read a layer's statistics before it asks for the next layer's.",
+            )
+        start = time.perf_counter()
+        result = compute()
+        self._clock["statistics"] += time.perf_counter() - start
+        return result
+
+    def _mean(self, stream: int) -> Tensor:
+        def compute() -> Tensor:
+            accumulator: MeanAccumulator | None = None
+            for x in self._arrival.inputs(stream):
+                images, geometry = as_images(self._module, x)
+                accumulator = accumulator or MeanAccumulator(geometry, images.device)
+                accumulator.add(images)
+            assert accumulator is not None
+            return accumulator.result()[1]
+
+        return self._timed(compute)
+
+    def _sampler(self) -> SampledMoments | None:
+        """What samples this layer's patches, or None where all of them are wanted or hardly more are there."""
+        for x in self._arrival.inputs(STUDENT):  # looked at inside the loop: a spilled input is gone after it
+            images, geometry = as_images(self._module, x)
+            blocks = blocks_needed(geometry)
+            if blocks > 1 and self._on_blocks is not None:
+                self._on_blocks(blocks)
+            every = math.prod(geometry.output_size(images.shape[2], images.shape[3]))
+            needed = self._arrival.batch_size * positions_needed(geometry, self._arrival.images, self._rows_per_input)
+            if self._rows_per_input and 2 * needed < every * images.shape[0]:
+                # by the leading axis and not by image: a Linear layer's inputs come as one image of many rows
+                return SampledMoments(geometry, -(-needed // images.shape[0]), images.device, blocks)
+            if blocks > 1:
+                return SampledMoments(geometry, every, images.device, blocks)
+            break
+        return None
+
+    def _look(self, both: bool) -> _Seen:
+        """One visit to all inputs, of the student alone or of both networks."""
+
+        def compute() -> _Seen:
+            sampler = self._sampler()
+            alone: GramAccumulator | None = None
+            joint: CrossGramAccumulator | None = None
+            pairs: Iterator[tuple[Tensor | None, Tensor]] = (
+                self._arrival.pairs() if both else ((None, y) for y in self._arrival.inputs(STUDENT))
+            )
+            for x, y in pairs:
+                student, geometry = as_images(self._module, y)
+                teacher = None if x is None else as_images(self._module, x)[0]
+                if sampler is not None:
+                    sampler.add(student, teacher)
+                    continue
+                alone = alone or GramAccumulator(geometry, student.device)
+                alone.add(student)
+                if teacher is not None:
+                    joint = joint or CrossGramAccumulator(geometry, student.device)
+                    joint.add(teacher, student)
+            if sampler is not None:
+                return _Seen(sampler.result(), sampler.joint() if both else None, sampler.rows())
+            assert alone is not None
+            return _Seen(alone.result(), None if joint is None else joint.result(), None)
+
+        return self._timed(compute)
+
+    @cached_property
+    def _both(self) -> _Seen:
+        return self._look(both=True)
+
+    @cached_property
+    def _student(self) -> _Seen:
+        return self._both if "_both" in self.__dict__ else self._look(both=False)
+
+    @property
+    def _joint(self) -> CrossMoments:
+        joint = self._both.joint
+        assert joint is not None
+        return joint
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Mean student input, float64 [groups, in]."""
+        return self._mean(STUDENT)
+
+    @cached_property
+    def teacher_mean(self) -> Tensor:
+        """Mean teacher input, float64 [groups, in]."""
+        return self._mean(TEACHER)
+
+    @property
+    def count(self) -> int:
+        """Rows that the Gram is a mean of."""
+        return self._student.student.count
+
+    @property
+    def gram(self) -> Tensor:
+        """`E[x xᵀ]` of the student's inputs, float64 [groups · blocks, in/blocks, in/blocks]."""
+        return self._student.student.gram
+
+    @property
+    def covariance(self) -> Tensor:
+        """The Gram of the student's inputs less their mean. Rows and columns of constant inputs are exactly zero."""
+        moments = self._student.student
+        centred = moments.gram - moments.mean[:, :, None] * moments.mean[:, None, :]
+        constant = centred.diagonal(dim1=1, dim2=2) <= CONSTANT * moments.gram.diagonal(dim1=1, dim2=2)
+        if bool(constant.any()):  # else rounding would leave small variances of either sign
+            centred.masked_fill_(constant[:, :, None] | constant[:, None, :], 0.0)
+        return centred
+
+    @property
+    def cross_gram(self) -> Tensor:
+        """`E[x_teacher x_studentᵀ]`, float64 [groups · blocks, in/blocks, in/blocks]."""
+        return self._joint.gram
+
+    @property
+    def cross_covariance(self) -> Tensor:
+        """The cross-Gram of both networks' inputs less their means."""
+        moments = self._joint
+        return moments.gram - moments.teacher_mean[:, :, None] * moments.student_mean[:, None, :]
+
+    def rows(self, centred: bool) -> Tensor | None:
+        """With several blocks, the student's first inputs, float32 [groups, rows, in], less the mean if `centred`."""
+        moments, rows = self._student.student, self._student.rows
+        if rows is None or not centred:
+            return rows
+        return rows - moments.mean.reshape(rows.shape[0], 1, -1).float()
+
+    def output_variance(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+        """Variance of the layer's outputs per channel, float64 [groups, out], in the float and the quantized network.
+
+        Each with its own inputs and a weight [groups, out, in] of its own; from sampled positions.
+        """
+
+        def compute(stream: int, weight: Tensor) -> Tensor:
+            variance: OutputVariance | None = None
+            for x in self._arrival.inputs(stream):
+                images, geometry = as_images(self._module, x)
+                if variance is None:
+                    needed = self._arrival.batch_size * positions_needed(geometry, self._arrival.images, 0)
+                    variance = OutputVariance(geometry, weight, -(-needed // images.shape[0]))
+                variance.add(images)
+            assert variance is not None
+            return variance.result()
+
+        return self._timed(lambda: (compute(TEACHER, teacher), compute(STUDENT, student)))
+
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """(teacher input, student input) of the first micro-batch, as the layer receives them (copies).
+
+        Copies, because a micro-batch that waits in a file is emptied again as soon as it has been visited.
+        """
+
+        def compute() -> tuple[Tensor, Tensor]:
+            for x, y in self._arrival.pairs():
+                return x.clone(), y.clone()
+            raise AssertionError("a pass has at least one micro-batch")
+
+        return self._timed(compute)

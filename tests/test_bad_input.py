@@ -1,0 +1,218 @@
+"""What goes wrong for a user: two lines on stderr, the right exit code, and nothing lost of earlier runs.
+
+The real pipeline, on the demo and on a tiny network in a folder; `test_cli.py` has the command line's own faults.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from test_engine import calibration_task
+
+from coraq import pipeline
+from coraq.cli.app import run
+from coraq.errors import CoraqError, disk_error
+from coraq.events import JsonLinesSink, Note
+from coraq.model import engine
+
+DEMO = ["quantize", "demo", "--method", "rtn", "--calib-size", "8", "--eval-size", "10", "-q"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def network(here: Path) -> str:
+    """A folder with a tiny network of ten classes, and forty images beside it."""
+    torch.manual_seed(0)
+    folder = here / "network"
+    folder.mkdir()
+    save_file(timm.create_model("test_resnet", num_classes=10).state_dict(), folder / "model.safetensors")
+    cfg = {"input_size": [3, 32, 32], "num_classes": 10, "first_conv": "conv1.0", "classifier": "fc"}
+    content = {"architecture": "test_resnet", "num_classes": 10, "pretrained_cfg": cfg}
+    (folder / "config.json").write_text(json.dumps(content))
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        path = here / "images" / f"c{number // 4}" / f"{number % 4}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
+    return "local-dir:network"
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int, *parts: str, hint: str = "") -> None:
+    capsys.readouterr()
+    assert run(arguments) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert "Traceback" not in "\n".join(lines)
+    assert lines[-2].startswith("error: "), lines
+    assert lines[-1].startswith("hint: "), lines
+    assert "this should not happen" not in lines[-1], lines
+    for part in parts:
+        assert part in lines[-2], lines
+    assert hint in lines[-1], lines
+
+
+# ---------------------------------------------------------------- files that are not what they should be
+
+
+def test_a_pickle_in_a_model_folder_is_named_as_one(network: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("network/model.safetensors").write_bytes(pickle.dumps({"conv1": 1}))
+    fails(["quantize", network], capsys, 1, "is a pickle, not safetensors")
+
+
+@pytest.mark.parametrize(("content", "wrong"), [("{oops", "Expecting"), ("{}", "no 'architecture'")])
+def test_a_damaged_model_configuration_has_a_way_out(
+    content: str, wrong: str, network: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("network/config.json").write_text(content)
+    fails(["quantize", network], capsys, 1, "config.json is not a timm configuration", wrong, hint="architecture")
+
+
+def test_a_class_map_that_is_no_text_is_refused(network: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["quantize", network, "--data-dir", "images", "--class-map"]
+    Path("map.txt").write_bytes(bytes(range(256)))
+    fails([*command, "map.txt"], capsys, 1, "class map map.txt cannot be read", hint="UTF-8")
+    fails([*command, "images"], capsys, 1, "class map images is no file")
+
+
+def test_an_unknown_kind_of_dataset_is_refused(network: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["quantize", network, "--data-dir", "images", "--dataset", "imagenet/x"]
+    fails(command, capsys, 2, "imagenet/x is no dataset spec", hint="hfds/NAME")
+
+
+def test_a_run_whose_metrics_cannot_be_read_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "runs" / "one" / "metrics.json").mkdir(parents=True)
+    fails(["report", "runs/one"], capsys, 1, "metrics.json is damaged", hint="--force")
+
+
+# ---------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--std", "0,0,0"), ("--std", "1,nan,1"), ("--mean", "nan,0,0"), ("--std", "-1,1,1")]
+)
+def test_pictures_cannot_be_normalised_by_nothing(
+    option: str, value: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails([*DEMO, option, value], capsys, 2, option, hint=f"each {option[2:]} must be finite")
+
+
+def test_an_override_that_is_no_expression_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fails([*DEMO, "--override", "conv(=4"], capsys, 2, "'conv(' is no regular expression", hint="--override")
+
+
+def test_an_override_that_no_layer_matches_is_reported(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*DEMO, "--override", "nosuch=3", "--override", ".*=6"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "no layer matches the override 'nosuch'" in shown
+    assert "override '.*'" not in shown
+
+
+# ---------------------------------------------------------------- disks
+
+
+def test_a_full_disk_under_the_event_log_is_said_in_two_lines() -> None:
+    log = JsonLinesSink(Path("/dev/full"))
+    with pytest.raises(CoraqError, match="no room on the disk"):
+        log(Note("hello"))
+    log.close()  # and nothing comes up again
+
+
+def test_no_room_for_activations_is_said_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: object, data: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(engine, "_write", full)
+    task = calibration_task(memory_bytes=1 << 12, folder=tmp_path)
+    with pytest.raises(CoraqError, match=r"cannot be kept in .*No space left.*\n.*TMPDIR"):
+        task.stats(task.layers[-1].name)
+    task.close()
+    assert not list(tmp_path.iterdir())
+    task = calibration_task(memory_bytes=1 << 12, folder=tmp_path / "missing")
+    with pytest.raises(CoraqError, match=r"cannot be kept in .*\n.*TMPDIR"):
+        task.stats(task.layers[0].name)
+
+
+def test_a_library_that_runs_out_of_disk_is_no_bug(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pipeline, "run", full)
+    fails(DEMO, capsys, 1, "no room on a disk", hint="free some space")
+
+
+def test_a_forced_run_that_fails_leaves_the_earlier_result(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(DEMO) == 0
+    (folder,) = (here / "runs").iterdir()
+    before = {name: (folder / name).read_bytes() for name in ("model.safetensors", "metrics.json", "report.md")}
+    with monkeypatch.context() as patch:
+
+        def full(path: Path, *args: object) -> int:
+            raise disk_error(path, OSError(errno.ENOSPC, ""), 1000)
+
+        patch.setattr(pipeline, "write_checkpoint", full)
+        fails([*DEMO, "--force"], capsys, 1, "no room on the disk")
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    with monkeypatch.context() as patch:
+
+        def killed(*args: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(pipeline, "compare_networks", killed)
+        assert run([*DEMO, "--force"]) == 130
+    assert not (folder / "metrics.json").exists()  # the new checkpoint has no metrics yet, and not the old ones
+    assert run(DEMO) == 0
+    assert (folder / "metrics.json").exists()
+
+
+# ---------------------------------------------------------------- interrupts
+
+
+def test_an_interrupt_while_the_command_is_imported_leaves_no_traceback() -> None:
+    program = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'coraq.cli': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from coraq.__main__ import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.splitlines() == ["error: interrupted", "hint: nothing was begun"]
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_damaged_pictures_are_skipped_and_named_or_refused(network: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("images", "damaged")
+    truncated = Path("damaged/c3/1.png")
+    truncated.write_bytes(truncated.read_bytes()[:300])
+    Path("damaged/c4/2.png").write_bytes(b"no picture")
+    command = ["quantize", network, "--method", "rtn", "--data-dir", "damaged", "--calib-size", "20", "-j", "0"]
+    assert run([*command, "-q"]) == 0
+    shown = capsys.readouterr()
+    assert "unreadable image" in shown.out + shown.err
+    fails([*command, "--strict"], capsys, 1, "unreadable image damaged/")
