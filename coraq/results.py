@@ -139,6 +139,9 @@ class RunResult(Result):
     scheme_line: str = Field(description="Scheme.describe(): all that decides whether a number reproduces")
     calibration: CalibrationInfo
     evaluation_data: str | None = Field(default=None, description="the evaluation images; None: accuracy not measured")
+    evaluation_fingerprint: str | None = Field(default=None, description="hash of the evaluation images' content")
+    float_sha256: str | None = Field(default=None, description="hash of the float network's weights, as loaded")
+    checkpoint_sha256: str | None = Field(default=None, description="hash of the checkpoint file")
     comparison: Comparison | None = Field(default=None, description="float against quantized on the evaluation images")
     fidelity_data: str | None = Field(default=None, description="images of `fidelity`")
     fidelity: Comparison | None = Field(default=None, description="unlabelled comparison where nothing was evaluated")
