@@ -437,7 +437,7 @@ def evaluate_run(run_path: Path, data: DataConfig | None = None, *, sink: Sink =
     images = _open_images(config, preprocess, float_model, sink)
     measured = _measure(teacher, student, images, device, sink)
     notes = [*result.notes, *recorder.notes]
-    return result.model_copy(update={**vars(measured), "config": config, "machine": _machine(device), "notes": notes})
+    return result.model_copy(update={**vars(measured), "config": config, "machine": machine(device), "notes": notes})
 
 
 class Quantized(NamedTuple):
@@ -598,7 +598,7 @@ def _info(prepared: _Prepared) -> CheckpointInfo:
             "seed": config.seed,
             "calibration": prepared.images.calibration.description,
             "calibration_fingerprint": prepared.images.calibration.fingerprint,
-            "versions": _versions(),
+            "versions": versions(),
         },
     )
 
@@ -616,8 +616,8 @@ def _result(
     return RunResult(
         coraq_version=coraq.__version__,
         command=[],
-        versions=_versions(),
-        machine=_machine(prepared.device),
+        versions=versions(),
+        machine=machine(prepared.device),
         seed=config.seed,
         config=config,
         method=config.method,
@@ -689,11 +689,14 @@ def _layer_result(view: LayerView, layer: QuantizedLayer, numbers: Metrics) -> L
     )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What a result may depend on."""
     return {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
 
 
-def _machine(device: torch.device) -> MachineInfo:
+def machine(device: torch.device | str) -> MachineInfo:
+    """Where this process runs."""
+    device = torch.device(device)
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
