@@ -6,6 +6,7 @@ Accuracy is measured on what was read back from disk, never on the object in mem
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 import re
@@ -25,13 +26,20 @@ from torch import Tensor, nn
 import coraq
 from coraq import registry
 from coraq.api import LayerView, MethodConfig, QuantizedLayer, Quantizer
-from coraq.artifact import RunFolder, load_checkpoint, read_result, write_checkpoint
+from coraq.artifact import (
+    Predictions,
+    RunFolder,
+    load_checkpoint,
+    read_result,
+    write_checkpoint,
+    write_predictions,
+)
 from coraq.artifact import newest_run as newest_run
 from coraq.artifact.checkpoint import CheckpointInfo
 from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.data import Images, ImageSet, Preprocess, demo_images, open_images, tensor_images
 from coraq.errors import CoraqError, UsageError
-from coraq.evaluate.accuracy import compare_networks
+from coraq.evaluate.accuracy import FloatLogits, compare_networks
 from coraq.events import Event, JsonLinesSink, LayerCommitted, Note, Sink, StageFinished, null_sink, stage, tee
 from coraq.model.calibration import CalibrationTask, Metrics
 from coraq.model.fold import Trace, fold
@@ -46,6 +54,7 @@ from coraq.results import (
     RunResult,
     SizeInfo,
 )
+from coraq.sharing import Shared, content_of
 
 FIDELITY_IMAGES = 256  # without evaluation data, fidelity to the float network is measured on so many
 
@@ -79,6 +88,8 @@ class _Prepared:
     method_source: str
     options: MethodConfig
     float_bytes: int
+    float_sha256: str | None = None
+    logits: FloatLogits | None = None
 
     @property
     def teacher(self) -> nn.Module:
@@ -112,20 +123,31 @@ class _Recorder:
 
 
 def run(
-    config: RunConfig, *, runs_dir: Path, sink: Sink = null_sink, force: bool = False, command: list[str] | None = None
+    config: RunConfig,
+    *,
+    runs_dir: Path,
+    sink: Sink = null_sink,
+    force: bool = False,
+    command: list[str] | None = None,
+    shared: Shared | None = None,
 ) -> RunResult:
     """Quantize, write, reload, evaluate and report, in a run folder under `runs_dir`.
 
     A finished run of the same configuration is returned as it is, an unfinished one goes on at its first
-    uncommitted layer; `force` starts over.
+    uncommitted layer; `force` starts over. Runs of one process that are given the same `shared` load, decode and
+    evaluate what they have in common once.
 
     Raises:
         CoraqError: whatever a person can mend; other exceptions carry the run folder in `run_dir`.
     """
     started = time.perf_counter()
+    _reset_peak_memory()
     recorder = _Recorder()
     sink = tee(sink, recorder)
-    prepared = _prepare(config, sink)
+    shared = shared or Shared()
+    shared.begin(sink)
+    prepared = _prepare(config, sink, shared)
+    content = content_of(prepared.teacher) if shared.keep_bytes is not None else None
     folder = prepared.folder(runs_dir)
     folder.open()
     try:
@@ -143,11 +165,16 @@ def run(
         raise
     finally:
         folder.close()
+        if content is not None and content_of(prepared.teacher) != content:
+            shared.forget()
+            sink(Note(f"method {config.method} changed the float network: it is loaded again", "warning"))
 
 
 def plan(config: RunConfig, *, runs_dir: Path, sink: Sink = null_sink) -> Plan:
     """What `run` would do. Loads and folds the network, opens the images, writes nothing."""
-    prepared = _prepare(config, sink)
+    shared = Shared()
+    shared.begin(sink)
+    prepared = _prepare(config, sink, shared)
     folder = prepared.folder(runs_dir)
     views = CalibrationTask(prepared.teacher, prepared.found, config.scheme, [], config.seed).all_layers
     committed = folder.committed()
@@ -169,7 +196,7 @@ def plan(config: RunConfig, *, runs_dir: Path, sink: Sink = null_sink) -> Plan:
     )
 
 
-def _prepare(config: RunConfig, sink: Sink) -> _Prepared:
+def _prepare(config: RunConfig, sink: Sink, shared: Shared) -> _Prepared:
     """Check everything that can be checked, the cheap things first, and load the network."""
     method, source = registry.find(config.method)
     options = registry.configure(method, config.options)
@@ -177,18 +204,55 @@ def _prepare(config: RunConfig, sink: Sink) -> _Prepared:
     _check_paths(config.data)
     for line in registry.import_plugins():
         sink(Note(line, "warning"))
+    # what decides the folded network and how its images are prepared
+    own = config.model_dump_json(include={"model", "checkpoint", "num_classes", "model_kwargs", "device"})
+    shape = config.data.model_dump_json(include={"img_size", "crop_pct", "mean", "std", "interpolation"})
     with stage(sink, "load network"):
-        float_model = load_model(config)
-        float_bytes = _state_bytes(float_model.module)
-        float_model.module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        preprocess = Preprocess.resolve(float_model.module, config.data)
-        found = fold(float_model.module, _example(preprocess, device))
-    if not found.order:
+        network = shared.recall("network", (own, shape), lambda sink: _load_network(config, device))
+    if not network.found.order:
         raise CoraqError(f"{config.model} has no convolution or Linear layer", "There is nothing to quantize.")
-    for pattern in config.scheme.unmatched(found.order):
+    for pattern in config.scheme.unmatched(network.found.order):
         sink(Note(f"no layer matches the override {pattern!r} (--dry-run lists their names)", "warning"))
-    images = _open_images(config, preprocess, float_model, sink)
-    return _Prepared(config, float_model, found, preprocess, images, method, source, options, float_bytes)
+    images = shared.recall(
+        "images",
+        (own, config.data.model_dump_json(), config.seed),
+        shared.images(lambda sink: _open_images(config, network.preprocess, network.float_model, sink)),
+    )
+    measured_on = images.evaluation or images.calibration
+    key = (own, shape, config.data.batch_size, measured_on.fingerprint)
+    logits = shared.recall("logits", key, lambda sink: FloatLogits()) if shared.keep_bytes is not None else None
+    return _Prepared(
+        config,
+        network.float_model,
+        network.found,
+        network.preprocess,
+        images,
+        method,
+        source,
+        options,
+        network.size_bytes,
+        network.sha256,
+        logits,
+    )
+
+
+class _Network(NamedTuple):
+    """A float network, folded, and how its images are prepared."""
+
+    float_model: FloatModel
+    found: Trace
+    preprocess: Preprocess
+    size_bytes: int
+    sha256: str
+
+
+def _load_network(config: RunConfig, device: torch.device) -> _Network:
+    float_model = load_model(config)
+    size_bytes, sha256 = _state_bytes(float_model.module), _weights_sha256(float_model.module)
+    float_model.module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    preprocess = Preprocess.resolve(float_model.module, config.data)
+    found = fold(float_model.module, _example(preprocess, device))
+    return _Network(float_model, found, preprocess, size_bytes, sha256)
 
 
 def _open_images(config: RunConfig, preprocess: Preprocess, float_model: FloatModel, sink: Sink) -> Images:
@@ -212,11 +276,23 @@ def _work(
     with stage(sink, "reload checkpoint"):
         student = load_checkpoint(folder.checkpoint).module
         student = student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    measured = _measure(prepared.teacher, student, prepared.images, device, sink)
+    choices = _Choices()
+    measured = _measure(prepared.teacher, student, prepared.images, device, sink, prepared.logits, choices)
+    measured_on = prepared.images.evaluation or prepared.images.calibration
+    write_predictions(folder.path, choices.predictions(measured_on.fingerprint))
     result = _result(prepared, task, measured, file_bytes, recorder, started)
     # a resumed run has not seen the whole float pass, so its time says nothing
     float_pass_s = None if done else result.float_pass_s
-    result = result.model_copy(update={"command": command, "run_dir": str(folder.path), "float_pass_s": float_pass_s})
+    evaluation = prepared.images.evaluation
+    about = {
+        "command": command,
+        "run_dir": str(folder.path),
+        "float_pass_s": float_pass_s,
+        "float_sha256": prepared.float_sha256,
+        "checkpoint_sha256": hashlib.sha256(folder.checkpoint.read_bytes()).hexdigest(),
+        "evaluation_fingerprint": None if evaluation is None else evaluation.fingerprint,
+    }
+    result = result.model_copy(update=about)
     write_report(result, folder.path)
     return result
 
@@ -291,16 +367,40 @@ class _Measured:
     fidelity_data: str | None = None
 
 
-def _measure(teacher: nn.Module, student: nn.Module, images: Images, device: torch.device, sink: Sink) -> _Measured:
+class _Choices:
+    """Collects both networks' first choices, batch by batch."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, expected: Tensor, actual: Tensor, labels: Tensor) -> None:
+        self._rows.append((expected.topk(1, dim=1).indices[:, 0], actual.topk(1, dim=1).indices[:, 0], labels))
+
+    def predictions(self, images: str) -> Predictions:
+        float_choice, quantized_choice, label = (torch.cat(column) for column in zip(*self._rows, strict=True))
+        return Predictions(float_choice, quantized_choice, label, images)
+
+
+def _measure(
+    teacher: nn.Module,
+    student: nn.Module,
+    images: Images,
+    device: torch.device,
+    sink: Sink,
+    known: FloatLogits | None = None,
+    on_batch: _Choices | None = None,
+) -> _Measured:
+    more: dict[str, Any] = {"known": known, "on_batch": on_batch}
     if images.evaluation is not None:
         evaluation = images.evaluation
         batches = _channels_last(evaluation.batches())
-        comparison = compare_networks(teacher, student, batches, device, sink, evaluation.count)
+        comparison = compare_networks(teacher, student, batches, device, sink, evaluation.count, **more)
         return _Measured(comparison, evaluation.description)
     calibration = images.calibration
     unlabelled = ((x, torch.full_like(y, -1)) for x, y in calibration.batches())
     total = min(FIDELITY_IMAGES, calibration.count)
-    fidelity = compare_networks(teacher, student, _channels_last(_limit(unlabelled, total)), device, sink, total)
+    limited = _channels_last(_limit(unlabelled, total))
+    fidelity = compare_networks(teacher, student, limited, device, sink, total, **more)
     return _Measured(None, None, fidelity, f"{total} of the calibration images ({calibration.description})")
 
 
@@ -344,7 +444,7 @@ def evaluate_run(run_path: Path, data: DataConfig | None = None, *, sink: Sink =
     images = _open_images(config, preprocess, float_model, sink)
     measured = _measure(teacher, student, images, device, sink)
     notes = [*result.notes, *recorder.notes]
-    return result.model_copy(update={**vars(measured), "config": config, "machine": _machine(device), "notes": notes})
+    return result.model_copy(update={**vars(measured), "config": config, "machine": machine(device), "notes": notes})
 
 
 class Quantized(NamedTuple):
@@ -446,9 +546,19 @@ def default_memory_bound() -> int:
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
+    """Largest resident size of this process since `_reset_peak_memory`, or where that cannot be had ever, in bytes."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _reset_peak_memory() -> None:
+    """Let the peak start again at what is resident now, so that a run's peak is its own (Linux only)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _device(name: str) -> torch.device:
@@ -495,7 +605,7 @@ def _info(prepared: _Prepared) -> CheckpointInfo:
             "seed": config.seed,
             "calibration": prepared.images.calibration.description,
             "calibration_fingerprint": prepared.images.calibration.fingerprint,
-            "versions": _versions(),
+            "versions": versions(),
         },
     )
 
@@ -513,8 +623,8 @@ def _result(
     return RunResult(
         coraq_version=coraq.__version__,
         command=[],
-        versions=_versions(),
-        machine=_machine(prepared.device),
+        versions=versions(),
+        machine=machine(prepared.device),
         seed=config.seed,
         config=config,
         method=config.method,
@@ -548,6 +658,16 @@ def _state_bytes(module: nn.Module) -> int:
     return sum(value.numel() * value.element_size() for value in module.state_dict().values())
 
 
+def _weights_sha256(module: nn.Module) -> str:
+    """Of names, types, shapes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for key, value in module.state_dict().items():
+        data = value.detach().cpu().contiguous()
+        digest.update(f"{key} {data.dtype} {list(data.shape)}\n".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
+    return digest.hexdigest()
+
+
 def _size(task: CalibrationTask, file_bytes: int, float_bytes: int) -> SizeInfo:
     layers = task.quantized.values()
     weights = sum(layer.weight.codes.numel() for layer in layers)
@@ -579,11 +699,14 @@ def _layer_result(view: LayerView, layer: QuantizedLayer, numbers: Metrics) -> L
     )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What a result may depend on."""
     return {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
 
 
-def _machine(device: torch.device) -> MachineInfo:
+def machine(device: torch.device | str) -> MachineInfo:
+    """Where this process runs."""
+    device = torch.device(device)
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

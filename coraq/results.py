@@ -139,6 +139,9 @@ class RunResult(Result):
     scheme_line: str = Field(description="Scheme.describe(): all that decides whether a number reproduces")
     calibration: CalibrationInfo
     evaluation_data: str | None = Field(default=None, description="the evaluation images; None: accuracy not measured")
+    evaluation_fingerprint: str | None = Field(default=None, description="hash of the evaluation images' content")
+    float_sha256: str | None = Field(default=None, description="hash of the float network's weights, as loaded")
+    checkpoint_sha256: str | None = Field(default=None, description="hash of the checkpoint file")
     comparison: Comparison | None = Field(default=None, description="float against quantized on the evaluation images")
     fidelity_data: str | None = Field(default=None, description="images of `fidelity`")
     fidelity: Comparison | None = Field(default=None, description="unlabelled comparison where nothing was evaluated")
@@ -157,3 +160,119 @@ class RunResult(Result):
     def best_comparison(self) -> Comparison | None:
         """The comparison on evaluation images, or else that on unlabelled ones."""
         return self.comparison or self.fidelity
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+class CellResult(Result):
+    """One cell of a comparison: a finished run's main numbers, or the reason why there is none."""
+
+    model: str
+    label: str = Field(description="the method with its options, as the user wrote it")
+    bits: int
+    seed: int
+    reason: str | None = Field(default=None, description="why the run failed; None: it finished")
+    hint: str | None = None
+    reused: bool = Field(default=False, description="it had been finished before")
+    run_dir: str | None = None
+    command: list[str] = Field(default_factory=list, description="the single run's command line")
+    file_bytes: int | None = None
+    float_bytes: int | None = None
+    effective_bits: float | None = None
+    comparison: Comparison | None = None
+    labelled: bool = Field(default=False, description="accuracy was measured; else only fidelity to the float network")
+    layer_errors: dict[str, float] = Field(default_factory=dict, description="relative output error of each layer")
+    total_s: float | None = None
+    peak_memory_bytes: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.reason is None
+
+
+class Spread(Result):
+    """A measure over seeds."""
+
+    mean: float
+    low: float = Field(description="the smallest")
+    high: float = Field(description="the largest")
+    deviation: float | None = Field(description="sample standard deviation; None for a single seed")
+
+
+class ComparedMethod(Result):
+    """One method of a group: its cells over all seeds."""
+
+    label: str
+    rank: int | None = Field(description="1 is best; None: its bytes differ, or nothing finished")
+    seeds: list[int] = Field(description="those that finished")
+    failed: int = 0
+    file_bytes: float | None = Field(default=None, description="mean size of the checkpoints")
+    bytes_difference_pct: float | None = Field(default=None, description="against the group's reference size")
+    equal_bytes: bool = Field(default=False, description="within 1 % of the reference size")
+    effective_bits: float | None = None
+    top1_pct: Spread | None = None
+    agreement_pct: Spread | None = None
+    kl_nats: Spread | None = None
+    sqnr_db: Spread | None = None
+    total_s: float | None = Field(default=None, description="mean time of one run")
+    peak_memory_bytes: int | None = Field(default=None, description="largest")
+
+
+class PairedSeed(Result):
+    """Two methods on the same images with the same seed."""
+
+    seed: int
+    images: int
+    only_first: int = Field(description="images that only the first gets right")
+    only_second: int
+    p_value: float = Field(description="exact two-sided McNemar test")
+
+
+class MethodPair(Result):
+    """Two methods of a group, image by image. Without labels "right" means: the float network's first choice."""
+
+    first: str
+    second: str
+    difference_points: float | None = Field(description="mean over seeds of first less second")
+    p_value: float | None = Field(description="the largest over seeds: what every seed supports")
+    seeds: list[PairedSeed] = Field(default_factory=list)
+    reason: str | None = Field(default=None, description="why nothing could be paired")
+
+
+class ComparisonGroup(Result):
+    """The methods at one model and one number of bits, best first."""
+
+    model: str
+    bits: int
+    measure: Literal["top1_pct", "kl_nats"] = Field(description="what ranks: accuracy, or without labels KL")
+    images: int | None = Field(description="evaluated images")
+    float_top1: Proportion | None
+    float_bytes: int | None
+    reference_bytes: float | None = Field(description="the size that most methods share within 1 %")
+    methods: list[ComparedMethod]
+    pairs: list[MethodPair]
+
+
+class CompareResult(Result):
+    """A whole comparison. Saved as compare.json; its report is rendered from it alone."""
+
+    version: Literal[1] = 1
+    coraq_version: str
+    command: list[str]
+    versions: dict[str, str]
+    machine: MachineInfo
+    engine: str
+    base: str | None = Field(default=None, description="the run whose model, bits and data were taken, if none given")
+    scheme_line: str = Field(description="of the first bits; only these differ")
+    calibration: str | None = Field(default=None, description="of the first finished cell")
+    evaluation: str | None = None
+    cells: list[CellResult]
+    groups: list[ComparisonGroup]
+    total_s: float = Field(description="wall time of the comparison")
+    ran_s: float = Field(description="sum of the times of the cells that ran now")
+    folder: str
+
+    @property
+    def failed(self) -> list[CellResult]:
+        return [cell for cell in self.cells if not cell.finished]

@@ -2,5 +2,16 @@
 
 from coraq.artifact.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
 from coraq.artifact.folder import RunFolder, newest_run, read_result
+from coraq.artifact.predictions import Predictions, read_predictions, write_predictions
 
-__all__ = ["Checkpoint", "RunFolder", "load_checkpoint", "newest_run", "read_result", "write_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Predictions",
+    "RunFolder",
+    "load_checkpoint",
+    "newest_run",
+    "read_predictions",
+    "read_result",
+    "write_checkpoint",
+    "write_predictions",
+]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from coraq.data.demo import demo_images
 from coraq.data.images import open_images
-from coraq.data.imageset import Images, ImageSet, tensor_images
+from coraq.data.imageset import Batch, Images, ImageSet, tensor_images
 from coraq.data.preprocess import Preprocess
 from coraq.data.synthetic import synthetic_images
 
 __all__ = [
+    "Batch",
     "ImageSet",
     "Images",
     "Preprocess",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -178,6 +178,19 @@ def _no_images() -> CoraqError:
     return CoraqError("no images to evaluate on", "check --data-dir, --split and --eval-size")
 
 
+@dataclass
+class FloatLogits:
+    """The float network's logits on one list of batches: filled by the first comparison, read by those after it.
+
+    Attributes:
+        batches: [n, classes] each, on the CPU; empty until a comparison has reached the end of its images.
+        time_s: seconds of the forward passes that they took.
+    """
+
+    batches: list[Tensor] = field(default_factory=list)
+    time_s: float = 0.0
+
+
 def compare_networks(
     teacher: nn.Module,
     student: nn.Module,
@@ -186,6 +199,8 @@ def compare_networks(
     sink: Sink = null_sink,
     total: int = 0,
     stage_name: str = "evaluate",
+    known: FloatLogits | None = None,
+    on_batch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> Comparison:
     """Run both networks over the images once, and compare accuracy, decisions and logits.
 
@@ -196,18 +211,25 @@ def compare_networks(
         device: where the images are moved to.
         sink: takes the events of a stage named `stage_name`, which advances image by image.
         total: number of images, for progress; 0 where not known.
+        known: the teacher's logits on the same batches, if an earlier comparison has filled it; else filled here.
+        on_batch: gets float logits [n, classes], quantized logits and labels [n] of every batch.
 
     Raises:
         CoraqError: no images, logits that are not finite or not [n, classes], a label out of range.
     """
     pairs = _Pairs()
+    measured: list[Tensor] = []
     count = labelled = classes = 0
     float_s = quantized_s = 0.0
     with _evaluation_mode(teacher, student), stage(sink, stage_name, total) as current:
         for images, labels in batches:
             images = images.to(device).contiguous(memory_format=torch.channels_last)
-            expected, time_s = _logits(teacher, images, "float")
-            float_s += time_s
+            if known is not None and known.batches:
+                expected = known.batches[len(measured)]
+            else:
+                expected, time_s = _logits(teacher, images, "float")
+                float_s += time_s
+            measured.append(expected if known is not None else expected[:0])
             actual, time_s = _logits(student, images, "quantized")
             quantized_s += time_s
             classes = expected.shape[1]
@@ -215,11 +237,17 @@ def compare_networks(
                 raise CoraqError(f"the quantized network has {actual.shape[1]} classes and the float one {classes}")
             labels = _check_labels(labels, classes)
             pairs.add(expected, actual, labels)
+            if on_batch is not None:
+                on_batch(expected, actual, labels)
             count += len(labels)
             labelled += int((labels != UNLABELLED).sum())
             current.advance(count)
     if count == 0:
         raise _no_images()
+    if known is not None:
+        if not known.batches:
+            known.batches, known.time_s = measured, float_s
+        float_s = known.time_s
     float_top1, float_top5 = pairs.float_hits.proportions(labelled, classes)
     quantized_top1, quantized_top5 = pairs.quantized_hits.proportions(labelled, classes)
     return Comparison(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from coraq.errors import disk_error
 from coraq.report import summary
+from coraq.report.markdown import facts, fenced, table
 from coraq.results import LayerResult, RunResult
 
 REPORT_NAME, METRICS_NAME = "report.md", "metrics.json"
@@ -17,12 +17,12 @@ def markdown(result: RunResult) -> str:
     """The whole report as one Markdown text, rendered from `result` alone."""
     sections = [
         f"# {summary.title(result)}",
-        _fenced(summary.command_line(result), "sh"),
+        fenced(summary.command_line(result), "sh"),
         f"{result.scheme_line}",
         _accuracy(result),
         _fidelity(result),
-        "## Size and cost\n\n" + _facts(summary.size_facts(result) + summary.cost_facts(result)),
-        "## Data\n\n" + _facts([*summary.data_facts(result), ("fingerprint", f"`{result.calibration.fingerprint}`")]),
+        "## Size and cost\n\n" + facts(summary.size_facts(result) + summary.cost_facts(result)),
+        "## Data\n\n" + facts([*summary.data_facts(result), ("fingerprint", f"`{result.calibration.fingerprint}`")]),
         _time(result),
         _layers(result),
         _notes(result),
@@ -57,8 +57,8 @@ def _accuracy(result: RunResult) -> str:
     comparison = result.comparison
     if comparison is None or not comparison.labelled:
         return f"## Accuracy\n\nAccuracy: {summary.NOT_MEASURED}."
-    table = _table(["", "float", "quantized", "difference in points"], summary.accuracy_rows(comparison))
-    return f"## Accuracy\n\n{table}\n\n{summary.accuracy_note(comparison)}. Intervals are 95 %."
+    rows = table(["", "float", "quantized", "difference in points"], summary.accuracy_rows(comparison))
+    return f"## Accuracy\n\n{rows}\n\n{summary.accuracy_note(comparison)}. Intervals are 95 %."
 
 
 def _fidelity(result: RunResult) -> str:
@@ -66,7 +66,7 @@ def _fidelity(result: RunResult) -> str:
     if comparison is None:
         return ""
     images = f"On {comparison.count} images: {result.evaluation_data if result.comparison else result.fidelity_data}."
-    facts = [
+    lines = [
         *summary.fidelity_facts(comparison),
         ("float forward", summary.time_text(comparison.float_s)),
         (
@@ -74,12 +74,12 @@ def _fidelity(result: RunResult) -> str:
             f"{summary.time_text(comparison.quantized_s)} (weights dequantized, not integer arithmetic)",
         ),
     ]
-    return f"## Fidelity to the float network\n\n{images}\n\n{_facts(facts)}"
+    return f"## Fidelity to the float network\n\n{images}\n\n{facts(lines)}"
 
 
 def _time(result: RunResult) -> str:
-    stages = _table(["stage", "time"], [(name, summary.time_text(seconds)) for name, seconds in result.stages.items()])
-    return "## Time and memory\n\n" + _facts(summary.time_facts(result)) + ("\n\n" + stages if result.stages else "")
+    stages = table(["stage", "time"], [(name, summary.time_text(seconds)) for name, seconds in result.stages.items()])
+    return "## Time and memory\n\n" + facts(summary.time_facts(result)) + ("\n\n" + stages if result.stages else "")
 
 
 def _layers(result: RunResult) -> str:
@@ -94,7 +94,7 @@ def _layers(result: RunResult) -> str:
     header += ["weight SQNR dB", "input error", "output error", *extras]
     rows = [_layer_row(layer, has_rank, extras) for layer in result.layers]
     intro = f"In execution order. Worst by {measure}: {named}.\n\n" if worst else "In execution order.\n\n"
-    return "## Layers\n\n" + intro + _table(header, rows, right_from=3)
+    return "## Layers\n\n" + intro + table(header, rows, right_from=3)
 
 
 def _layer_row(layer: LayerResult, has_rank: bool, extras: list[str]) -> list[str]:
@@ -119,7 +119,7 @@ def _notes(result: RunResult) -> str:
 
 def _reproduce(result: RunResult) -> str:
     machine = result.machine
-    facts = [
+    lines = [
         ("coraq", result.coraq_version),
         ("method", f"{result.method} {result.method_version} ({result.method_source})"),
         ("seed", str(result.seed)),
@@ -128,26 +128,4 @@ def _reproduce(result: RunResult) -> str:
         ("run", f"`{result.run_dir}`"),
     ]
     config = json.dumps(result.config.model_dump(mode="json"), indent=2)
-    return "## Reproduce\n\n" + _facts(facts) + "\n\n" + _fenced(config, "json")
-
-
-# ---------------------------------------------------------------- Markdown
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], right_from: int | None = None) -> str:
-    """A Markdown table; columns from `right_from` on are aligned right."""
-    rules = ["---:" if right_from is not None and index >= right_from else "---" for index in range(len(header))]
-    lines = [header, rules, *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _facts(facts: Iterable[tuple[str, str]]) -> str:
-    return "\n".join(f"- {label}: {text}" for label, text in facts)
-
-
-def _fenced(text: str, language: str) -> str:
-    return f"```{language}\n{text}\n```"
+    return "## Reproduce\n\n" + facts(lines) + "\n\n" + fenced(config, "json")

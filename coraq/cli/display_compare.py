@@ -1,0 +1,44 @@
+"""What a person reads on the terminal after a comparison: one table a model and number of bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from coraq.cli.display import stdout
+from coraq.report import compare_text
+from coraq.results import CompareResult, ComparisonGroup
+
+
+def show_comparison(result: CompareResult, report: Path) -> None:
+    """Ranked tables, paired tests, failures, and where the files are."""
+    console = stdout()
+    for group in result.groups:
+        _show_group(console, group)
+    for line in compare_text.notes(result):
+        console.print(Text(line, style="dim"), soft_wrap=True)
+    for cell in result.failed:
+        console.print(Text(f"failed: {compare_text.cell_name(cell)}: {cell.reason}", style="red"))
+        if cell.hint:
+            console.print(Text(f"  {cell.hint}", style="dim"))
+    console.print(f"report: {report}", soft_wrap=True)
+
+
+def _show_group(console: Console, group: ComparisonGroup) -> None:
+    console.print()
+    console.print(Text(compare_text.title(group), style="bold"))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in compare_text.header(group, narrow=True):
+        table.add_column(
+            name, justify="left" if name == "method" else "right", overflow="fold", no_wrap=name != "method"
+        )
+    for method, cells in zip(group.methods, compare_text.rows(group, narrow=True), strict=True):
+        style = "bold" if method.rank == 1 else "" if method.seeds else "red"
+        table.add_row(*(Text(cell) for cell in cells), style=style)
+    console.print(table)
+    for line in compare_text.pair_lines(group):
+        console.print(Text(line), soft_wrap=True)
