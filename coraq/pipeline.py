@@ -29,7 +29,7 @@ from coraq.artifact import RunFolder, load_checkpoint, read_result, write_checkp
 from coraq.artifact import newest_run as newest_run
 from coraq.artifact.checkpoint import CheckpointInfo
 from coraq.config import DataConfig, RunConfig, Scheme
-from coraq.data import Images, ImageSet, Preprocess, demo_images, open_images, tensor_images
+from coraq.data import Images, ImageSet, Preprocess, run_images, tensor_images
 from coraq.errors import CoraqError, UsageError
 from coraq.evaluate.accuracy import compare_networks
 from coraq.events import Event, JsonLinesSink, LayerCommitted, Note, Sink, StageFinished, null_sink, stage, tee
@@ -189,10 +189,7 @@ def _prepare(config: RunConfig, sink: Sink) -> _Prepared:
 
 
 def _open_images(config: RunConfig, preprocess: Preprocess, float_model: FloatModel, sink: Sink) -> Images:
-    data = config.data
-    if config.model == "demo" and data.data_dir is None and data.calib_dir is None and not data.dataset:
-        return demo_images(preprocess, data, config.seed, sink)
-    return open_images(data, preprocess, float_model.num_classes or None, config.seed, sink)
+    return run_images(config, preprocess, float_model.num_classes or None, sink)
 
 
 def _work(
