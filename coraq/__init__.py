@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from coraq.version import __version__ as __version__
+
 __all__ = ["__version__", "load", "quantize"]
 
 if TYPE_CHECKING:

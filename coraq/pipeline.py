@@ -37,7 +37,7 @@ from coraq.artifact import (
 from coraq.artifact import newest_run as newest_run
 from coraq.artifact.checkpoint import CheckpointInfo
 from coraq.config import DataConfig, RunConfig, Scheme
-from coraq.data import Images, ImageSet, Preprocess, demo_images, open_images, tensor_images
+from coraq.data import Images, ImageSet, Preprocess, run_images, tensor_images
 from coraq.errors import CoraqError, UsageError
 from coraq.evaluate.accuracy import FloatLogits, compare_networks
 from coraq.events import Event, JsonLinesSink, LayerCommitted, Note, Sink, StageFinished, null_sink, stage, tee
@@ -256,10 +256,7 @@ def _load_network(config: RunConfig, device: torch.device) -> _Network:
 
 
 def _open_images(config: RunConfig, preprocess: Preprocess, float_model: FloatModel, sink: Sink) -> Images:
-    data = config.data
-    if config.model == "demo" and data.data_dir is None and data.calib_dir is None and not data.dataset:
-        return demo_images(preprocess, data, config.seed, sink)
-    return open_images(data, preprocess, float_model.num_classes or None, config.seed, sink)
+    return run_images(config, preprocess, float_model.num_classes or None, sink)
 
 
 def _work(

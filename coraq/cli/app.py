@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from coraq import __version__
-from coraq.cli import compare, evaluate, methods, quantize, report
+from coraq.cli import compare, evaluate, export, methods, quantize, report
 from coraq.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, CoraqError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.command("quantize")(quantize.quantize)
 app.command("compare")(compare.compare)
 app.command("evaluate")(evaluate.evaluate)
+app.command("export")(export.export)
 app.command("report")(report.report)
 app.command("methods")(methods.methods)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coraq.data.demo import demo_images
+from coraq.data.demo import demo_images, run_images
 from coraq.data.images import open_images
 from coraq.data.imageset import Batch, Images, ImageSet, tensor_images
 from coraq.data.preprocess import Preprocess
@@ -15,6 +15,7 @@ __all__ = [
     "Preprocess",
     "demo_images",
     "open_images",
+    "run_images",
     "synthetic_images",
     "tensor_images",
 ]

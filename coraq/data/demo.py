@@ -7,8 +7,8 @@ from importlib.resources import files
 import numpy as np
 from PIL import Image
 
-from coraq.config import DataConfig
-from coraq.data.images import CALIBRATION, balanced
+from coraq.config import DataConfig, RunConfig
+from coraq.data.images import CALIBRATION, balanced, open_images
 from coraq.data.imageset import DecodedImages, Images, Source, digest
 from coraq.data.preprocess import Preprocess
 from coraq.events import Note, Sink, null_sink
@@ -25,6 +25,14 @@ class DigitSource(Source):
 
     def name(self, index: int) -> str:
         return f"demo {self.part} digit {index}"
+
+
+def run_images(config: RunConfig, preprocess: Preprocess, num_classes: int | None, sink: Sink = null_sink) -> Images:
+    """The images of a run: what its configuration names, or the demo's own digits for the demo without any."""
+    data = config.data
+    if config.model == "demo" and data.data_dir is None and data.calib_dir is None and not data.dataset:
+        return demo_images(preprocess, data, config.seed, sink)
+    return open_images(data, preprocess, num_classes, config.seed, sink)
 
 
 def demo_images(preprocess: Preprocess, data: DataConfig, seed: int, sink: Sink = null_sink) -> Images:

@@ -1,0 +1,200 @@
+"""One checkpoint as one ONNX file: the float graph of the folded student with the checkpoint's codes in it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from coraq.artifact import Checkpoint
+from coraq.errors import CoraqError
+from coraq.export.float_graph import FloatGraph, export_float
+from coraq.export.requirements import require
+from coraq.export.weights import Form, Parts, emit_weight
+from coraq.version import __version__
+
+OPSETS: dict[Form, int] = {"cast": 21, "dq": 21, "packed": 18}
+TWO_BIT_OPSET = 25
+PREFIX = "coraq."  # of all our metadata keys
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What was written, in memory.
+
+    Attributes:
+        content: the file's bytes; `float_content` those of the same graph with float weights.
+        label: what a runtime will do with it, for the file's metadata and for people.
+        notes: what a person should know.
+        nominal_bytes: packed codes, scales, zero points and the float rest: what the file cannot do without.
+        graph: the float graph, with each layer's place in it.
+        written: layer -> the layer under whose name its codes stand (another one's where both share a weight).
+    """
+
+    content: bytes
+    float_content: bytes
+    label: str
+    form: Form
+    opset: int
+    notes: list[str]
+    nominal_bytes: int
+    graph: FloatGraph
+    written: dict[str, str]
+
+
+def build_onnx(checkpoint: Checkpoint, form: Form = "cast", labels: list[str] | None = None) -> OnnxExport:
+    """Export a checkpoint.
+
+    Args:
+        form: see `coraq.export.weights`.
+        labels: class names in index order, where the checkpoint has none.
+
+    Raises:
+        CoraqError: a package is missing, or torch cannot export the network.
+    """
+    onnx = require("onnx")
+    layers, notes = checkpoint.layers, []
+    opset = OPSETS[form]
+    graph = export_float(checkpoint.module, layers, example_images(checkpoint), opset)
+    float_content = graph.model.SerializeToString()
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    two_bits = form != "packed" and any(layer.weight.bits == 2 for layer in layers.values()) and takes_two_bits()
+    if two_bits:
+        opset = TWO_BIT_OPSET
+    parts = Parts()
+    modules: dict[str, Any] = dict(checkpoint.module.named_modules())
+    replaced: dict[str, str] = {}
+    for name, layer in layers.items():
+        place = graph.places[name]
+        if place.initializer not in replaced:  # else two layers of one and the same weight
+            emit_weight(parts, name, layer, tuple(modules[name].weight.shape), place, form, two_bits)
+            replaced[place.initializer] = name
+    kept = [initializer for initializer in model.graph.initializer if initializer.name not in replaced]
+    nominal = sum(layer.size_bytes() for layer in layers.values()) + sum(len(_raw(i)) for i in kept)
+    nodes = [*parts.nodes, *model.graph.node]
+    del model.graph.initializer[:], model.graph.node[:]
+    model.graph.initializer.extend([*kept, *parts.initializers])
+    model.graph.node.extend(nodes)
+    del model.graph.value_info[:]  # a runtime infers shapes; here they would be a percent of a small file
+    written = {name: replaced[graph.places[name].initializer] for name in layers}
+    notes += _notes(checkpoint, form, two_bits)
+    label = label_of(checkpoint)
+    finish(model, checkpoint, opset, label, form, labels)
+    return OnnxExport(model.SerializeToString(), float_content, label, form, opset, notes, nominal, graph, written)
+
+
+def example_images(checkpoint: Checkpoint, count: int = 2) -> torch.Tensor:
+    """Random images [count, channels, height, width] of the network's size."""
+    size = checkpoint.info.preprocess.get("input_size") or checkpoint.info.pretrained_cfg.get("input_size")
+    if not size:
+        raise CoraqError(f"{checkpoint.path} does not say its input size", "Was it written by an older coraq?")
+    return torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
+
+
+def label_of(checkpoint: Checkpoint) -> str:
+    """What any runtime does with weights alone on a grid: they are multiplied out when the file is loaded."""
+    return f"{min(layer.weight.bits for layer in checkpoint.layers.values())}-bit on disk, float in memory"
+
+
+def takes_two_bits() -> bool:
+    """Whether the onnx and ONNX Runtime installed here know INT2; where there is no runtime, onnx decides."""
+    from onnx import TensorProto, defs, helper
+
+    if not hasattr(TensorProto, "INT2") or defs.onnx_opset_version() < TWO_BIT_OPSET:
+        return False
+    try:
+        import onnxruntime
+    except ImportError:
+        return True
+    parts = Parts()
+    parts.integers("codes", np.array([-2, 1]), 2, True)
+    node = helper.make_node("Cast", ["codes"], ["values"], to=TensorProto.FLOAT)
+    output = helper.make_tensor_value_info("values", TensorProto.FLOAT, [2])
+    graph = helper.make_graph([node], "probe", [], [output], parts.initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", TWO_BIT_OPSET)])
+    set_opset(model, TWO_BIT_OPSET)
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return bool(np.array_equal(session.run(None, {})[0], [-2, 1]))
+    except Exception:  # a runtime's own errors, of many kinds: it does not take the type
+        return False
+
+
+def set_opset(model: Any, opset: int) -> None:
+    """Declare the opset and the oldest file version that has its types."""
+    del model.opset_import[:]
+    model.opset_import.add(domain="", version=opset)
+    model.ir_version = {18: 8, 21: 10}.get(opset, 13)
+
+
+def finish(model: Any, checkpoint: Checkpoint, opset: int, label: str, form: Form, labels: list[str] | None) -> None:
+    """Opset, producer, and the metadata that lets anyone use and trace the file."""
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.name = ""
+    foreign = [entry for entry in model.opset_import if entry.domain not in ("", "ai.onnx")]
+    set_opset(model, opset)
+    used = {node.domain for node in model.graph.node}
+    model.opset_import.extend(entry for entry in foreign if entry.domain in used)
+    del model.functions[:], model.metadata_props[:]
+    model.producer_name, model.producer_version = "coraq", __version__
+    info = checkpoint.info
+    names = info.pretrained_cfg.get("label_names") or labels
+    facts: dict[str, Any] = {
+        "format": 1,
+        "label": label,
+        "form": form,
+        "architecture": info.architecture,
+        "model_args": info.model_args,
+        "preprocess": info.preprocess,
+        "labels": names,
+        "scheme": info.scheme.model_dump(mode="json"),
+        "scheme_line": info.scheme.describe(),
+        "provenance": info.provenance,
+        "layers": {
+            name: {"bits": layer.weight.bits, "rank": layer.adapter.rank if layer.adapter else None}
+            for name, layer in checkpoint.layers.items()
+        },
+    }
+    for key, value in facts.items():
+        if value is not None:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            model.metadata_props.add(key=PREFIX + key, value=text)
+
+
+def read_metadata(entries: dict[str, str]) -> dict[str, Any]:
+    """The facts that `finish` wrote, from a runtime's or a ModelProto's metadata map."""
+    facts: dict[str, Any] = {}
+    for key, text in entries.items():
+        if key.startswith(PREFIX):
+            try:
+                facts[key.removeprefix(PREFIX)] = json.loads(text)
+            except json.JSONDecodeError:
+                facts[key.removeprefix(PREFIX)] = text
+    return facts
+
+
+def _notes(checkpoint: Checkpoint, form: Form, two_bits: bool) -> list[str]:
+    layers = checkpoint.layers.values()
+    notes = []
+    if any(layer.weight.bits == 3 for layer in layers):
+        notes.append("3-bit codes are stored in 4 bits: ONNX has no 3-bit type")
+    if any(layer.weight.bits == 2 for layer in layers) and not two_bits and form != "packed":
+        notes.append("2-bit codes are stored in 4 bits: ONNX Runtime here does not take INT2 (opset 25)")
+    if any(layer.adapter is not None for layer in layers):
+        notes.append("adapters are stored as codes and folded into the weights at load, never run as a branch")
+    if any(layer.weight.codebook is not None for layer in layers):
+        notes.append("codebook grids: levels are looked up at load; no integer kernel can run them")
+    if form == "dq":
+        notes.append("DequantizeLinear(INT4): for NPU compilers; CPU runtimes run it up to 3 times slower than float")
+    return notes
+
+
+def _raw(initializer: Any) -> bytes:
+    from onnx import numpy_helper
+
+    return numpy_helper.to_array(initializer).tobytes()

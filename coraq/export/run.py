@@ -1,0 +1,180 @@
+"""`coraq export`: one run's checkpoint in another tool's format, verified, with its record beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from coraq import registry
+from coraq.artifact import Checkpoint, load_checkpoint, read_result
+from coraq.artifact.files import disk_error, write_atomic
+from coraq.config import RunConfig
+from coraq.data import Images, ImageSet, Preprocess, run_images, synthetic_images
+from coraq.errors import CoraqError
+from coraq.events import Note, Sink, null_sink, stage
+from coraq.export.onnx_file import build_onnx
+from coraq.export.record import Check, ExportResult
+from coraq.export.verify import check_onnx
+from coraq.export.weights import Form
+from coraq.version import __version__
+
+Format = Literal["onnx", "timm", "pt2"]
+UNVERIFIED = ".unverified"
+SUFFIX: dict[Form, str] = {"cast": "", "packed": ".portable", "dq": ".npu"}
+VERIFY_IMAGES = 512
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to export and how to verify it.
+
+    Attributes:
+        form: of an ONNX file's weights.
+        verify: False writes the file and records that nobody looked at it.
+        images: verify on at most so many.
+        threads: of the runtime; None: torch's own number.
+    """
+
+    format: Format = "onnx"
+    form: Form = "cast"
+    verify: bool = True
+    images: int = VERIFY_IMAGES
+    threads: int | None = None
+
+    @property
+    def worker_threads(self) -> int:
+        return self.threads or torch.get_num_threads()
+
+
+def export_run(source: Path, request: Request, sink: Sink = null_sink) -> ExportResult:
+    """Export a run folder, or a checkpoint file, and verify it on the run's own images (synthetic ones without a run).
+
+    The artefact lies beside the checkpoint, and its record in `export.json` there. A failed verification is in the
+    result (`verified` is False) and the artefact's name ends in `.unverified`.
+
+    Raises:
+        CoraqError: an optional package is missing, the checkpoint is damaged, or torch cannot export the network.
+    """
+    for line in registry.import_plugins():
+        sink(Note(line, "warning"))
+    with stage(sink, "load checkpoint"):
+        checkpoint = load_checkpoint(source)
+    config = read_result(source).config if source.is_dir() else None
+    images = _open(checkpoint, config, request, sink) if request.verify else None
+    result = export_checkpoint(checkpoint, request, images, sink)
+    result = result.model_copy(update={"source": str(source)})
+    _record(result, checkpoint.path.parent / "export.json")
+    return result
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint, request: Request, images: ImageSet | None, sink: Sink = null_sink
+) -> ExportResult:
+    """Write one artefact beside the checkpoint; verify it on `images` (None: do not)."""
+    return _export_onnx(checkpoint, request, images, sink)
+
+
+def _export_onnx(checkpoint: Checkpoint, request: Request, images: ImageSet | None, sink: Sink) -> ExportResult:
+    with stage(sink, "export to ONNX"):
+        export = build_onnx(checkpoint, request.form, images.class_names if images else None)
+    path = checkpoint.path.with_name(f"{checkpoint.path.stem}{SUFFIX[request.form]}.onnx")
+    unverified = path.with_name(path.name + UNVERIFIED)
+    write_atomic(unverified, export.content)
+    checks: list[Check] = []
+    if images is not None:
+        with stage(sink, "verify in ONNX Runtime", min(request.images, images.count)) as current:
+            checks.append(
+                check_onnx(
+                    checkpoint,
+                    export,
+                    unverified.read_bytes(),
+                    limited(images, request.images, current),
+                    images.description,
+                    request.worker_threads,
+                )
+            )
+    return ExportResult(
+        coraq_version=__version__,
+        format="onnx",
+        form=request.form,
+        label=export.label,
+        source=str(checkpoint.path),
+        path=str(settle(path, unverified, checks)),
+        size_bytes=len(export.content),
+        float_bytes=len(export.float_content),
+        nominal_bytes=export.nominal_bytes,
+        opset=export.opset,
+        verified=verdict(checks),
+        checks=checks,
+        notes=export.notes,
+    )
+
+
+def verdict(checks: list[Check]) -> bool | None:
+    """None without any check, else whether all passed."""
+    return all(not check.failures for check in checks) if checks else None
+
+
+def settle(path: Path, unverified: Path, checks: list[Check]) -> Path:
+    """Give an artefact (a file or a folder) its name: only what did not fail loses `.unverified`.
+
+    After a failure an older artefact of that name goes: it would be taken for the new one.
+    """
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        if verdict(checks) is False:
+            return unverified
+        os.replace(unverified, path)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    return path
+
+
+def limited(images: ImageSet, count: int, current: stage) -> Iterator[tuple[Tensor, Tensor]]:
+    """At most `count` images in batches of 16 or fewer, with progress."""
+    seen = 0
+    for pixels, labels in images.batches(min(16, images.batch_size)):
+        yield pixels[: count - seen], labels[: count - seen]
+        seen += len(pixels)
+        current.advance(min(seen, count))
+        if seen >= count:
+            return
+
+
+def _open(checkpoint: Checkpoint, config: RunConfig | None, request: Request, sink: Sink) -> ImageSet:
+    """The run's evaluation images, or else its calibration images, or else synthetic ones."""
+    preprocess = Preprocess.from_dict(checkpoint.info.preprocess)
+    if config is not None:
+        classes = int(getattr(checkpoint.module, "num_classes", 0)) or None
+        try:
+            found: Images = run_images(config, preprocess, classes, null_sink)
+            return found.evaluation or found.calibration
+        except CoraqError as error:
+            sink(Note(f"verified on synthetic images, the run's own cannot be read: {error.message}", "warning"))
+    return synthetic_images(request.images, preprocess, 0)
+
+
+def _record(result: ExportResult, path: Path) -> None:
+    """Put a result into export.json under its artefact's name, beside the folder's other exports."""
+    exports: dict[str, object] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ValidationError):
+        for name, old in json.loads(path.read_text())["exports"].items():
+            exports[name] = ExportResult.model_validate(old).model_dump(mode="json")
+    name = Path(result.path).name
+    exports.pop(name.removesuffix(UNVERIFIED), None)
+    exports.pop(f"{name}{UNVERIFIED}", None)
+    exports[name] = json.loads(result.model_dump_json())
+    write_atomic(path, json.dumps({"version": 1, "exports": exports}, indent=1, ensure_ascii=False) + "\n")

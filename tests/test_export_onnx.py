@@ -1,0 +1,280 @@
+"""ONNX files: what is in them, what a runtime makes of them, and that the verification catches what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import coraq
+from coraq.artifact import Checkpoint, load_checkpoint, write_checkpoint
+from coraq.cli.app import run
+from coraq.config import Scheme
+from coraq.core.grid import minmax_grid
+from coraq.core.tensors import LowRank, QTensor, QuantizedLayer
+from coraq.data import tensor_images
+from coraq.errors import CoraqError
+from coraq.export import verify
+from coraq.export.onnx_file import OnnxExport, build_onnx, read_metadata
+from coraq.export.requirements import require
+from coraq.export.run import Request, export_checkpoint
+from coraq.export.weights import Form, bit_planes, unplane
+from coraq.testing import random_images, small_network
+
+onnx = pytest.importorskip("onnx", reason="needs coraq[onnx]")
+pytest.importorskip("onnxruntime", reason="needs coraq[onnx]")
+pytest.importorskip("onnxscript", reason="needs coraq[onnx]")
+
+
+def checkpoint_of(folder: Path, bits: int = 4, symmetric: bool = False, awkward: bool = False) -> Checkpoint:
+    """The small network under nearest rounding, written and read back."""
+    path = folder / "model.safetensors"
+    scheme = Scheme(bits=bits, symmetric=symmetric, first_bits=8, last_bits=5, bias="keep")
+    network = small_network(awkward=awkward)
+    coraq.quantize(network, "rtn", data=random_images(8), scheme=scheme, path=path)
+    return load_checkpoint(path)
+
+
+def rewritten(checkpoint: Checkpoint, change: Any) -> Checkpoint:
+    """The checkpoint with every layer changed by `change(name, layer)`, written and read back."""
+    layers = {name: change(name, layer) for name, layer in checkpoint.layers.items()}
+    for name, layer in layers.items():
+        module = checkpoint.module.get_submodule(name)
+        assert isinstance(module.weight, torch.Tensor)
+        module.weight.copy_(layer.dequantize().reshape(module.weight.shape))
+    write_checkpoint(checkpoint.path, checkpoint.module, layers, checkpoint.info)
+    return load_checkpoint(checkpoint.path)
+
+
+def check(checkpoint: Checkpoint, export: OnnxExport, content: bytes | None = None) -> verify.Check:
+    images = random_images(16, seed=5)
+    batches = [(images, torch.full((16,), -1))]
+    return verify.check_onnx(checkpoint, export, content or export.content, batches, "random", 1)
+
+
+@pytest.fixture(autouse=True)
+def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "BATCHES_TIMED", (2,))
+    monkeypatch.setattr("coraq.export.runtimes.MOST_REPEATS", 2)
+
+
+@pytest.mark.parametrize("form", ["cast", "packed", "dq"])
+@pytest.mark.parametrize(
+    ("bits", "symmetric"), [(4, False), (4, True), (3, False), (2, True), (2, False), (6, True)], ids=str
+)
+def test_every_code_comes_back_from_the_file_and_every_weight_from_the_runtime(
+    tmp_path: Path, form: Form, bits: int, symmetric: bool
+) -> None:
+    checkpoint = checkpoint_of(tmp_path, bits, symmetric, awkward=True)
+    export = build_onnx(checkpoint, form)
+    onnx.checker.check_model(onnx.load_from_string(export.content), full_check=True)
+    found = check(checkpoint, export)
+    assert found.codes_exact
+    assert found.weights_exact
+    assert found.failures == []
+    assert found.logits_error < 1e-5
+    assert found.agreeing == found.count == 16
+
+
+def test_codes_take_their_bits_in_the_file(tmp_path: Path) -> None:
+    kinds = {4: {"INT4"}, 3: {"INT4"}, 2: {"INT2", "INT4"}}
+    for bits, expected in kinds.items():
+        export = build_onnx(checkpoint_of(tmp_path, bits, symmetric=True))
+        stored = {i.name: i for i in onnx.load_from_string(export.content).graph.initializer}
+        codes = stored["dense.weight_codes"]
+        name = onnx.TensorProto.DataType.Name(codes.data_type)
+        assert name in expected
+        width = {"INT4": 4, "INT2": 2}[name]
+        assert len(codes.raw_data) == -(-24 * 16 * 9 * width // 8)
+        assert "dense.weight" not in stored
+
+
+def test_adapters_are_codes_on_disk_and_folded_at_load(tmp_path: Path) -> None:
+    def with_adapter(name: str, layer: QuantizedLayer) -> QuantizedLayer:
+        groups, out, inputs = layer.weight.codes.shape
+        generator = torch.Generator().manual_seed(len(name))
+
+        def factor(rows: int, columns: int) -> QTensor:
+            value = 0.1 * torch.randn(groups, rows, columns, generator=generator)
+            grid = minmax_grid(value, 8)
+            return grid.pack(grid.codes(value))
+
+        return dataclasses.replace(layer, adapter=LowRank(factor(out, 2), factor(2, inputs)))
+
+    checkpoint = rewritten(checkpoint_of(tmp_path), with_adapter)
+    export = build_onnx(checkpoint)
+    found = check(checkpoint, export)
+    assert found.codes_exact
+    assert found.weights_exact
+    assert found.failures == []
+    from coraq.export.runtimes import OnnxRuntime
+
+    kernels = OnnxRuntime(export.content, 1).kernels()
+    assert kernels["MatMul"] == 0  # no branch is left
+    assert any("folded" in note for note in export.notes)
+    assert "dense.adapter_a_codes" in {i.name for i in onnx.load_from_string(export.content).graph.initializer}
+
+
+def test_negative_scales_and_codebooks_survive(tmp_path: Path) -> None:
+    def negative(name: str, layer: QuantizedLayer) -> QuantizedLayer:
+        if name == "dense":
+            table = torch.linspace(-1, 1, 16) ** 3
+            return dataclasses.replace(layer, weight=dataclasses.replace(layer.weight, zero_point=None, codebook=table))
+        scale = layer.weight.scale.clone()
+        scale[:, ::2] *= -1
+        return dataclasses.replace(layer, weight=dataclasses.replace(layer.weight, scale=scale))
+
+    checkpoint = rewritten(checkpoint_of(tmp_path), negative)
+    for form in ("cast", "packed", "dq"):
+        found = check(checkpoint, build_onnx(checkpoint, form))
+        assert found.failures == []
+        assert found.weights_exact
+
+
+@pytest.mark.parametrize("what", ["code", "scale", "zero_point", "bias"])
+def test_one_wrong_number_in_the_file_is_found(tmp_path: Path, what: str) -> None:
+    checkpoint = checkpoint_of(tmp_path)
+    export = build_onnx(checkpoint)
+    model = onnx.load_from_string(export.content)
+    name = {"code": "dense.weight_codes", "bias": "dense.bias"}.get(what, f"dense.weight_{what}")
+    target = next(i for i in model.graph.initializer if i.name == name)
+    raw = bytearray(target.raw_data)
+    if what == "bias":
+        raw[:] = (np.frombuffer(raw, np.float32) + 1).tobytes()
+    else:
+        raw[2] ^= 0x10
+    target.raw_data = bytes(raw)
+    found = check(checkpoint, export, model.SerializeToString())
+    assert found.failures
+    assert found.codes_exact == (what == "bias")
+
+
+def test_two_layers_of_one_weight_share_its_codes(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.second.weight, self.second.bias = self.first.weight, self.first.bias
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x.mean(2)[:, [0, 1, 2, 0, 1, 2], 0]))
+
+    network = Twice().requires_grad_(False).eval()
+    weight = network.first.weight[None]
+    grid = minmax_grid(weight, 4)
+    layer = QuantizedLayer(grid.pack(grid.codes(weight)))
+    network.first.weight.copy_(layer.dequantize()[0])
+    shared = dataclasses.replace(checkpoint, module=network, layers={"first": layer, "second": layer})
+    export = build_onnx(shared)
+    found = check(shared, export)
+    assert found.failures == []
+
+
+def test_metadata_tell_how_to_use_and_where_it_is_from(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path)
+    model = onnx.load_from_string(build_onnx(checkpoint, labels=list("abcdefghij")).content)
+    facts = read_metadata({entry.key: entry.value for entry in model.metadata_props})
+    assert facts["preprocess"] == checkpoint.info.preprocess
+    assert facts["labels"] == list("abcdefghij")
+    assert facts["provenance"]["method"] == "rtn"
+    assert facts["label"] == "4-bit on disk, float in memory"
+    assert facts["layers"]["stem"] == {"bits": 8, "rank": None}
+
+
+def test_out_of_tolerance_keeps_the_name_unverified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = checkpoint_of(tmp_path)
+    images = tensor_images(random_images(8))
+    request = Request(threads=1)
+    good = export_checkpoint(checkpoint, request, images)
+    assert good.verified
+    assert Path(good.path).name == "model.onnx"
+    monkeypatch.setattr(verify, "LOGITS_TOLERANCE", -1.0)
+    monkeypatch.setattr(verify, "CONTROL_FACTOR", -1.0)
+    bad = export_checkpoint(checkpoint, request, images)
+    assert bad.verified is False
+    assert Path(bad.path).name == "model.onnx.unverified"
+    assert not Path(good.path).exists()  # the older one would be taken for the new
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_bit_planes_invert(bits: int, interleaved: bool) -> None:
+    codes = np.random.default_rng(0).integers(0, 2**bits, 37).astype(np.uint8)
+    assert np.array_equal(unplane(bit_planes(codes, bits, interleaved), bits, 37, interleaved), codes)
+
+
+def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(CoraqError, match="onnxruntime") as caught:
+        require("onnxruntime")
+    assert "coraq[onnx]" in caught.value.hint
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `coraq quantize demo` has run (nearest rounding: this is about the export)."""
+    folder = tmp_path_factory.mktemp("demo")
+    runs = str(folder / "runs")
+    assert (
+        run(["quantize", "demo", "--method", "rtn", "--calib-size", "32", "--eval-size", "64", "-O", runs, "-q"]) == 0
+    )
+    return folder
+
+
+def test_coraq_export_takes_the_newest_run_and_verifies_it(
+    demo_runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_runs)
+    assert run(["export", "--json", "-q"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    (folder,) = (demo_runs / "runs").iterdir()
+    assert result["verified"] is True
+    assert result["checks"][0]["labelled"] == 64
+    assert result["checks"][0]["exported_right"] == result["checks"][0]["checkpoint_right"]
+    assert Path(result["path"]) == Path("runs") / folder.name / "model.onnx"
+    assert result["size_bytes"] == (folder / "model.onnx").stat().st_size
+    assert json.loads((folder / "export.json").read_text())["exports"]["model.onnx"] == result
+
+
+def test_no_verify_is_recorded(
+    demo_runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_runs)
+    assert run(["export", "--portable", "--no-verify", "-q"]) == 0
+    assert "not verified" in capsys.readouterr().out
+    (folder,) = (demo_runs / "runs").iterdir()
+    record = json.loads((folder / "export.json").read_text())["exports"]["model.portable.onnx"]
+    assert record["verified"] is None
+    assert record["opset"] == 18
+
+
+def test_a_failed_verification_is_exit_code_1(
+    demo_runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo_runs)
+    monkeypatch.setattr(verify, "tolerances", lambda ours, control: ["planted"])
+    assert run(["export", "--npu", "-q"]) == 1
+    assert "planted" in capsys.readouterr().out
+    (folder,) = (demo_runs / "runs").iterdir()
+    assert (folder / "model.npu.onnx.unverified").is_file()
+    assert not (folder / "model.npu.onnx").exists()
+
+
+def test_without_a_run_it_says_what_to_do_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["export"]) == 1
+    assert "coraq quantize demo" in capsys.readouterr().err
