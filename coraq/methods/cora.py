@@ -204,7 +204,7 @@ class CoRa:
     def _pairs(self, s: _Seen) -> list[tuple[int, int]]:
         """The (bits, rank) that a layer may get."""
         own = s.layer.bits
-        widths = range(own, 9) if self.config.spend != "ranks" and own < 8 else [own]
+        widths = range(max(2, own - 1), 9) if self.config.spend != "ranks" and own < 8 else [own]
         most = 0 if s.found is None else s.found.energy.shape[1]
         return [(bits, rank) for bits in widths for rank in range(most + 1)]
 
