@@ -37,6 +37,7 @@ from coraq.artifact import (
 from coraq.artifact import newest_run as newest_run
 from coraq.artifact.checkpoint import CheckpointInfo
 from coraq.config import DataConfig, RunConfig, Scheme
+from coraq.core.tensors import stored_bytes
 from coraq.data import Images, ImageSet, Preprocess, run_images, tensor_images
 from coraq.errors import CoraqError, UsageError
 from coraq.evaluate.accuracy import FloatLogits, compare_networks
@@ -179,7 +180,8 @@ def plan(config: RunConfig, *, runs_dir: Path, sink: Sink = null_sink) -> Plan:
     views = CalibrationTask(prepared.teacher, prepared.found, config.scheme, [], config.seed).all_layers
     committed = folder.committed()
     waiting = [view.name for view in views if view.name not in committed]
-    codes = sum(v.shape[0] * v.shape[1] * (-(-v.shape[2] * v.bits // 8) + 4) for v in views)
+    per_channel, zero_bytes = config.scheme.granularity == "channel", 0 if config.scheme.symmetric else 1
+    codes = sum(stored_bytes(v.shape, v.bits, v.shape[0] * v.shape[1] if per_channel else 1, zero_bytes) for v in views)
     quantized = sum(v.weight.numel() for v in views)
     evaluation = prepared.images.evaluation
     return Plan(
@@ -202,8 +204,7 @@ def _prepare(config: RunConfig, sink: Sink, shared: Shared) -> _Prepared:
     options = registry.configure(method, config.options)
     device = _device(config.device)
     _check_paths(config.data)
-    for line in registry.import_plugins():
-        sink(Note(line, "warning"))
+    _import_plugins(sink)
     # what decides the folded network and how its images are prepared
     own = config.model_dump_json(include={"model", "checkpoint", "num_classes", "model_kwargs", "device"})
     shape = config.data.model_dump_json(include={"img_size", "crop_pct", "mean", "std", "interpolation"})
@@ -236,6 +237,12 @@ def _prepare(config: RunConfig, sink: Sink, shared: Shared) -> _Prepared:
     )
 
 
+def _import_plugins(sink: Sink) -> None:
+    """Plugins may register the network's architecture; broken ones are noted."""
+    for line in registry.import_plugins():
+        sink(Note(line, "warning"))
+
+
 class _Network(NamedTuple):
     """A float network, folded, and how its images are prepared."""
 
@@ -246,10 +253,15 @@ class _Network(NamedTuple):
     sha256: str
 
 
-def _load_network(config: RunConfig, device: torch.device) -> _Network:
+def _load_float(config: RunConfig, device: torch.device) -> FloatModel:
     float_model = load_model(config)
-    size_bytes, sha256 = _state_bytes(float_model.module), _weights_sha256(float_model.module)
     float_model.module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return float_model
+
+
+def _load_network(config: RunConfig, device: torch.device) -> _Network:
+    float_model = _load_float(config, device)
+    size_bytes, sha256 = _state_bytes(float_model.module), _weights_sha256(float_model.module)
     preprocess = Preprocess.resolve(float_model.module, config.data)
     found = fold(float_model.module, _example(preprocess, device))
     return _Network(float_model, found, preprocess, size_bytes, sha256)
@@ -427,10 +439,10 @@ def evaluate_run(run_path: Path, data: DataConfig | None = None, *, sink: Sink =
     recorder = _Recorder()
     sink = tee(sink, recorder)
     device = _device(config.device)
-    registry.import_plugins()
+    _import_plugins(sink)
     with stage(sink, "load network"):
-        float_model = load_model(config)
-        teacher = float_model.module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        float_model = _load_float(config, device)
+        teacher = float_model.module
     with stage(sink, "reload checkpoint"):
         checkpoint = load_checkpoint(run_path)
         student = checkpoint.module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -230,7 +230,7 @@ def test_plugin_folders_reach_the_registry(pipeline: FakePipeline, tmp_path: Pat
         (["quantize", "m", "-o", "a=1", "-o", "a=2"], "-o a is given twice", "once"),
         (["quantize", "m", "--override", "layer"], "--override 'layer' is not REGEX=BITS", "for example"),
         (["quantize", "m", "--override", "a.*=16"], "--override 'a.*=16'", "for example"),
-        (["quantize", "m", "--override", "(=4"], "--overrides", "not a regular expression"),
+        (["quantize", "m", "--override", "(=4"], "'(' is no regular expression", "for example"),
         (["quantize", "m", "--calib-memory", "much"], "'much' is not a size", "--help"),
         (["quantize", "m", "--mean", "red"], "'red' is not a list of numbers", "--help"),
         (["quantize", "m", "--plugins-dir", "nowhere"], "nowhere is not a folder", "folder"),

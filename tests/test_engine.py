@@ -412,6 +412,30 @@ def test_on_unquantized_inputs_the_float_target_is_the_float_weight(task: Calibr
     assert torch.allclose(squares.weight, task.layers[0].weight, atol=1e-5)
 
 
+def test_an_input_that_hardly_varies_has_no_variance_rather_than_a_negative_one() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 4, 3)).eval()
+    with torch.no_grad():
+        network[0].weight[:24] *= 1e-7  # below the rounding of what the bias makes of it  # type: ignore[operator]
+        network[0].bias.mul_(1000)  # type: ignore[union-attr,operator]
+    batches = list(random_images(8, seed=1).split(4))
+    for rows in (0, 1):
+        task = CalibrationTask(network, fold(network, batches[0]), Scheme(bits=4), batches, rows_per_input=rows)
+        for layer in task.layers:
+            squares = task.least_squares(layer.name, 0.0)
+            moments = task.stats(layer.name)._student.student
+            plain = moments.gram - moments.mean[:, :, None] * moments.mean[:, None, :]
+            diagonal = squares.gram.diagonal(dim1=1, dim2=2)
+            still = diagonal[0] == 0
+            assert bool((diagonal >= 0).all())
+            assert not bool(squares.gram[0, still].any())
+            assert torch.equal(squares.gram[0, ~still][:, ~still], plain[0, ~still][:, ~still])
+            task.commit(layer.name, rounded(task, layer))
+        task.close()
+        assert int(still.sum()) == 24 * 9
+        assert bool((plain.diagonal(dim1=1, dim2=2) < 0).any())  # rounding does make them
+
+
 def test_statistics_expire_when_the_next_layer_is_asked_for(task: CalibrationTask) -> None:
     first, second = task.layers[:2]
     kept, unread = task.stats(first.name), task.stats(first.name)

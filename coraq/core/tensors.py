@@ -71,12 +71,15 @@ class QTensor:
     def size_bytes(self) -> int:
         """Bytes on disk: packed codes (each output channel padded to a byte), scales, zero points, codebook."""
         groups, out, inputs = self.codes.shape
-        size = groups * out * -(-inputs * self.bits // 8) + 4 * self.scale.numel()
-        if self.zero_point is not None:
-            size += self.zero_point.numel() * self.zero_point.element_size()
-        if self.codebook is not None:
-            size += 4 * self.codebook.numel()
-        return size
+        zero_bytes = 0 if self.zero_point is None else self.zero_point.element_size()
+        size = stored_bytes((groups, out, inputs), self.bits, self.scale.numel(), zero_bytes)
+        return size if self.codebook is None else size + 4 * self.codebook.numel()
+
+
+def stored_bytes(shape: tuple[int, int, int], bits: int, scales: int, zero_bytes: int) -> int:
+    """Bytes on disk of codes [groups, out, in] with so many scales, each with a zero point of `zero_bytes` or none."""
+    groups, out, inputs = shape
+    return groups * out * -(-inputs * bits // 8) + scales * (4 + zero_bytes)
 
 
 @dataclass(frozen=True)

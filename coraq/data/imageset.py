@@ -292,11 +292,16 @@ def tensor_images(
     normalised as the network expects. The iterable is read once, up to `limit` images, and kept: a loader
     that shuffles would otherwise show other images at each pass.
 
+    `data` itself may be one such tensor or pair.
+
     Raises:
         CoraqError: no images, not floating point, not four-dimensional, shapes that differ, or not finite.
     """
     whole = isinstance(data, Tensor) or (
-        isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
+        isinstance(data, tuple)
+        and len(data) == 2
+        and all(isinstance(part, Tensor) for part in data)
+        and data[1].dim() != 4  # that would be a second batch, not the labels of the first
     )
     chunks: list[Batch] = []
     count, labelled = 0, True
