@@ -1,6 +1,7 @@
 """The run folder: everything that a run leaves behind, and what a killed run resumes from.
 
-config.json  events.jsonl  layers/0000.safetensors …  model.safetensors  metrics.json  report.md  log.txt
+config.json  events.jsonl  layers/0000.safetensors …  model.safetensors  predictions.safetensors  histograms.json
+metrics.json  report.md  report.html  log.txt
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class RunFolder:
     def clear(self) -> None:
         """Forget all earlier work in this folder (`--force`)."""
         shutil.rmtree(self.path / "layers", ignore_errors=True)
-        for file in (self.checkpoint, self.metrics):
+        for file in (self.checkpoint, self.metrics, self.path / "events.jsonl"):
             file.unlink(missing_ok=True)
         (self.path / "layers").mkdir(parents=True, exist_ok=True)
 

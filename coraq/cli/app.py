@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from coraq import __version__
-from coraq.cli import compare, evaluate, methods, quantize, report
+from coraq.cli import compare, evaluate, methods, quantize, report, reproduce
 from coraq.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, CoraqError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("quantize")(quantize.quantize)
 app.command("compare")(compare.compare)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(report.report)
+app.command("reproduce")(reproduce.reproduce)
 app.command("methods")(methods.methods)
 
 # What Typer raises for a command line it cannot parse. Its base has no public name in every Typer that we take.
