@@ -31,7 +31,9 @@ from coraq.artifact import (
     RunFolder,
     load_checkpoint,
     read_result,
+    weight_histogram,
     write_checkpoint,
+    write_histograms,
     write_predictions,
 )
 from coraq.artifact import newest_run as newest_run
@@ -45,7 +47,9 @@ from coraq.events import Event, JsonLinesSink, LayerCommitted, Note, Sink, Stage
 from coraq.model.calibration import CalibrationTask, Metrics
 from coraq.model.fold import Trace, fold
 from coraq.model.load import FloatModel, copy_of, load_model
+from coraq.report.html import PLOTTED_LAYERS
 from coraq.report.render import write_report
+from coraq.report.summary import worst_layers
 from coraq.results import (
     CalibrationInfo,
     Comparison,
@@ -57,6 +61,7 @@ from coraq.results import (
 )
 from coraq.sharing import Shared, content_of
 
+SLOW_REPORT_S = 1.0  # rendering that takes longer is said
 FIDELITY_IMAGES = 256  # without evaluation data, fidelity to the float network is measured on so many
 
 
@@ -169,6 +174,12 @@ def run(
         if content is not None and content_of(prepared.teacher) != content:
             shared.forget()
             sink(Note(f"method {config.method} changed the float network: it is loaded again", "warning"))
+
+
+def folder_name(config: RunConfig, shared: Shared) -> str:
+    """The name of the folder that `run` would use: the network is loaded and the images are opened for its hash."""
+    shared.begin(null_sink)
+    return _prepare(config, null_sink, shared).folder(Path()).path.name
 
 
 def plan(config: RunConfig, *, runs_dir: Path, sink: Sink = null_sink) -> Plan:
@@ -302,7 +313,13 @@ def _work(
         "evaluation_fingerprint": None if evaluation is None else evaluation.fingerprint,
     }
     result = result.model_copy(update=about)
-    write_report(result, folder.path)
+    worst = {layer.name for layer, _ in worst_layers(result, PLOTTED_LAYERS)[1]}
+    views = [view for view in task.all_layers if view.name in worst]
+    write_histograms(folder.path, [weight_histogram(v.name, v.weight, task.committed[v.name][0]) for v in views])
+    with stage(sink, "write report") as writing:
+        write_report(result, folder.path)
+    if writing.time_s > SLOW_REPORT_S:
+        sink(Note(f"rendering the report took {writing.time_s:.1f} s"))
     return result
 
 

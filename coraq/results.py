@@ -162,6 +162,40 @@ class RunResult(Result):
         return self.comparison or self.fidelity
 
 
+class WeightHistogram(Result):
+    """A layer's float weights along its grid, in the grid's own units, and how often each code is used."""
+
+    name: str
+    low: float = Field(description="lower end of the first bin")
+    high: float = Field(description="upper end of the last bin")
+    weights: list[int] = Field(description="float weights in each of the equal bins; those beyond count in the last")
+    levels: list[float] = Field(description="where the grid's levels lie")
+    codes: list[int] = Field(description="weights that got each level")
+
+
+class Difference(Result):
+    """A value of metrics.json that came out differently; both as JSON."""
+
+    place: str = Field(description='where, for example "layers.3.output_error"')
+    before: str
+    after: str
+
+
+class Reproduction(Result):
+    """Whether a run's checkpoint and numbers came out again."""
+
+    run_dir: str
+    same_checkpoint: bool
+    checkpoint_sha256: str | None = Field(description="None: the checkpoint is gone")
+    again_sha256: str
+    differences: list[Difference]
+    changed: list[str] = Field(description="versions, processor and device that are not as they were")
+
+    @property
+    def reproduced(self) -> bool:
+        return self.same_checkpoint and not self.differences
+
+
 # ---------------------------------------------------------------- comparisons
 
 

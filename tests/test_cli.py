@@ -97,13 +97,16 @@ def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
 # ---------------------------------------------------------------- opening at once
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["--version"], ["quantize", "-w", "9"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["quantize", "--help"], ["compare", "-h"], ["--version"], ["quantize", "-w", "9"]]
+)
 def test_help_and_usage_errors_open_without_torch(arguments: list[str]) -> None:
     program = (
         "import sys, time\n"
         "from coraq.cli.app import run\n"
         f"run({arguments!r})\n"
-        "heavy = [name for name in ('torch', 'timm', 'numpy', 'PIL') if name in sys.modules]\n"
+        "slow = ('torch', 'timm', 'numpy', 'PIL', 'matplotlib', 'jinja2', 'ray')\n"
+        "heavy = [name for name in slow if name in sys.modules]\n"
         "print('HEAVY', heavy, 'CPU', time.process_time())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -519,7 +522,7 @@ def written(pipeline: FakePipeline, tmp_path: Path) -> Path:
 
 def test_no_run_means_the_newest(pipeline: FakePipeline, written: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["report"]) == 0
-    assert capsys.readouterr().out == "runs/newer/report.md\n"
+    assert capsys.readouterr().out == "runs/newer/report.html\n"
     assert run(["evaluate", "-q"]) == 0
     assert pipeline.calls[-1] == {"run": Path("runs/newer"), "data": None}
 
@@ -563,7 +566,7 @@ def test_report_renders_again_from_metrics_json(
     assert run(["report", "newer", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert (written / "report.md").read_text().startswith("# resnet18 at 4 bits")
-    assert answer["report"] == "runs/newer/report.md"
+    assert answer["report"] == "runs/newer/report.html"
     assert answer["result"]["method"] == "comq"
 
 

@@ -276,10 +276,10 @@ def test_a_result_with_nothing_in_it_still_renders() -> None:
 def test_write_report_writes_what_can_be_read_back(tmp_path: Path) -> None:
     result = run_result()
     path = write_report(result, tmp_path / "run")
-    assert path == tmp_path / "run" / "report.md"
-    assert path.read_text(encoding="utf-8") == markdown(result)
+    assert path == tmp_path / "run" / "report.html"
+    assert (tmp_path / "run" / "report.md").read_text(encoding="utf-8") == markdown(result)
     assert RunResult.model_validate_json((tmp_path / "run" / "metrics.json").read_text()) == result
-    assert sorted(os.listdir(tmp_path / "run")) == ["metrics.json", "report.md"]
+    assert sorted(os.listdir(tmp_path / "run")) == ["metrics.json", "report.html", "report.md"]
 
 
 def test_a_write_that_fails_leaves_the_old_files_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +293,7 @@ def test_a_write_that_fails_leaves_the_old_files_whole(tmp_path: Path, monkeypat
     with pytest.raises(CoraqError, match="no room on the disk"):
         write_report(unmeasured(), tmp_path)
     assert (tmp_path / "metrics.json").read_text() == before
-    assert sorted(os.listdir(tmp_path)) == ["metrics.json", "report.md"]
+    assert sorted(os.listdir(tmp_path)) == ["metrics.json", "report.html", "report.md"]
 
 
 def test_metrics_json_comes_last_because_it_makes_a_run_finished(

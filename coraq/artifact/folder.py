@@ -1,7 +1,7 @@
 """The run folder: everything that a run leaves behind, and what a killed run resumes from.
 
-config.json  events.jsonl  decisions.json  layers/0000.safetensors …  model.safetensors  metrics.json  report.md
-log.txt
+config.json  events.jsonl  decisions.json  layers/0000.safetensors …  model.safetensors  predictions.safetensors
+histograms.json  metrics.json  report.md  report.html  log.txt
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class RunFolder:
     def clear(self) -> None:
         """Forget layers and decisions of earlier attempts (`--force`). A finished result stays until `supersede`."""
         shutil.rmtree(self.path / "layers", ignore_errors=True)
-        (self.path / "decisions.json").unlink(missing_ok=True)
+        for file in ("decisions.json", "events.jsonl"):
+            (self.path / file).unlink(missing_ok=True)
         (self.path / "layers").mkdir(parents=True, exist_ok=True)
 
     def supersede(self) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from coraq import __version__
-from coraq.cli import compare, evaluate, export, methods, quantize, report
+from coraq.cli import compare, evaluate, export, methods, quantize, report, reproduce
 from coraq.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, CoraqError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command("compare")(compare.compare)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("report")(report.report)
+app.command("reproduce")(reproduce.reproduce)
 app.command("methods")(methods.methods)
 
 # What Typer raises for a command line it cannot parse. Its base has no public name in every Typer that we take.

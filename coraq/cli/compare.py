@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -54,6 +54,28 @@ def compare(
             rich_help_panel=RUN_PANEL,
         ),
     ] = None,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option("--engine", help="one cell after another, or tasks of a Ray cluster", rich_help_panel=RUN_PANEL),
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address",
+            metavar="ADDRESS",
+            help="an existing cluster, auto or ray://HOST:10001 (default: one on this machine)",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = None,
+    cell_cpus: Annotated[
+        int | None,
+        typer.Option(
+            "--cell-cpus",
+            min=1,
+            help="threads of a Ray task, and the CPUs it reserves (default: 1)",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = None,
     **parameters: Any,
 ) -> None:
     """Run the missing cells of a grid, and rank methods at equal bytes.
@@ -61,6 +83,9 @@ def compare(
     Finished cells are reused. A cell that fails is a row with its reason; the others go on, and the exit code is 1.
     With no MODEL: model, bits and data of the newest run, or else the demo.
     """
+    for name, value in (("--ray-address", ray_address), ("--cell-cpus", cell_cpus)):
+        if engine == "local" and value is not None:
+            raise UsageError(f"{name} {value} without --engine ray", "add --engine ray")
     output: Path = parameters["output"]
     options.use_plugins(parameters["plugins_dir"] or [])
     newest = None if models else newest_run(output)
@@ -71,12 +96,17 @@ def compare(
     from coraq import registry
     from coraq.cli.display_compare import show_comparison
     from coraq.cli.progress import progress
-    from coraq.compare import LocalEngine, expand, parse_variants
+    from coraq.compare import Engine, LocalEngine, expand, parse_variants
     from coraq.compare import compare as run_grid
     from coraq.report import write_comparison
 
     variants = parse_variants(methods or ",".join(registry.BUILT_IN), options.parse_value)
     cells = expand(base, dict.fromkeys(models or [base.model]), variants, widths, numbers)
+    chosen: Engine = LocalEngine()
+    if engine == "ray":
+        from coraq.compare.cluster import RayEngine
+
+        chosen = RayEngine(ray_address, cell_cpus or 1)
     command = ["coraq", *(context.obj or sys.argv[1:])]
 
     def single(config: RunConfig) -> list[str]:
@@ -86,7 +116,7 @@ def compare(
         with progress(parameters["quiet"], parameters["verbose"]) as sink:
             result = run_grid(
                 cells,
-                LocalEngine(),
+                chosen,
                 runs_dir=output,
                 command_of=single,
                 command=command,

@@ -1,4 +1,4 @@
-"""`coraq report`: render a run's report again from its metrics.json, and say where it is."""
+"""`coraq report`: render a run's or a comparison's report again from its JSON, and say where it is."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ def report(
     output: options.RunsDir = options.DEFAULT_RUNS_DIR,
     as_json: options.AsJson = False,
 ) -> None:
-    """Render a run's report again, and print its path.
+    """Render the report of a run or of a comparison's folder again, and print its path.
 
-    Needs nothing but the run's metrics.json.
+    Needs nothing but metrics.json or compare.json; plots that need more are left out where it is gone.
     """
     folder = options.find_run(run, output)
 
     from coraq import artifact
-    from coraq.report import write_report
+    from coraq.report import read_comparison, write_comparison, write_report
+    from coraq.results import Result
 
-    result = artifact.read_result(folder)
-    path = write_report(result, folder)
+    compared = read_comparison(folder)
+    result: Result
+    if compared is not None:
+        result, path = compared, write_comparison(compared)
+    else:
+        result = artifact.read_result(folder)
+        path = write_report(result, folder)
     print(json.dumps({"report": str(path), "result": result.model_dump(mode="json")}) if as_json else path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from coraq import pipeline
@@ -21,7 +21,7 @@ class LocalEngine:
 
     def run(
         self, cells: Sequence[Cell], commands: Sequence[list[str]], *, runs_dir: Path, sink: Sink, force: bool
-    ) -> Iterator[tuple[int, Outcome]]:
+    ) -> Generator[tuple[int, Outcome]]:
         # an eighth of the free memory for each of the two sets: the bound on activations is half of what then is free
         shared = Shared(keep_bytes=pipeline.default_memory_bound() // 4)
         for index, (cell, command) in enumerate(zip(cells, commands, strict=True)):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -36,7 +37,7 @@ class Engine(Protocol):
 
     def run(
         self, cells: Sequence[Cell], commands: Sequence[list[str]], *, runs_dir: Path, sink: Sink, force: bool
-    ) -> Iterable[tuple[int, Outcome]]:
+    ) -> Generator[tuple[int, Outcome]]:
         """Run the cells; yields number and outcome of each as it ends, in any order.
 
         A failing cell must not stop the others. Leaving the iterator early (an interrupt) cancels what runs;
@@ -69,9 +70,11 @@ def compare(
     commands = [command_of(cell.config) for cell in cells]
     outcomes: dict[int, Outcome] = {}
     with stage(sink, "compare", len(cells)) as comparing:
-        for index, outcome in engine.run(cells, commands, runs_dir=runs_dir, sink=sink, force=force):
-            outcomes[index] = outcome
-            comparing.advance(len(outcomes), cells[index].name)
+        running = engine.run(cells, commands, runs_dir=runs_dir, sink=sink, force=force)
+        with contextlib.closing(running):
+            for index, outcome in running:
+                outcomes[index] = outcome
+                comparing.advance(len(outcomes), cells[index].name)
     rows = [_row(cell, outcomes[index], commands[index]) for index, cell in enumerate(cells)]
     results = [outcome.result for _, outcome in sorted(outcomes.items()) if outcome.result is not None]
     first = results[0] if results else None

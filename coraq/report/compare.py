@@ -7,7 +7,11 @@ import io
 import shlex
 from pathlib import Path
 
-from coraq.report import compare_text
+from pydantic import ValidationError
+
+from coraq.errors import CoraqError
+from coraq.report import compare_text, summary
+from coraq.report.html import HTML_NAME, compare_html
 from coraq.report.markdown import cell, facts, fenced, table
 from coraq.results import CellResult, CompareResult
 
@@ -54,7 +58,26 @@ def write_comparison(result: CompareResult) -> Path:
     write_atomic(folder / CSV_NAME, csv_text(result))
     write_atomic(folder / REPORT_NAME, compare_markdown(result))
     write_atomic(folder / COMPARE_NAME, result.model_dump_json(indent=1) + "\n")
-    return folder / REPORT_NAME
+    write_atomic(folder / HTML_NAME, compare_html(result))
+    return folder / HTML_NAME
+
+
+def read_comparison(folder: Path) -> CompareResult | None:
+    """The comparison that lies in `folder`, wherever that is now; None where there is none.
+
+    Raises:
+        CoraqError: its compare.json is damaged.
+    """
+    path = folder / COMPARE_NAME
+    if not path.is_file():
+        return None
+    try:
+        result = CompareResult.model_validate_json(path.read_text())
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise CoraqError(
+            f"{path} is damaged or of another version", "Run the same `coraq compare` again: finished cells are reused."
+        ) from error
+    return result.model_copy(update={"folder": str(folder)})
 
 
 def csv_text(result: CompareResult) -> str:
@@ -97,7 +120,7 @@ def compare_markdown(result: CompareResult) -> str:
                 ("scheme", result.scheme_line),
                 ("calibration", result.calibration or "none finished"),
                 ("images", result.evaluation or "none finished"),
-                ("machine", f"{machine.cpu}, {machine.threads} threads, device {machine.device}"),
+                ("machine", f"{machine.cpu}, {summary.threads_text(machine.threads)}, device {machine.device}"),
                 ("engine", result.engine),
                 (
                     "versions",

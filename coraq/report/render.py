@@ -7,6 +7,7 @@ from pathlib import Path
 
 from coraq.errors import disk_error
 from coraq.report import summary
+from coraq.report.html import HTML_NAME, logged_metrics, run_html
 from coraq.report.markdown import facts, fenced, table
 from coraq.results import LayerResult, RunResult
 
@@ -32,13 +33,15 @@ def markdown(result: RunResult) -> str:
 
 
 def write_report(result: RunResult, folder: Path) -> Path:
-    """Write report.md and metrics.json into `folder`, each atomically; returns the path of report.md.
+    """Write report.md, metrics.json and report.html into `folder`, each atomically; returns the path of report.html.
 
-    metrics.json comes last: it is what makes a run finished.
+    metrics.json is what makes a run finished: it comes after all that it is rendered from, and before the HTML, which
+    `coraq report` can render again.
 
     Raises:
         CoraqError: the folder cannot be written to.
     """
+    from coraq.artifact import read_histograms
     from coraq.artifact.files import write_atomic  # here: the package behind it imports torch
 
     try:
@@ -47,7 +50,9 @@ def write_report(result: RunResult, folder: Path) -> Path:
         raise disk_error(folder, error) from error
     write_atomic(folder / REPORT_NAME, markdown(result))
     write_atomic(folder / METRICS_NAME, result.model_dump_json(indent=2) + "\n")
-    return folder / REPORT_NAME
+    page = run_html(result, read_histograms(folder), logged_metrics(folder / "events.jsonl"))
+    write_atomic(folder / HTML_NAME, page)
+    return folder / HTML_NAME
 
 
 # ---------------------------------------------------------------- sections
@@ -88,8 +93,7 @@ def _layers(result: RunResult) -> str:
     measure, worst = summary.worst_layers(result)
     named = ", ".join(f"`{layer.name}` ({value})" for layer, value in worst)
     has_rank = any(layer.rank is not None for layer in result.layers)
-    # A method's own measures become columns, in the order in which they first appear.
-    extras = list(dict.fromkeys(key for layer in result.layers for key in layer.metrics))
+    extras = summary.own_measures(result.layers)
     header = ["layer", "kind", "shape", "bits", *(["rank"] if has_rank else []), "bytes", "MACs"]
     header += ["weight SQNR dB", "input error", "output error", *extras]
     rows = [_layer_row(layer, has_rank, extras) for layer in result.layers]
@@ -123,7 +127,7 @@ def _reproduce(result: RunResult) -> str:
         ("coraq", result.coraq_version),
         ("method", f"{result.method} {result.method_version} ({result.method_source})"),
         ("seed", str(result.seed)),
-        ("machine", f"{machine.cpu}, {machine.threads} threads, device {machine.device}"),
+        ("machine", f"{machine.cpu}, {summary.threads_text(machine.threads)}, device {machine.device}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
         ("run", f"`{result.run_dir}`"),
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Iterable
 
 from coraq.results import Comparison, LayerResult, PairedDifference, Proportion, RunResult
 
@@ -160,6 +161,15 @@ def data_facts(result: RunResult) -> list[tuple[str, str]]:
     if result.fidelity_data:
         facts.append(("fidelity on", result.fidelity_data))
     return facts
+
+
+def threads_text(count: int) -> str:
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
+def own_measures(layers: Iterable[LayerResult]) -> list[str]:
+    """What the method measured beside the engine's own columns, in the order of first appearance."""
+    return list(dict.fromkeys(key for layer in layers for key in layer.metrics if key not in ("bits", "bytes")))
 
 
 def worst_layers(result: RunResult, count: int = 3) -> tuple[str, list[tuple[LayerResult, str]]]:
