@@ -127,6 +127,8 @@ def check_facts(check: Check) -> list[tuple[str, str]]:
         facts.append(
             ("integer kernels", f"{check.integer_convolutions} of {check.quantized_convolutions} convolutions")
         )
+    if check.largest_step is not None:
+        facts.append(("integer layers", f"at most {check.largest_step} output step from the literal graph"))
     if check.precisions:
         facts.append(("convolutions ran in", ", ".join(f"{key} {n}" for key, n in check.precisions.items())))
     for timed in check.latency:
