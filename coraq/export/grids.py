@@ -59,7 +59,8 @@ def translation() -> dict[Any, Any]:
     def grid(x: Any, scale: float, zero_point: int, low: int, high: int) -> Any:
         shift = SHIFT if low < 0 else 0
         step, zero = op.Constant(value_float=scale), integer(zero_point + shift)
-        codes: Any = op.QuantizeLinear(x, step, zero)
+        quantize: Any = op.QuantizeLinear
+        codes = quantize(x, step, zero)
         if (low + shift, high + shift) != (0, 255):
             codes = op.Clip(codes, integer(low + shift), integer(high + shift))
         dequantize: Any = op.DequantizeLinear

@@ -50,8 +50,8 @@ class Codes(nn.Module):
         codes = lanes.reshape(-1)[: self.count].reshape(self.shape)
         if self.codebook is not None:
             return self.codebook[codes.long()] * self.scale  # type: ignore[index, operator]
-        zero = float(2 ** (self.bits - 1)) if self.zero_point is None else self.zero_point.float()  # type: ignore[operator]
-        return (codes.float() - zero) * self.scale  # type: ignore[operator]
+        zero = float(2 ** (self.bits - 1)) if self.zero_point is None else self.zero_point.float()
+        return (codes.float() - zero) * self.scale
 
 
 class Unpack(nn.Module):
@@ -78,9 +78,7 @@ def unpacking(checkpoint: Checkpoint) -> nn.Module:
         module = modules[name]
         shape = module.weight.shape
         module.weight = nn.Parameter(torch.zeros(1), requires_grad=False)
-        parametrize.register_parametrization(
-            module, "weight", Unpack(layer.weight, layer.adapter, shape), unsafe=True
-        )
+        parametrize.register_parametrization(module, "weight", Unpack(layer.weight, layer.adapter, shape), unsafe=True)
     return network.eval().requires_grad_(False)
 
 
@@ -107,12 +105,41 @@ def build_pt2(checkpoint: Checkpoint, example: Tensor) -> bytes:
                 f"torch.export fails on this network: {text[0][:200] if text else type(error).__name__}",
                 "Try --format onnx.",
             ) from error
+        strip(program)
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
     return buffer.getvalue()
+
+
+def strip(program: Any) -> None:
+    """Take out where in whose source each node came from: more bytes than a small network's codes."""
+    for node in program.graph.nodes:
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node"):
+            node.meta.pop(key, None)
+    program.example_inputs = None
 
 
 def open_pt2(content: bytes) -> nn.Module:
     """What anybody gets who opens the file with torch alone."""
     module: nn.Module = torch.export.load(io.BytesIO(content)).module()
     return module
+
+
+def codes_exact(checkpoint: Checkpoint, opened: nn.Module) -> bool:
+    """Whether every code, scale, zero point and codebook in an opened file is the checkpoint's."""
+    stored = opened.state_dict()
+
+    def same(prefix: str, q: QTensor) -> bool:
+        wanted = {"packed": pack_words(q.codes, q.bits), "scale": q.scale}
+        wanted |= {"zero_point": q.zero_point} if q.zero_point is not None else {}
+        wanted |= {"codebook": q.codebook} if q.codebook is not None else {}
+        return all(torch.equal(stored[f"{prefix}.{key}"], value) for key, value in wanted.items())
+
+    for name, layer in checkpoint.layers.items():
+        prefix = f"{name}.parametrizations.weight.0"
+        factors = {"codes": layer.weight}
+        if layer.adapter is not None:
+            factors |= {"b": layer.adapter.b, "a": layer.adapter.a}
+        if not all(same(f"{prefix}.{key}", q) for key, q in factors.items()):
+            return False
+    return True

@@ -11,10 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from coraq.artifact import Checkpoint
 from coraq.artifact.files import write_atomic
@@ -147,12 +146,6 @@ model = timm.create_model("local-dir:FOLDER", pretrained=True)  # on the hub: hf
 
 Calibrated on: {info.provenance.get("calibration", "?")}. The license is that of the original weights.
 """
-
-
-def open_timm_folder(folder: Path) -> nn.Module:
-    """What anybody gets who opens the folder with timm."""
-    network: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().requires_grad_(False)
-    return network
 
 
 def weights_on_grid(checkpoint: Checkpoint, folder: Path) -> bool:

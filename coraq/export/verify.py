@@ -15,7 +15,7 @@ from coraq.core.tensors import QTensor
 from coraq.export.graph import Walk
 from coraq.export.onnx_file import OnnxExport
 from coraq.export.record import Check
-from coraq.export.runtimes import OnnxRuntime, Runtime, time_pair
+from coraq.export.runtimes import OnnxRuntime, OpenVino, Runtime, time_pair
 from coraq.export.weights import bit_planes, stored_bits, unplane
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -69,13 +69,15 @@ class Comparer:
 
     network: nn.Module
     others: dict[str, Any]
+    contiguous: bool = False
     found: dict[str, Agreement] = field(default_factory=dict)
 
     def run(self, batches: Batches) -> dict[str, Agreement]:
         self.found = {name: Agreement() for name in self.others}
         for images, labels in batches:
             with torch.inference_mode():
-                expected = self.network(images.contiguous(memory_format=torch.channels_last)).float()
+                layout = torch.contiguous_format if self.contiguous else torch.channels_last
+                expected = self.network(images.contiguous(memory_format=layout)).float()
             pixels = images.contiguous().numpy()
             for name, run in self.others.items():
                 self.found[name].add(expected, torch.from_numpy(np.asarray(run(pixels))), labels)
@@ -114,6 +116,60 @@ def check_onnx(
         if step > 1:
             failures.append(f"a layer's integer kernel differs by {step} output steps from the literal graph")
     return check.model_copy(update={**facts, "failures": failures})
+
+
+def check_openvino(
+    checkpoint: Checkpoint, export: OnnxExport, content: bytes, batches: Batches, images: str, threads: int
+) -> Check:
+    """Verify the same file in OpenVINO at its default settings, its float export (often bf16 there) being the control.
+
+    Integer kernels are counted and stated, and not demanded: OpenVINO runs affine weights in float.
+    """
+    exported, reference = OpenVino(content, threads), OpenVino(export.float_content, threads)
+    check = compare(checkpoint, exported, reference, batches, images, threads, export.has_grids)
+    precisions = exported.precisions()
+    facts: dict[str, Any] = {"precisions": precisions}
+    if export.has_grids:
+        facts["quantized_convolutions"] = export.convolutions
+        facts["integer_convolutions"] = sum(count for kind, count in precisions.items() if kind in ("i8", "u8"))
+    return check.model_copy(update=facts)
+
+
+def check_torch(
+    checkpoint: Checkpoint,
+    opened: nn.Module,
+    runtime: str,
+    batches: Batches,
+    images: str,
+    *,
+    codes_exact: bool | None = None,
+    weights_exact: bool | None = None,
+) -> Check:
+    """Verify what torch opens: logits within rounding of the checkpoint's; what was read back must be exact."""
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            # the checkpoint's own memory format: kernels of another one sum in another order
+            return opened(torch.from_numpy(pixels)).float().numpy()
+
+    network = checkpoint.module.to(memory_format=torch.contiguous_format)
+    found = Comparer(network, {"exported": run}, contiguous=True).run(batches)["exported"]
+    failures = [] if found.error <= LOGITS_TOLERANCE else [f"logits are off by {found.error:.1e} (relative)"]
+    if codes_exact is False or weights_exact is False:
+        failures.append("what was read back is not the checkpoint's")
+    return Check(
+        runtime=runtime,
+        images=images,
+        count=found.count,
+        logits_error=found.error,
+        agreeing=found.agreeing,
+        labelled=found.labelled,
+        checkpoint_right=found.checkpoint_right if found.labelled else None,
+        exported_right=found.exported_right if found.labelled else None,
+        codes_exact=codes_exact,
+        weights_exact=weights_exact,
+        failures=failures,
+    )
 
 
 def compare(
