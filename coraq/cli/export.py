@@ -23,10 +23,11 @@ def export(
         typer.Argument(metavar="[RUN]", help="run folder, its name within --output, or a checkpoint; default: newest"),
     ] = None,
     format: Annotated[
-        Literal["onnx"],
+        Literal["onnx", "timm", "pt2"],
         typer.Option(
             "--format",
-            help="onnx: low-bit codes that ONNX Runtime opens",
+            help="onnx: low-bit codes that ONNX Runtime opens; timm: a folder for timm and the hub (float weights on "
+            "the grid); pt2: torch.export of a network that unpacks its codes",
         ),
     ] = "onnx",
     portable: Annotated[
@@ -34,6 +35,9 @@ def export(
     ] = False,
     npu: Annotated[
         bool, typer.Option("--npu", help="onnx: DequantizeLinear(INT4), as NPU compilers want it; slow on a CPU")
+    ] = False,
+    openvino: Annotated[
+        bool, typer.Option("--openvino", help="onnx: verify and time it in OpenVINO, too", rich_help_panel=VERIFY_PANEL)
     ] = False,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="write the file and do not open it", rich_help_panel=VERIFY_PANEL)
@@ -58,8 +62,10 @@ def export(
     """
     if portable and npu:
         raise UsageError("--portable and --npu exclude each other", "give one; run the command twice for both")
-    if format != "onnx" and (portable or npu):
-        raise UsageError(f"--portable and --npu are forms of --format onnx, not of {format}", "leave them out")
+    if format != "onnx" and (portable or npu or openvino):
+        raise UsageError(f"--portable, --npu and --openvino are for --format onnx, not {format}", "leave them out")
+    if openvino and no_verify:
+        raise UsageError("--openvino verifies, --no-verify does not", "give one of them")
     options.use_plugins(plugins_dir or [])
     source = Path(run) if run is not None and Path(run).is_file() else options.find_run(run, output)
 
@@ -72,6 +78,7 @@ def export(
         verify=not no_verify,
         images=images,
         threads=threads,
+        openvino=openvino,
     )
     with progress(quiet, verbose) as sink:
         result = export_run(source, request, sink)
@@ -127,6 +134,8 @@ def check_facts(check: Check) -> list[tuple[str, str]]:
         facts.append(
             ("integer kernels", f"{check.integer_convolutions} of {check.quantized_convolutions} convolutions")
         )
+    if check.largest_step is not None:
+        facts.append(("integer layers", f"at most {check.largest_step} output step from the literal graph"))
     if check.precisions:
         facts.append(("convolutions ran in", ", ".join(f"{key} {n}" for key, n in check.precisions.items())))
     for timed in check.latency:

@@ -1,4 +1,4 @@
-"""The float ONNX graph of the folded student, and where in it each quantized layer's weight lies."""
+"""The ONNX graph of the folded student, float but for activation grids, and where in it each layer's weight lies."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
+from coraq.export.grids import GridsAsOperator, translation
 from coraq.export.requirements import require
 
 INPUT, OUTPUT = "images", "logits"
@@ -72,12 +73,13 @@ def export_float(network: nn.Module, layers: dict[str, QuantizedLayer], example:
 
 
 def _export(network: nn.Module, example: Tensor, opset: int, optimize: bool) -> Any:
-    with quiet():
+    with quiet(), GridsAsOperator():
         try:
             program = torch.onnx.export(
                 network,
                 (example,),
                 dynamo=True,
+                custom_translation_table=translation(),
                 opset_version=opset,
                 input_names=[INPUT],
                 output_names=[OUTPUT],

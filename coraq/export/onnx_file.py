@@ -12,6 +12,8 @@ import torch
 from coraq.artifact import Checkpoint
 from coraq.errors import CoraqError
 from coraq.export.float_graph import FloatGraph, export_float
+from coraq.export.graph import without_grids
+from coraq.export.integer import IntegerLayer, emit_integer_layer, find_integer_layers
 from coraq.export.requirements import require
 from coraq.export.weights import Form, Parts, emit_weight
 from coraq.version import __version__
@@ -32,6 +34,11 @@ class OnnxExport:
         nominal_bytes: packed codes, scales, zero points and the float rest: what the file cannot do without.
         graph: the float graph, with each layer's place in it.
         written: layer -> the layer under whose name its codes stand (another one's where both share a weight).
+        integer: the layers that are written for integer kernels.
+        convolutions: convolutions with codes in the graph.
+        has_grids: there are activation grids.
+        wants_integer: they were placed for integer kernels.
+        raised: scales that differ from the checkpoint's, see `raise_scales`.
     """
 
     content: bytes
@@ -43,6 +50,15 @@ class OnnxExport:
     nominal_bytes: int
     graph: FloatGraph
     written: dict[str, str]
+    integer: dict[str, IntegerLayer]
+    raised: dict[str, np.ndarray]
+    convolutions: int
+    has_grids: bool
+    wants_integer: bool
+
+    @property
+    def integer_convolutions(self) -> list[str]:
+        return [name for name, layer in self.integer.items() if layer.node.op_type == "Conv"]
 
 
 def build_onnx(checkpoint: Checkpoint, form: Form = "cast", labels: list[str] | None = None) -> OnnxExport:
@@ -59,7 +75,7 @@ def build_onnx(checkpoint: Checkpoint, form: Form = "cast", labels: list[str] | 
     layers, notes = checkpoint.layers, []
     opset = OPSETS[form]
     graph = export_float(checkpoint.module, layers, example_images(checkpoint), opset)
-    float_content = graph.model.SerializeToString()
+    float_content = without_grids(graph.model).SerializeToString()
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
     two_bits = form != "packed" and any(layer.weight.bits == 2 for layer in layers.values()) and takes_two_bits()
@@ -67,24 +83,57 @@ def build_onnx(checkpoint: Checkpoint, form: Form = "cast", labels: list[str] | 
         opset = TWO_BIT_OPSET
     parts = Parts()
     modules: dict[str, Any] = dict(checkpoint.module.named_modules())
+    integer = {found.name: found for found in find_integer_layers(model.graph, graph.places, layers)}
     replaced: dict[str, str] = {}
+    raised: dict[str, np.ndarray] = {}
     for name, layer in layers.items():
-        place = graph.places[name]
-        if place.initializer not in replaced:  # else two layers of one and the same weight
-            emit_weight(parts, name, layer, tuple(modules[name].weight.shape), place, form, two_bits)
-            replaced[place.initializer] = name
-    kept = [initializer for initializer in model.graph.initializer if initializer.name not in replaced]
-    nominal = sum(layer.size_bytes() for layer in layers.values()) + sum(len(_raw(i)) for i in kept)
+        place, shape = graph.places[name], tuple(modules[name].weight.shape)
+        if place.initializer in replaced:  # two layers of one and the same weight
+            continue
+        replaced[place.initializer] = name
+        if name in integer:
+            scales = emit_integer_layer(parts, integer[name], layer, shape, place, model.graph, (form, two_bits))
+            if scales is not None:
+                raised[name] = scales
+        else:
+            emit_weight(parts, name, layer, shape, place, form, two_bits)
+    read = {name for node in model.graph.node for name in node.input}
+    gone = {i.name for i in model.graph.initializer if i.name not in read} | replaced.keys()
+    kept = [initializer for initializer in model.graph.initializer if initializer.name not in gone]
+    rest = [i for i in graph.model.graph.initializer if i.name not in replaced]  # biases count as float, as they were
+    nominal = sum(layer.size_bytes() for layer in layers.values()) + sum(len(_raw(i)) for i in rest)
     nodes = [*parts.nodes, *model.graph.node]
     del model.graph.initializer[:], model.graph.node[:]
     model.graph.initializer.extend([*kept, *parts.initializers])
     model.graph.node.extend(nodes)
     del model.graph.value_info[:]  # a runtime infers shapes; here they would be a percent of a small file
+    shorten(model, set(replaced))
     written = {name: replaced[graph.places[name].initializer] for name in layers}
     notes += _notes(checkpoint, form, two_bits)
-    label = label_of(checkpoint)
+    convolutions = {place.initializer for place in graph.places.values()} & {
+        node.input[1] for node in graph.model.graph.node if node.op_type == "Conv"
+    }
+    has_grids = any(node.op_type == "QuantizeLinear" for node in graph.model.graph.node)
+    wants_integer = has_grids and getattr(checkpoint.info.scheme, "act_placement", "inputs") == "integer"
+    running = sum(layer.node.op_type == "Conv" for layer in integer.values())
+    label = "integer kernels" if running and running == len(convolutions) else label_of(checkpoint)
     finish(model, checkpoint, opset, label, form, labels)
-    return OnnxExport(model.SerializeToString(), float_content, label, form, opset, notes, nominal, graph, written)
+    return OnnxExport(
+        content=model.SerializeToString(),
+        float_content=float_content,
+        label=label,
+        form=form,
+        opset=opset,
+        notes=notes,
+        nominal_bytes=nominal,
+        graph=graph,
+        written=written,
+        integer=integer,
+        raised=raised,
+        convolutions=len(convolutions),
+        has_grids=has_grids,
+        wants_integer=wants_integer,
+    )
 
 
 def example_images(checkpoint: Checkpoint, count: int = 2) -> torch.Tensor:
@@ -129,6 +178,19 @@ def set_opset(model: Any, opset: int) -> None:
     del model.opset_import[:]
     model.opset_import.add(domain="", version=opset)
     model.ir_version = {18: 8, 21: 10}.get(opset, 13)
+
+
+def shorten(model: Any, keep: set[str]) -> None:
+    """Give values in between short names: on a small network they are a percent of the file."""
+    names: dict[str, str] = {}
+    keep = keep | {value.name for value in model.graph.output}
+    for node in model.graph.node:
+        for output in node.output:
+            if output and output not in keep:
+                names[output] = f"_{len(names):x}"
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
 
 
 def finish(model: Any, checkpoint: Checkpoint, opset: int, label: str, form: Form, labels: list[str] | None) -> None:

@@ -45,6 +45,9 @@ class Check(Result):
     )
     quantized_convolutions: int | None = Field(default=None, description="convolutions that have codes and grids")
     integer_convolutions: int | None = Field(default=None, description="of the runtime's optimised graph")
+    largest_step: int | None = Field(
+        default=None, description="largest difference of one integer layer to the literal graph, in output codes"
+    )
     precisions: dict[str, int] = Field(
         default_factory=dict, description="convolutions by the precision that they really ran in"
     )

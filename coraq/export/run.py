@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -22,10 +23,14 @@ from coraq.config import RunConfig
 from coraq.data import Images, ImageSet, Preprocess, run_images, synthetic_images
 from coraq.errors import CoraqError
 from coraq.events import Note, Sink, null_sink, stage
-from coraq.export.onnx_file import build_onnx
+from coraq.export.onnx_file import build_onnx, example_images, label_of
+from coraq.export.pt2 import build_pt2, codes_exact, open_pt2
 from coraq.export.record import Check, ExportResult
-from coraq.export.verify import check_onnx
+from coraq.export.requirements import require
+from coraq.export.timm_folder import weights_on_grid, write_timm_folder
+from coraq.export.verify import check_onnx, check_openvino, check_torch
 from coraq.export.weights import Form
+from coraq.model.load import open_folder
 from coraq.version import __version__
 
 Format = Literal["onnx", "timm", "pt2"]
@@ -43,6 +48,7 @@ class Request:
         verify: False writes the file and records that nobody looked at it.
         images: verify on at most so many.
         threads: of the runtime; None: torch's own number.
+        openvino: open, verify and time an ONNX file in OpenVINO, too.
     """
 
     format: Format = "onnx"
@@ -50,6 +56,7 @@ class Request:
     verify: bool = True
     images: int = VERIFY_IMAGES
     threads: int | None = None
+    openvino: bool = False
 
     @property
     def worker_threads(self) -> int:
@@ -81,10 +88,80 @@ def export_checkpoint(
     checkpoint: Checkpoint, request: Request, images: ImageSet | None, sink: Sink = null_sink
 ) -> ExportResult:
     """Write one artefact beside the checkpoint; verify it on `images` (None: do not)."""
-    return _export_onnx(checkpoint, request, images, sink)
+    write = {"onnx": _export_onnx, "timm": _export_timm, "pt2": _export_pt2}[request.format]
+    return write(checkpoint, request, images, sink)
+
+
+def _export_timm(checkpoint: Checkpoint, request: Request, images: ImageSet | None, sink: Sink) -> ExportResult:
+    path = checkpoint.path.with_name("timm")
+    unverified = path.with_name(path.name + UNVERIFIED)
+    shutil.rmtree(unverified, ignore_errors=True)
+    with stage(sink, "write timm folder"):
+        size = write_timm_folder(checkpoint, unverified)
+    checks: list[Check] = []
+    if images is not None:
+        with stage(sink, "verify in timm", min(request.images, images.count)) as current:
+            opened, runtime = open_folder(unverified), f"timm {version('timm')}"
+            exact = weights_on_grid(checkpoint, unverified)
+            batches = limited(images, request.images, current)
+            checks.append(check_torch(checkpoint, opened, runtime, batches, images.description, weights_exact=exact))
+    return ExportResult(
+        coraq_version=__version__,
+        format="timm",
+        form="dequantized weights",
+        label="float",
+        source=str(checkpoint.path),
+        path=str(settle(path, unverified, checks)),
+        size_bytes=size,
+        float_bytes=float_bytes(checkpoint),
+        nominal_bytes=float_bytes(checkpoint),
+        verified=verdict(checks),
+        checks=checks,
+        notes=["float weights on the grid: as large and as fast as the float network; ready for the hub as it is"],
+    )
+
+
+def _export_pt2(checkpoint: Checkpoint, request: Request, images: ImageSet | None, sink: Sink) -> ExportResult:
+    path = checkpoint.path.with_suffix(".pt2")
+    unverified = path.with_name(path.name + UNVERIFIED)
+    with stage(sink, "export with torch.export"):
+        content = build_pt2(checkpoint, example_images(checkpoint))
+    write_atomic(unverified, content)
+    checks: list[Check] = []
+    if images is not None:
+        with stage(sink, "verify in torch", min(request.images, images.count)) as current:
+            opened, runtime = open_pt2(unverified.read_bytes()), f"torch {torch.__version__}"
+            exact = codes_exact(checkpoint, opened)
+            batches = limited(images, request.images, current)
+            checks.append(check_torch(checkpoint, opened, runtime, batches, images.description, codes_exact=exact))
+    packed = sum(layer.size_bytes() for layer in checkpoint.layers.values())
+    weights = sum(4 * layer.weight.codes.numel() for layer in checkpoint.layers.values())
+    return ExportResult(
+        coraq_version=__version__,
+        format="pt2",
+        form="codes in int32 words",
+        label=label_of(checkpoint),
+        source=str(checkpoint.path),
+        path=str(settle(path, unverified, checks)),
+        size_bytes=len(content),
+        float_bytes=float_bytes(checkpoint),
+        nominal_bytes=float_bytes(checkpoint) - weights + packed,
+        verified=verdict(checks),
+        checks=checks,
+        notes=["codes are multiplied out at every call: in eager mode slower than the float network"],
+    )
+
+
+def float_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the folded float network's parameters and buffers."""
+    return sum(value.numel() * value.element_size() for value in checkpoint.module.state_dict().values())
 
 
 def _export_onnx(checkpoint: Checkpoint, request: Request, images: ImageSet | None, sink: Sink) -> ExportResult:
+    if request.verify:  # before the slow step
+        require("onnxruntime")
+        if request.openvino:
+            require("openvino")
     with stage(sink, "export to ONNX"):
         export = build_onnx(checkpoint, request.form, images.class_names if images else None)
     path = checkpoint.path.with_name(f"{checkpoint.path.stem}{SUFFIX[request.form]}.onnx")
@@ -103,6 +180,14 @@ def _export_onnx(checkpoint: Checkpoint, request: Request, images: ImageSet | No
                     request.worker_threads,
                 )
             )
+        if request.openvino:
+            with stage(sink, "verify in OpenVINO", min(request.images, images.count)) as current:
+                batches = limited(images, request.images, current)
+                checks.append(
+                    check_openvino(
+                        checkpoint, export, unverified.read_bytes(), batches, images.description, request.worker_threads
+                    )
+                )
     return ExportResult(
         coraq_version=__version__,
         format="onnx",

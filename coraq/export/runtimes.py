@@ -73,6 +73,45 @@ class OnnxRuntime:
         return collections.Counter(node.op_type for node in onnx.load_from_string(self._optimised).graph.node)
 
 
+class OpenVino:
+    """A model compiled by OpenVINO for the CPU, at its defaults (where the processor has bf16, float means bf16).
+
+    Raises:
+        CoraqError: the package is missing, or it refuses the file.
+    """
+
+    def __init__(self, content: bytes, threads: int) -> None:
+        openvino = require("openvino")
+        self.name = f"OpenVINO {openvino.__version__.split('-')[0]}"
+        self.metadata: dict[str, str] = {}
+        core = openvino.Core()
+        try:
+            model = core.read_model(content)
+            self._model = core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads})
+        except Exception as error:  # the runtime's own errors, of many kinds
+            raise CoraqError(
+                f"{self.name} does not open the file: {_first_line(error)}",
+                "It takes no 2-bit codes; --portable writes them in a form that it takes.",
+            ) from error
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        return np.asarray(self._model([images])[0])
+
+    def precisions(self) -> dict[str, int]:
+        """Convolutions by the precision that they really run in."""
+        found: collections.Counter[str] = collections.Counter()
+        for operation in self._model.get_runtime_model().get_ops():
+            info = operation.get_rt_info()
+            if "layerType" in info and str(_plain(info["layerType"])) == "Convolution":
+                found[str(_plain(info["runtimePrecision"]))] += 1
+        return dict(found)
+
+
+def _plain(value: Any) -> Any:
+    """The value of one of OpenVINO's any-objects."""
+    return value.value if hasattr(value, "value") else value
+
+
 class RuntimeNetwork(nn.Module):
     """A runtime as a network of torch's, so that what measures networks measures it."""
 

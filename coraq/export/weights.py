@@ -48,7 +48,7 @@ class Parts:
     def array(self, name: str, value: np.ndarray) -> str:
         from onnx import numpy_helper
 
-        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        self.initializers.append(numpy_helper.from_array(np.array(value, order="C"), name))
         return name
 
     def integers(self, name: str, value: np.ndarray, bits: int, signed: bool) -> str:
@@ -173,21 +173,37 @@ def emit_dequantize(
 
 
 def emit_codes(
-    parts: Parts, prefix: str, q: QTensor, shape: tuple[int, ...], form: Form, two_bits: bool, to: str
+    parts: Parts,
+    prefix: str,
+    q: QTensor,
+    shape: tuple[int, ...],
+    form: Form,
+    two_bits: bool,
+    to: str,
+    transposed: bool = False,
 ) -> str:
-    """The codes in ONNX type `to` and in `shape`: signed if the grid is symmetric and the form has signs."""
+    """The codes in ONNX type `to` and in `shape`: signed if the grid is symmetric and the form has signs.
+
+    transposed: as the [in, out] matrix of a Linear layer.
+    """
     bits = stored_bits(q.bits, form, two_bits)
     if form == "packed" and bits < 8:
-        return _emit_packed(parts, prefix, q, shape, bits, to)
+        return _emit_packed(parts, prefix, q, shape, bits, to, transposed)
     signed = q.zero_point is None and q.codebook is None and form != "packed"
     values = signed_codes(q, shape) if signed else codes_of(q, shape)
-    stored = parts.integers(f"{prefix}_codes", values, bits, signed)
+    stored = parts.integers(f"{prefix}_codes", values.T if transposed else values, bits, signed)
+    if bits == 8 and to == ("INT8" if signed else "UINT8"):
+        return stored
     return parts.node("Cast", [stored], to=_type(to))
 
 
-def _emit_packed(parts: Parts, prefix: str, q: QTensor, shape: tuple[int, ...], bits: int, to: str) -> str:
+def _emit_packed(
+    parts: Parts, prefix: str, q: QTensor, shape: tuple[int, ...], bits: int, to: str, transposed: bool
+) -> str:
     """Unpack a blob of bit planes: one And and one shift for each of a byte's codes."""
-    codes = codes_of(q, shape).reshape(-1)
+    values = codes_of(q, shape)
+    values = values.T if transposed else values
+    codes = values.reshape(-1)
     blob = parts.array(f"{prefix}_codes", bit_planes(codes, bits, interleaved=False))
     mask = parts.constant(np.array(2**bits - 1, np.uint8))
     lanes = []
@@ -200,7 +216,7 @@ def _emit_packed(parts: Parts, prefix: str, q: QTensor, shape: tuple[int, ...], 
     if codes.size % (8 // bits):
         bounds = [parts.constant(np.array([number], np.int64)) for number in (0, codes.size)]
         value = parts.node("Slice", [value, *bounds])
-    value = parts.node("Reshape", [value, _shape(parts, shape)])
+    value = parts.node("Reshape", [value, _shape(parts, values.shape)])
     return value if to == "UINT8" else parts.node("Cast", [value], to=_type(to))
 
 

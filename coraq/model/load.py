@@ -94,6 +94,12 @@ def build(architecture: str, model_args: dict[str, Any], pretrained_cfg: dict[st
     return module
 
 
+def open_folder(folder: Path) -> nn.Module:
+    """What timm itself opens a folder as: `timm.create_model("local-dir:…", pretrained=True)`, in eval mode."""
+    network: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().requires_grad_(False)
+    return network
+
+
 def copy_of(module: nn.Module) -> FloatModel:
     """A user's own module, copied; its architecture is "" if timm did not make it.
 

@@ -1,0 +1,198 @@
+"""The integer pattern: layers between activation grids, written so that runtimes run them on int8 kernels.
+
+Cast(INT4 → INT8) → DequantizeLinear for the weight, int32 codes on the grid x_scale·w_scale for the bias (any other
+scale loses the fusion in silence), the checkpoint's own grids around. Only a layer whose input comes from a grid and
+whose output goes into one (perhaps through a Relu or Clip) is written so; others keep the form that is multiplied out
+at load, because a runtime would requantize a float weight between grids to 8 bits per tensor without a word.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from coraq.core.tensors import QTensor, QuantizedLayer
+from coraq.errors import CoraqError
+from coraq.export.float_graph import Place
+from coraq.export.graph import Walk
+from coraq.export.weights import (
+    Form,
+    Parts,
+    codes_of,
+    emit_adapter,
+    emit_codes,
+    emit_qtensor,
+    signed_codes,
+    stored_bits,
+)
+
+Style = tuple[Form, bool]  # and whether 2-bit codes may stand in 2 bits
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+BIAS_LIMIT = 2.0**30  # |bias code|: half of int32, so that the sum of products still has room
+
+
+@dataclass(frozen=True)
+class IntegerLayer:
+    """A layer that integer kernels can run.
+
+    Attributes:
+        node: its Conv, Gemm or MatMul.
+        input_scale: name and value of its input grid's scale.
+        output: name of the quantized output.
+    """
+
+    name: str
+    node: Any
+    input_scale: tuple[str, float]
+    output: str
+
+
+def find_integer_layers(graph: Any, places: dict[str, Place], layers: dict[str, QuantizedLayer]) -> list[IntegerLayer]:
+    """Layers whose input comes from a grid and whose output goes into one.
+
+    Raises:
+        CoraqError: a weight that is no integer times a scale stands between grids, or one without any codes.
+    """
+    from onnx import numpy_helper
+
+    walk = Walk(graph)
+    owner = {place.initializer: name for name, place in places.items()}
+    found = []
+    for node in graph.node:
+        source = walk.grid_before(node.input[0]) if node.op_type in WEIGHTED else None
+        if source is None:
+            continue
+        quantize = walk.quantized_behind(node.output[0])
+        if quantize is None or node.input[1] in walk.producer:
+            continue
+        name = owner.get(node.input[1])
+        if name is None:
+            raise CoraqError(
+                f"the weight {node.input[1]} stands between activation grids and has no codes",
+                "A runtime would quantize it in silence, per tensor; export the run without --act-bits.",
+            )
+        if layers[name].weight.codebook is not None:
+            raise CoraqError(
+                f"layer {name} has a codebook grid: no integer kernel multiplies by its levels",
+                "Export a run of this method without --act-bits, or another method's with them.",
+            )
+        scale = source.input[1]
+        value = float(numpy_helper.to_array(walk.initializers[scale]))
+        found.append(IntegerLayer(name, node, (scale, value), quantize.output[0]))
+    return found
+
+
+def emit_integer_layer(
+    parts: Parts,
+    layer: IntegerLayer,
+    q: QuantizedLayer,
+    shape: tuple[int, ...],
+    place: Place,
+    graph: Any,
+    style: Style,
+) -> np.ndarray | None:
+    """Write weight and bias of a layer; returns the scales that were raised for the bias's sake (None: none were).
+
+    The weight comes out under the name of the initializer that it replaces, the bias under a name of its own.
+    """
+    prefix, name = f"{layer.name}.weight", place.initializer
+    bias = _bias_of(layer.node, graph)
+    out, axis = shape[0], 1 if place.transposed else 0
+    raised = None
+    if q.adapter is not None:
+        scales = _emit_with_adapter(parts, layer.name, q, shape, place, axis)
+    else:
+        written = q.weight.scale.numpy().reshape(-1)
+        if bias is not None:
+            raised = raise_scales(written, bias, layer.input_scale[1])
+            written = written if raised is None else raised
+        scales = parts.array(f"{prefix}_scale", written if written.size > 1 else written.reshape(()))
+        codes, zero = _emit_codes(parts, prefix, q.weight, shape, place.transposed, style)
+        parts.node("DequantizeLinear", [codes, scales, *zero], name, axis=axis)
+    if bias is not None:
+        step = parts.node("Mul", [scales, layer.input_scale[0]])  # folded at load: a stored one would cost 4 bytes each
+        values = _read(parts, scales).reshape(-1).astype(np.float64) * layer.input_scale[1]
+        integers = np.clip(np.rint(bias / values), -(2**31), 2**31 - 1).astype(np.int32)
+        stored = parts.array(f"{layer.name}.bias_codes", integers)
+        if values.size == 1:
+            step = parts.node("Expand", [step, parts.constant(np.array([out], np.int64))])
+        layer.node.input[2] = parts.node("DequantizeLinear", [stored, step], f"{layer.name}.bias_value", axis=0)
+    return raised
+
+
+def raise_scales(scale: np.ndarray, bias: np.ndarray, input_scale: float) -> np.ndarray | None:
+    """Scales at which every bias fits 32 bits; None if all fit already.
+
+    A channel that is all but dead has a scale far below its bias. Raised, its codes are as they were, and its weights
+    stay below 1e-5 of the bias for each input: nothing that 8 bits of output could show.
+    """
+    least = np.abs(bias).astype(np.float64) / (BIAS_LIMIT * input_scale)
+    least = least.max(keepdims=True) if scale.size == 1 else least
+    magnitude = np.abs(scale).astype(np.float64)
+    if bool((magnitude >= least).all()) and bool((magnitude > 0).all()):
+        return None
+    least = np.maximum(least, np.finfo(np.float32).tiny / input_scale)
+    sign = np.where(scale < 0, -1.0, 1.0)
+    return np.where(magnitude >= least, scale, sign * least * (1 + 1e-6)).astype(np.float32)
+
+
+def _emit_codes(
+    parts: Parts, prefix: str, q: QTensor, shape: tuple[int, ...], transposed: bool, style: Style
+) -> tuple[str, list[str]]:
+    """What DequantizeLinear takes beside the scales: codes, and a zero point unless they are signed.
+
+    They are 8-bit integers, cast from the bits in which they are stored; in the form "dq" they stay as stored.
+    """
+    form, two_bits = style
+    affine = q.zero_point is not None or form == "packed"
+    zero = np.full(q.scale.numel(), 2 ** (q.bits - 1)) if q.zero_point is None else q.zero_point.numpy()
+    zero = zero.reshape(-1) if zero.size > 1 else zero.reshape(())
+    if form == "dq":
+        bits = stored_bits(q.bits, form, two_bits)
+        values = codes_of(q, shape) if affine else signed_codes(q, shape)
+        codes = parts.integers(f"{prefix}_codes", values.T if transposed else values, bits, not affine)
+        return codes, [parts.integers(f"{prefix}_zero_point", zero, bits, False)] if affine else []
+    codes = emit_codes(parts, prefix, q, shape, form, two_bits, "UINT8" if affine else "INT8", transposed)
+    if not affine:
+        return codes, []
+    if q.zero_point is None and zero.size > 1:  # the middle code for every channel: expanded at load
+        one, count = parts.constant(zero[:1].astype(np.uint8)), parts.constant(np.array([zero.size], np.int64))
+        return codes, [parts.node("Expand", [one, count])]
+    return codes, [parts.array(f"{prefix}_zero_point", zero.astype(np.uint8))]
+
+
+def _emit_with_adapter(
+    parts: Parts, name: str, q: QuantizedLayer, shape: tuple[int, ...], place: Place, axis: int
+) -> str:
+    """Codes and adapter multiplied out and rounded to int8 per channel, at load; returns the int8 grid's scales."""
+    grid = emit_qtensor(parts, f"{name}.weight", q.weight, shape)
+    value = parts.node("Add", [grid, emit_adapter(parts, name, q, shape)])
+    if place.transposed:
+        value = parts.node("Transpose", [value], perm=[1, 0])
+    effective = q.dequantize().reshape(shape[0], -1).abs().amax(1).numpy()
+    steps = np.where(effective > 0, effective / 127, 1.0).astype(np.float32)
+    bits8 = parts.array(f"{name}.weight_int8_scale", steps)
+    zero = parts.constant(np.zeros(shape[0], np.int8))
+    codes = parts.node("QuantizeLinear", [value, bits8, zero], axis=axis)
+    parts.node("DequantizeLinear", [codes, bits8, zero], place.initializer, axis=axis)
+    return bits8
+
+
+def _bias_of(node: Any, graph: Any) -> np.ndarray | None:
+    """The float bias [out] of a Conv or Gemm (float64), None without."""
+    from onnx import numpy_helper
+
+    if len(node.input) < 3 or not node.input[2]:
+        return None
+    stored = {initializer.name: initializer for initializer in graph.initializer}
+    if node.input[2] not in stored:
+        return None
+    return np.asarray(numpy_helper.to_array(stored[node.input[2]]), dtype=np.float64)
+
+
+def _read(parts: Parts, name: str) -> np.ndarray:
+    from onnx import numpy_helper
+
+    return np.asarray(numpy_helper.to_array(next(i for i in parts.initializers if i.name == name)))

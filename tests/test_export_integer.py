@@ -1,0 +1,153 @@
+"""The integer pattern: the checkpoint's grids and codes, on the runtime's integer kernels, all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_export_onnx import check, checkpoint_of, rewritten
+from torch import Tensor, nn
+
+from coraq.artifact import Checkpoint
+from coraq.core.grid import minmax_grid
+from coraq.core.tensors import LowRank, QTensor, QuantizedLayer
+from coraq.errors import CoraqError
+from coraq.export import verify
+from coraq.export.integer import raise_scales
+from coraq.export.onnx_file import build_onnx
+from coraq.testing import random_images
+
+onnx = pytest.importorskip("onnx", reason="needs coraq[onnx]")
+pytest.importorskip("onnxruntime", reason="needs coraq[onnx]")
+
+CONVOLUTIONS = ("stem", "grouped", "depthwise", "pointwise", "dense")
+BEHIND = ("act", "grouped_norm", "depthwise_norm")  # activations: their outputs are what the next layer reads
+
+
+@pytest.fixture(autouse=True)
+def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "BATCHES_TIMED", (2,))
+    monkeypatch.setattr("coraq.export.runtimes.MOST_REPEATS", 2)
+
+
+def observe(module: nn.Module, where: tuple[str, ...], bits: int = 8, signed: bool = False) -> None:
+    """Min-max grids at the outputs of modules, at the images and at what `dense` and `hidden` read, by hooks."""
+    top = 2**bits - 1
+    grids: dict[Any, tuple[float, int, int, int]] = {}
+
+    def on_grid(key: Any, x: Tensor) -> Tensor:
+        if key not in grids:
+            low, high = float(x.min().clamp(max=0)), float(x.max().clamp(min=0))
+            scale = float(torch.tensor((high - low) / top))
+            shift = 2 ** (bits - 1) if signed else 0
+            grids[key] = (scale, round(-low / scale) - shift, -shift, top - shift)
+        return torch.fake_quantize_per_tensor_affine(x, *grids[key])
+
+    modules = dict(module.named_modules())
+    for name in where:
+        modules[name].register_forward_hook(lambda m, a, y, name=name: on_grid((name, y.shape[1:]), y))
+    module.register_forward_pre_hook(lambda m, args: (on_grid("images", args[0]),))
+    for name in ("dense", "hidden"):
+        modules[name].register_forward_pre_hook(lambda m, args, name=name: (on_grid((name, "in"), args[0]),))
+    with torch.no_grad():
+        module(random_images(8))
+
+
+@pytest.fixture
+def gridded(tmp_path: Path) -> Checkpoint:
+    checkpoint = checkpoint_of(tmp_path)
+    observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND))
+    return checkpoint
+
+
+@pytest.mark.parametrize("form", ["cast", "packed"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
+def test_every_convolution_runs_on_integer_kernels(tmp_path: Path, form: Any, symmetric: bool) -> None:
+    checkpoint = checkpoint_of(tmp_path, symmetric=symmetric)
+    observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND), signed=symmetric)
+    export = build_onnx(checkpoint, form)
+    assert export.label == "integer kernels"
+    onnx.checker.check_model(onnx.load_from_string(export.content), full_check=True)
+    found = check(checkpoint, export)
+    assert found.failures == []
+    assert found.codes_exact
+    assert found.weights_exact
+    assert found.integer_convolutions == found.quantized_convolutions == len(CONVOLUTIONS)
+    assert found.largest_step in (0, 1)
+    assert found.logits_error < 0.1
+
+
+def test_grids_of_fewer_bits_clip(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path)
+    observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND), bits=4)
+    found = check(checkpoint, build_onnx(checkpoint))
+    assert found.failures == []
+    assert found.integer_convolutions == len(CONVOLUTIONS)
+
+
+def test_grids_at_inputs_alone_are_not_called_integer_kernels(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path)
+    observe(checkpoint.module, ())
+    export = build_onnx(checkpoint)
+    assert export.label == "4-bit on disk, float in memory"
+    assert check(checkpoint, export).failures == []
+
+
+def test_a_bias_on_another_scale_is_found(gridded: Checkpoint) -> None:
+    export = build_onnx(gridded)
+    model = onnx.load_from_string(export.content)
+    nodes = {name: node for node in model.graph.node for name in node.output}
+    (conv,) = (node for node in model.graph.node if node.op_type == "Conv" and node.input[1] == "dense.weight")
+    scale = nodes[nodes[conv.input[2]].input[1]]
+    assert scale.op_type == "Mul"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.full(24, 0.01, np.float32), "wrong"))
+    nodes[conv.input[2]].input[1] = "wrong"
+    assert check(gridded, export, model.SerializeToString()).failures
+
+
+def test_adapters_between_grids_become_int8_at_load(tmp_path: Path) -> None:
+    def with_adapter(name: str, layer: QuantizedLayer) -> QuantizedLayer:
+        groups, out, inputs = layer.weight.codes.shape
+        generator = torch.Generator().manual_seed(len(name))
+
+        def factor(rows: int, columns: int) -> QTensor:
+            value = 0.1 * torch.randn(groups, rows, columns, generator=generator)
+            grid = minmax_grid(value, 8)
+            return grid.pack(grid.codes(value))
+
+        return dataclasses.replace(layer, adapter=LowRank(factor(out, 2), factor(2, inputs)))
+
+    checkpoint = rewritten(checkpoint_of(tmp_path), with_adapter)
+    observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND))
+    found = check(checkpoint, build_onnx(checkpoint))
+    assert found.failures == []
+    assert found.integer_convolutions == len(CONVOLUTIONS)
+
+
+def test_a_codebook_between_grids_is_refused(tmp_path: Path) -> None:
+    table = torch.linspace(-1, 1, 16)
+
+    def codebook(name: str, layer: QuantizedLayer) -> QuantizedLayer:
+        if name != "dense":
+            return layer
+        return dataclasses.replace(layer, weight=dataclasses.replace(layer.weight, zero_point=None, codebook=table))
+
+    checkpoint = rewritten(checkpoint_of(tmp_path), codebook)
+    observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND))
+    with pytest.raises(CoraqError, match="codebook"):
+        build_onnx(checkpoint)
+
+
+def test_a_dead_channels_scale_is_raised_until_its_bias_fits() -> None:
+    scale = np.array([0.01, 1e-14, 0.0, -1e-14], np.float32)
+    bias = np.array([0.5, 0.5, 0.25, 0.5])
+    raised = raise_scales(scale, bias, 0.02)
+    assert raised is not None
+    assert raised[0] == scale[0]
+    assert np.all(np.abs(bias / (raised.astype(np.float64) * 0.02)) < 2**31)
+    assert raised[3] < 0
+    assert raise_scales(scale[:1], bias[:1], 0.02) is None
