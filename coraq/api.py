@@ -39,12 +39,13 @@ from coraq.core.cutoffs import SearchLayer, search_cutoffs
 from coraq.core.grid import Grid, best_shrink, grid_from_range, minmax_grid, mse_grid, sigma_grid
 from coraq.core.lowrank import Directions, adapter, adapter_bytes, directions
 from coraq.core.sensitivity import kl_of_errors
-from coraq.core.tensors import LowRank, QTensor, QuantizedLayer
+from coraq.core.tensors import ActivationGrid, LowRank, QTensor, QuantizedLayer
 from coraq.errors import CoraqError, UsageError
 from coraq.model.calibration import LayerStats, LeastSquares
 from coraq.model.layers import LayerView
 
 __all__ = [
+    "ActivationGrid",
     "Choice",
     "CoraqError",
     "Directions",

@@ -24,9 +24,10 @@ from coraq.core.gram import (
     Moments,
 )
 from coraq.core.sampling import OutputVariance, SampledMoments, positions_needed
-from coraq.core.tensors import QuantizedLayer
+from coraq.core.tensors import ActivationGrid, QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.events import LayerCommitted, Metric, Note, Sink, null_sink
+from coraq.model.activations import ActivationGrids, ActivationRecord, find_sites
 from coraq.model.delegate import OneLayer
 from coraq.model.engine import Arrival, LockStep
 from coraq.model.fold import Trace, relative_error
@@ -276,6 +277,7 @@ class CalibrationTask:
         self._views = self._describe(found)
         self._batches = list(batches)
         self._seed, self._sink, self._on_commit = seed, sink, on_commit
+        self.grids = self._find_grids(found)
         self.memory_bytes, self._folder = memory_bytes, folder
         self._rows_per_input = rows_per_input
         self._engine: LockStep | None = None
@@ -284,10 +286,26 @@ class CalibrationTask:
         self._passed: set[str] = set()
         for name, (layer, metrics) in (done or {}).items():
             self._put(name, layer)
+            self.grids.restore(name, layer.input)
             self.committed[name] = (layer, metrics)
             sink(LayerCommitted(name, len(self.committed), len(self._views), metrics, resumed=True))
         self.layers: list[LayerView] = [view for name, view in self._views.items() if name not in self.committed]
         self._reseed()
+
+    def _find_grids(self, found: Trace) -> ActivationGrids:
+        sites, lost = find_sites(self.teacher, found.order, found.flow, self.scheme)
+        if lost:
+            self.note(f"{len(lost)} tensors stay float where a grid was wanted, first {lost[0]}")
+        grids = ActivationGrids(self.student, sites, self.scheme, len(self._batches))
+        for name, view in self._views.items():
+            site = grids.site_of(name)
+            self._views[name] = replace(view, act_bits=None if site is None else site.bits)
+        return grids
+
+    @property
+    def activations(self) -> dict[str, ActivationRecord]:
+        """The calibrated activation grids, by site."""
+        return self.grids.records
 
     def _describe(self, found: Trace) -> dict[str, LayerView]:
         own = self.scheme.resolve(found.order)
@@ -347,8 +365,11 @@ class CalibrationTask:
     def _start_pass(self) -> None:
         self.close()
         self._passed.clear()
-        stops = [name for name in self._views if name not in self.committed]
-        self._engine = LockStep([self.teacher, self.student], self._batches, stops, self.memory_bytes, self._folder)
+        stops = [name for name in self._views if name not in self.committed] + self.grids.begin()
+        streams = [self.teacher, self.student]
+        self._engine = LockStep(
+            streams, self._batches, stops, self.memory_bytes, self._folder, rewrite=self.grids.rewrite
+        )
         self.spilled = max(self.spilled, self._engine.spilled)
         self.passes += 1
         if self._engine.spilled and self.passes == 1:
@@ -374,7 +395,12 @@ class CalibrationTask:
                 f"the calibration pass ended without reaching layer {wanted}", "Please report the architecture."
             )
         self._at = arrival.name
-        self._stats = LayerStats(self.student.get_submodule(arrival.name), arrival, self.clock, self._rows_per_input)
+        start = time.perf_counter()
+        self.grids.arrive(arrival)
+        self.clock["activation grids"] += time.perf_counter() - start
+        if arrival.name in self._views:
+            module = self.student.get_submodule(arrival.name)
+            self._stats = LayerStats(module, arrival, self.clock, self._rows_per_input)
 
     @torch.no_grad()
     def least_squares(self, name: str, correction: float = 0.5) -> LeastSquares:
@@ -410,6 +436,7 @@ class CalibrationTask:
             raise CoraqError(
                 f"the method's result for layer {name} is invalid: {error}", "This is a fault of the method."
             ) from None
+        layer = replace(layer, input=self._input_grid(name, layer))
         if layer.bias is None and self.has_data:
             layer = self._gain(view, layer)
         layer = replace(layer, bias=self._bias(view, layer))
@@ -491,6 +518,12 @@ class CalibrationTask:
         ratio = torch.where(alive, wanted / torch.where(alive, found, 1.0), 1.0)
         return layer.scaled(ratio.sqrt().clamp(1 / MOST_GAIN, MOST_GAIN).float()[:, :, None])
 
+    def _input_grid(self, name: str, layer: QuantizedLayer) -> ActivationGrid | None:
+        """The grid of the layer's input: the method's own or the calibrated one."""
+        if layer.input is None and self.grids.site_of(name) is not None and self.grids.grid_of(name) is None:
+            self.stats(name)  # the engine calibrates it on the way
+        return self.grids.commit(name, layer.input)
+
     def _bias(self, view: LayerView, layer: QuantizedLayer) -> Tensor | None:
         """The committed bias: the method's own, or the one that makes the mean output right."""
         if layer.bias is not None or self.scheme.bias == "keep" or not self.has_data:
@@ -514,6 +547,8 @@ class CalibrationTask:
         signal = float((weight**2).sum())
         noise = float(((weight - layer.dequantize().double()) ** 2).sum())
         numbers: Metrics = {"bits": layer.weight.bits, "bytes": layer.size_bytes()}
+        if layer.input is not None:
+            numbers["act_bits"] = layer.input.bits
         if signal > 0 and noise > 0:
             numbers["weight_sqnr_db"] = 10 * math.log10(signal / noise)
         if layer.adapter is not None:
@@ -546,13 +581,18 @@ class CalibrationTask:
 
     def finish(self, method: str) -> None:
         """End the pass. Raises CoraqError if the method forgot a layer."""
-        self.close()
         missing = [name for name in self._views if name not in self.committed]
         if missing:
             raise CoraqError(
                 f"method {method} left {len(missing)} of {len(self._views)} layers unquantized, first {missing[0]}",
                 "A method must commit every layer of task.layers.",
             )
+        if self.grids.missing:  # outputs that no layer was asked for behind, or a run that was killed at its end
+            if self._engine is None:
+                self._start_pass()
+            while self.grids.missing:
+                self._step(self.grids.missing[0])
+        self.close()
 
     def release(self) -> None:
         """Free the calibration images and the student; what was committed and measured stays."""

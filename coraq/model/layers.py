@@ -29,6 +29,7 @@ class LayerView:
         kind: "conv", "depthwise" or "linear".
         kernel: (kh, kw); (1, 1) for Linear.
         macs: multiply-accumulates for one image.
+        act_bits: of its input, None where that is float.
     """
 
     name: str
@@ -39,6 +40,7 @@ class LayerView:
     kind: str
     kernel: tuple[int, int]
     macs: int
+    act_bits: int | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ from coraq.artifact import RunFolder, load_checkpoint, write_checkpoint
 from coraq.artifact.checkpoint import CheckpointInfo
 from coraq.config import Scheme
 from coraq.errors import CoraqError, UsageError
+from coraq.model.activations import ActivationRecord
 from coraq.model.calibration import CalibrationTask
 from coraq.model.fold import Trace, fold, relative_error
 from coraq.registry import REQUIRED, configure, make
@@ -95,7 +96,7 @@ class _Outcome:
     student: nn.Module
     layers: dict[str, QuantizedLayer]
     given: list[tuple[str, QuantizedLayer, Metrics]] = field(default_factory=list)
-    checkpoint: bytes = b""
+    activations: dict[str, ActivationRecord] = field(default_factory=dict)
 
 
 class _WatchedTask(CalibrationTask):
@@ -167,10 +168,15 @@ class _Bench:
             ) from error
         world.check(task, f"{self.name}, {case}")
         layers = {name: task.committed[name][0] for name in self.found.order}
-        return _Outcome(task.student, layers, task.given)
+        return _Outcome(task.student, layers, task.given, task.activations)
 
     def write(self, outcome: _Outcome, path: Path, scheme: Scheme) -> bytes:
-        info = CheckpointInfo(architecture=ARCHITECTURE, structure=self.found.structure, scheme=scheme)
+        info = CheckpointInfo(
+            architecture=ARCHITECTURE,
+            structure=self.found.structure,
+            scheme=scheme,
+            activations=outcome.activations,
+        )
         write_checkpoint(path, outcome.student, outcome.layers, info)
         return path.read_bytes()
 
