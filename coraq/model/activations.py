@@ -364,6 +364,15 @@ class ActivationGrids:
             self._set(site, grid)
             self._final.add(site.name)
 
+    def reopen(self, layers: Sequence[str]) -> None:
+        """These layers are no longer committed: grids of tensors that they alone read may change again."""
+        for site in self.sites:
+            if site.readers and set(site.readers) <= set(layers):
+                self._final.discard(site.name)
+
+    def is_final(self, site: Site) -> bool:
+        return site.name in self._final
+
     def _set(self, site: Site, grid: ActivationGrid | None) -> None:
         if grid is None:
             self._grids.pop(site.name, None)

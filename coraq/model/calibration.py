@@ -28,10 +28,12 @@ from coraq.core.tensors import ActivationGrid, QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.events import LayerCommitted, Metric, Note, Sink, null_sink
 from coraq.model.activations import ActivationGrids, ActivationRecord, find_sites
+from coraq.model.blocks import Block, Granularity, partition
 from coraq.model.delegate import OneLayer
 from coraq.model.engine import Arrival, LockStep
 from coraq.model.fold import Trace, relative_error
 from coraq.model.layers import LayerView, as_images, as_matrices, groups_of, install, kernel_of, kind_of
+from coraq.model.reconstruction import BlockData, Collector, calibrate_inside, cut_out
 
 TEACHER, STUDENT = 0, 1
 ROWS_PER_INPUT = 64
@@ -274,6 +276,8 @@ class CalibrationTask:
         self.clock: dict[str, float] = defaultdict(float)
         self.spilled = 0
         self.passes = 0
+        self._found = found
+        self._entries: list[str] = []  # modules, no layers, in front of which the engine must stop
         self._views = self._describe(found)
         self._batches = list(batches)
         self._seed, self._sink, self._on_commit = seed, sink, on_commit
@@ -283,6 +287,7 @@ class CalibrationTask:
         self._engine: LockStep | None = None
         self._stats: LayerStats | None = None
         self._at: str | None = None
+        self._arrival: Arrival | None = None
         self._passed: set[str] = set()
         for name, (layer, metrics) in (done or {}).items():
             self._put(name, layer)
@@ -349,10 +354,7 @@ class CalibrationTask:
             CoraqError: there are no calibration images, or no such layer.
         """
         self._view(name)
-        if not self._batches:
-            raise CoraqError(
-                "this method needs calibration images and there are none", "Give --data-dir or --calib-dir."
-            )
+        self._need_images()
         if self._stats is not None and self._at == name:
             return self._stats
         if self._engine is None or name in self._passed or name in self.committed:
@@ -362,10 +364,105 @@ class CalibrationTask:
         assert self._stats is not None
         return self._stats
 
+    @property
+    def blocks(self) -> list[Block]:
+        """See `coraq.api.Task.blocks`."""
+        return self.partition()
+
+    def partition(self, granularity: Granularity = "block", override: str | None = None) -> list[Block]:
+        """See `coraq.api.Task.partition`."""
+        units = partition(self.teacher, list(self._views), self._found.flow, granularity, override)
+        self.close()
+        self._entries = []
+        left = []
+        for unit in units:
+            done = [name for name in unit.layers if name in self.committed]
+            if len(done) == len(unit.layers):
+                continue
+            self._reopen(done)
+            left.append(unit)
+            if unit.module not in self._views:
+                self._entries.append(unit.module)
+        return left
+
+    @torch.no_grad()
+    def _reopen(self, names: Sequence[str]) -> None:
+        """Forget what was committed of a unit whose other layers a kill has cut off: a unit is solved as a whole."""
+        if not names:
+            return
+        for name in names:
+            del self.committed[name]
+            view = self._view(name)
+            install(self.student.get_submodule(name), view.weight, view.bias)
+        self.grids.reopen(names)
+        self.layers = [view for name, view in self._views.items() if name not in self.committed]
+        self._reseed()
+
+    @torch.no_grad()
+    def block_io(self, block: Block) -> BlockData:
+        """See `coraq.api.Task.block_io`."""
+        self._need_images()
+        if block.module not in self._views and block.module not in self._entries:
+            raise CoraqError(f"{block.module} is no unit of the partition", "Take units from task.partition().")
+        if self._engine is None or block.module in self._passed:
+            self._start_pass()
+        while self._at != block.module:
+            self._step(block.module)
+        assert self._arrival is not None
+        start = time.perf_counter()
+        collector = Collector(self._arrival.images, self.memory_bytes, self._folder)
+        teacher = self.teacher.get_submodule(block.module)
+        for size, (x, y) in zip(self._arrival.sizes, self._arrival.pairs(raw=True), strict=True):
+            # the unit's own forward, past its hooks, on a copy: it may work in place
+            collector.add([y, x, teacher.forward(x.clone())], size)
+        if collector.folder is not None:
+            self.note(f"the inputs and outputs of {block.module} exceed the memory bound and wait in a file")
+        module = cut_out(self.student, block)
+        y, x, wanted = collector.result()
+        inside = [s for s in self.grids.sites if set(s.readers) & set(block.layers) and s.producer is None]
+        data = BlockData(block, module, y, x, wanted, inside, _folder=collector.folder)
+        for site in inside:
+            grid = self.grids.grid(site)
+            if grid is not None:
+                data.grids[site.name] = grid
+        data.sites = [site for site in inside if not self.grids.is_final(site)]
+        prefix = block.module + "."
+        outputs = [s for s in self.grids.sites if (s.producer or "").startswith(prefix)]
+        calibrate_inside(data, outputs, self.scheme.act_range, self.scheme.act_percentile)
+        self.clock["block data"] += time.perf_counter() - start
+        return data
+
+    def fisher(self, block: Block) -> Tensor:
+        """See `coraq.api.Task.fisher`."""
+        module, found = self.teacher.get_submodule(block.module), []
+        leaf: list[Tensor] = []
+
+        def cut(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            leaf[:] = [output.detach().clone().requires_grad_(True)]
+            return leaf[0].clone()  # what follows may work in place
+
+        handle = module.register_forward_hook(cut)
+        try:
+            for images in self._batches:
+                with torch.enable_grad():
+                    scores = self.teacher(images).log_softmax(-1)
+                    drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=self.rng).to(scores.device)
+                    (gradient,) = torch.autograd.grad(scores.gather(1, drawn).sum(), leaf[0])
+                found.append(gradient.square_())
+        finally:
+            handle.remove()
+        return torch.cat(found)
+
+    def _need_images(self) -> None:
+        if not self._batches:
+            raise CoraqError(
+                "this method needs calibration images and there are none", "Give --data-dir or --calib-dir."
+            )
+
     def _start_pass(self) -> None:
         self.close()
         self._passed.clear()
-        stops = [name for name in self._views if name not in self.committed] + self.grids.begin()
+        stops = [name for name in self._views if name not in self.committed] + self.grids.begin() + self._entries
         streams = [self.teacher, self.student]
         self._engine = LockStep(
             streams, self._batches, stops, self.memory_bytes, self._folder, rewrite=self.grids.rewrite
@@ -394,7 +491,7 @@ class CalibrationTask:
             raise CoraqError(
                 f"the calibration pass ended without reaching layer {wanted}", "Please report the architecture."
             )
-        self._at = arrival.name
+        self._at, self._arrival = arrival.name, arrival
         start = time.perf_counter()
         self.grids.arrive(arrival)
         self.clock["activation grids"] += time.perf_counter() - start
@@ -604,7 +701,7 @@ class CalibrationTask:
         """Leave the running pass, if any."""
         if self._stats is not None:
             self._stats.current = False
-        self._stats, self._at = None, None
+        self._stats, self._at, self._arrival = None, None, None
         if self._engine is not None:
             self._engine.close()
             self._engine = None

@@ -155,9 +155,14 @@ class Arrival:
             for x in batch.visit():
                 yield transform(x)
 
-    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(input in the first stream, input in the second) of each micro-batch."""
-        left, right = self.transforms.get(0, _as_it_is), self.transforms.get(1, _as_it_is)
+    @property
+    def sizes(self) -> list[int]:
+        """Images in each micro-batch."""
+        return [batch.size for batch in self._parked[0]]
+
+    def pairs(self, raw: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """(input in the first stream, input in the second) of each micro-batch; raw: as they wait, untransformed."""
+        left, right = (_as_it_is if raw else self.transforms.get(stream, _as_it_is) for stream in (0, 1))
         for first, second in zip(self._parked[0], self._parked[1], strict=True):
             for x in first.visit():
                 for y in second.visit():
