@@ -150,7 +150,12 @@ def plan(config: RunConfig, *, runs_dir: Path, sink: Sink = null_sink) -> Plan:
     """What `run` would do. Loads and folds the network, opens the images, writes nothing."""
     prepared = _prepare(config, sink)
     folder = prepared.folder(runs_dir)
-    views = CalibrationTask(prepared.teacher, prepared.found, config.scheme, [], config.seed).all_layers
+    task = CalibrationTask(prepared.teacher, prepared.found, config.scheme, [], config.seed)
+    views, options = task.all_layers, prepared.options
+    units: dict[str, str] = {}
+    if hasattr(options, "granularity"):  # a method that works on units: see coraq.api.Task.partition
+        for unit in task.partition(options.granularity, getattr(options, "blocks", None)):
+            units |= dict.fromkeys(unit.layers, unit.module)
     committed = folder.committed()
     waiting = [view.name for view in views if view.name not in committed]
     codes = sum(v.shape[0] * v.shape[1] * (-(-v.shape[2] * v.bits // 8) + 4) for v in views)
@@ -162,7 +167,7 @@ def plan(config: RunConfig, *, runs_dir: Path, sink: Sink = null_sink) -> Plan:
         scheme_line=config.scheme.describe(),
         calibration=prepared.images.calibration.description,
         evaluation=None if evaluation is None else evaluation.description,
-        layers=[v.summary() for v in views],
+        layers=[v.summary() | ({"unit": units[v.name]} if units else {}) for v in views],
         resume_at=waiting[0] if committed and waiting else None,
         finished=folder.finished,
         float_bytes=prepared.float_bytes,

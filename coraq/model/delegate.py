@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coraq.config import Scheme
 from coraq.core.tensors import QuantizedLayer
+from coraq.errors import CoraqError
 from coraq.model.layers import LayerView
 
 if TYPE_CHECKING:
@@ -60,6 +61,12 @@ class OneLayer:
 
     def batches(self) -> Iterator[Tensor]:
         return self._task.batches()
+
+    def partition(self, granularity: str = "block", override: str | None = None) -> Sequence[Any]:
+        raise CoraqError(
+            "a method that works on blocks cannot make codes for a single layer",
+            "Take a base method that works layer by layer, such as comq.",
+        )
 
     def commit(self, name: str, layer: QuantizedLayer, **metrics: Any) -> None:
         self.result = layer

@@ -49,7 +49,8 @@ class LayerView:
 
     def summary(self) -> dict[str, Any]:
         """The layer as plain values, without its tensors."""
-        return {"name": self.name, "kind": self.kind, "shape": list(self.shape), "bits": self.bits, "macs": self.macs}
+        values = {"name": self.name, "kind": self.kind, "shape": list(self.shape), "bits": self.bits, "macs": self.macs}
+        return values if self.act_bits is None else {**values, "act_bits": self.act_bits}
 
 
 def is_quantizable(module: nn.Module) -> bool:
