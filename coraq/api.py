@@ -39,16 +39,23 @@ from coraq.core.cutoffs import SearchLayer, search_cutoffs
 from coraq.core.grid import Grid, best_shrink, grid_from_range, minmax_grid, mse_grid, sigma_grid
 from coraq.core.lowrank import Directions, adapter, adapter_bytes, can_pay, directions
 from coraq.core.sensitivity import kl_of_errors
-from coraq.core.tensors import LowRank, QTensor, QuantizedLayer
+from coraq.core.tensors import ActivationGrid, LowRank, QTensor, QuantizedLayer
 from coraq.errors import CoraqError, UsageError
+from coraq.model.blocks import Block, Granularity
+from coraq.model.gridded import set_grid
 from coraq.model.layers import LayerView
+from coraq.model.reconstruction import BlockData
 from coraq.model.statistics import LayerStats, LeastSquares
 
 __all__ = [
+    "ActivationGrid",
+    "Block",
+    "BlockData",
     "Choice",
     "CoraqError",
     "Directions",
     "Field",
+    "Granularity",
     "Grid",
     "LayerScheme",
     "LayerStats",
@@ -75,6 +82,7 @@ __all__ = [
     "minmax_grid",
     "mse_grid",
     "search_cutoffs",
+    "set_grid",
     "sigma_grid",
 ]
 
@@ -129,6 +137,29 @@ class Task(Protocol):
 
         A layer of more than some 8,000 inputs has H in blocks, which is noted; see `LeastSquares`.
         """
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The network's units of reconstruction in execution order; see `partition`."""
+
+    def partition(self, granularity: Granularity = "block", override: str | None = None) -> Sequence[Block]:
+        """Units in execution order, every layer in exactly one, those left out that are committed as a whole.
+
+        Call it once, first: the engine then stops in front of every unit. `override` is a regular expression over
+        module paths; a module that it matches becomes a unit. A method with options named `granularity` and `blocks`
+        hands them on here, and `--dry-run` shows what they give.
+        """
+
+    def block_io(self, block: Block) -> BlockData:
+        """A unit cut out, with its inputs in both networks and the float network's outputs for all images.
+
+        Ask for units in order and commit all layers of one before the next. The float network runs once more, unit
+        by unit; nothing else is computed twice.
+        """
+
+    def fisher(self, block: Block) -> Tensor:
+        """Squared gradients of the float network's own log-likelihood at a unit's output, [rows, …]: the diagonal of
+        the Fisher information. One forward pass and a backward pass down to the unit; needs to hold all of it."""
 
     def batches(self) -> Iterator[Tensor]:
         """The calibration images in micro-batches [n, channels, height, width], in the network's units."""

@@ -27,6 +27,9 @@ class LayerScheme(Frozen):
 
     bits: int = Field(ge=MIN_BITS, le=MAX_BITS, description="bits of a weight code")
     rank: int | None = Field(default=None, ge=0, description="rank of the adapter")
+    act_bits: int | None = Field(
+        default=None, ge=MIN_BITS, le=MAX_BITS, description="bits of the layer's input, where inputs are quantized"
+    )
 
 
 class Scheme(Frozen):
@@ -56,6 +59,24 @@ class Scheme(Frozen):
         description="scale correction: make every output channel vary as in the float network, as re-estimating "
         "BatchNorm would (float), or keep the scales that the method chose (keep); needs a scale per channel",
     )
+    act_bits: int | None = Field(
+        default=None, ge=MIN_BITS, le=MAX_BITS, description="bits of an activation, 2 to 8; not given: float"
+    )
+    act_placement: Literal["inputs", "integer"] = Field(
+        default="inputs",
+        description="tensors with a grid: those that quantized layers read (inputs, as in papers), or also the outputs "
+        "of layers, residual sums and products, as integer runtimes need (integer)",
+    )
+    act_first_bits: int | None = Field(
+        default=8, ge=MIN_BITS, le=MAX_BITS, description="bits of the images; empty: as all others"
+    )
+    act_last_bits: int | None = Field(
+        default=8, ge=MIN_BITS, le=MAX_BITS, description="bits of the last layer's input; empty: as all others"
+    )
+    act_range: Literal["mse", "percentile"] = Field(
+        default="mse", description="range of an activation's grid: least error of its values, or percentiles of them"
+    )
+    act_percentile: float = Field(default=99.99, gt=50, le=100, description="percentile: the upper one, in %")
     overrides: dict[str, LayerScheme] = Field(
         default_factory=dict,
         description="regular expression over layer names -> that layer's own bits and rank; first match wins",
@@ -80,8 +101,16 @@ class Scheme(Frozen):
                 bits = self.first_bits
             elif index == len(names) - 1 and self.last_bits is not None:
                 bits = self.last_bits
+            act = self.act_bits
+            if act is not None and index == 0 and self.act_first_bits is not None:
+                act = self.act_first_bits
+            elif act is not None and index == len(names) - 1 and self.act_last_bits is not None:
+                act = self.act_last_bits
             matches = (own for pattern, own in self.overrides.items() if re.fullmatch(pattern, name))
-            resolved[name] = next(matches, LayerScheme(bits=bits))
+            own = next(matches, LayerScheme(bits=bits))
+            if self.act_bits is None or own.act_bits is None:
+                own = own.model_copy(update={"act_bits": act})
+            resolved[name] = own
         return resolved
 
     def unmatched(self, names: list[str]) -> list[str]:
@@ -93,7 +122,18 @@ class Scheme(Frozen):
         edges = f"first/last layer {self.first_bits or self.bits}/{self.last_bits or self.bits} bits"
         grid = f"{'symmetric' if self.symmetric else 'affine'} per {self.granularity}"
         extra = f", {len(self.overrides)} overrides" if self.overrides else ""
-        return f"W{self.bits}A32, {edges}, {grid}, bias {self.bias}, gain {self.gain}, activations float{extra}"
+        return (
+            f"W{self.bits}A{self.act_bits or 32}, {edges}, {grid}, bias {self.bias}, gain {self.gain}, "
+            f"{self._activations()}{extra}"
+        )
+
+    def _activations(self) -> str:
+        if self.act_bits is None:
+            return "activations float"
+        where = "layer inputs" if self.act_placement == "inputs" else "layer inputs and outputs, sums and products"
+        edges = f"images/last input {self.act_first_bits or self.act_bits}/{self.act_last_bits or self.act_bits} bits"
+        kind = "mse" if self.act_range == "mse" else f"percentile {self.act_percentile:g}"
+        return f"activations per tensor at {where} ({self.act_placement}), {edges}, range by {kind}"
 
 
 class DataConfig(Frozen):
@@ -158,5 +198,12 @@ class RunConfig(Frozen):
         """
         without = {"workers"} if self.data.strict else {"workers", "strict"}
         content = self.model_dump(mode="json", exclude={"calib_memory": True, "data": without})
-        text = json.dumps({**content, **more}, sort_keys=True)
+        scheme = content["scheme"]
+        if self.scheme.act_bits is None:  # what does not act does not count: earlier runs stay found
+            scheme = {key: value for key, value in scheme.items() if not key.startswith("act_")}
+        own = {
+            pattern: {key: value for key, value in layer.items() if key != "act_bits" or value is not None}
+            for pattern, layer in scheme["overrides"].items()
+        }
+        text = json.dumps({**content, "scheme": {**scheme, "overrides": own}, **more}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:6]

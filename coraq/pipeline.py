@@ -111,7 +111,8 @@ class _Prepared:
         versions = {f"{name}_version": registry.load(name).version for name in self.options.bases()}
         digest = config.digest(calibration=calibration.fingerprint, method_version=self.method.version, **versions)
         name = re.sub(r"[^A-Za-z0-9._]+", "-", Path(config.model.split(":")[-1]).name or config.model)
-        return RunFolder(runs_dir / f"{name}-{config.method}-w{config.scheme.bits}-{digest}")
+        bits = f"w{config.scheme.bits}" + (f"a{config.scheme.act_bits}" if config.scheme.act_bits else "")
+        return RunFolder(runs_dir / f"{name}-{config.method}-{bits}-{digest}")
 
 
 class _Recorder:
@@ -188,7 +189,12 @@ def plan(config: RunConfig, *, runs_dir: Path, sink: Sink = null_sink) -> Plan:
     shared.begin(sink)
     prepared = _prepare(config, sink, shared)
     folder = prepared.folder(runs_dir)
-    views = CalibrationTask(prepared.teacher, prepared.found, config.scheme, [], config.seed).all_layers
+    task = CalibrationTask(prepared.teacher, prepared.found, config.scheme, [], config.seed)
+    views, options = task.all_layers, prepared.options
+    units: dict[str, str] = {}
+    if hasattr(options, "granularity"):  # a method that works on units: see coraq.api.Task.partition
+        for unit in task.partition(options.granularity, getattr(options, "blocks", None)):
+            units |= dict.fromkeys(unit.layers, unit.module)
     committed = folder.committed()
     waiting = [view.name for view in views if view.name not in committed]
     per_channel, zero_bytes = config.scheme.granularity == "channel", 0 if config.scheme.symmetric else 1
@@ -201,7 +207,7 @@ def plan(config: RunConfig, *, runs_dir: Path, sink: Sink = null_sink) -> Plan:
         scheme_line=config.scheme.describe(),
         calibration=prepared.images.calibration.description,
         evaluation=None if evaluation is None else evaluation.description,
-        layers=[v.summary() for v in views],
+        layers=[v.summary() | ({"unit": units[v.name]} if units else {}) for v in views],
         resume_at=waiting[0] if committed and waiting else None,
         finished=folder.finished,
         float_bytes=prepared.float_bytes,
@@ -290,7 +296,7 @@ def _work(
     task = _calibrate(prepared, sink, done, folder.save_layer, folder.decisions)
     with stage(sink, "write checkpoint"):
         dtype = getattr(torch, config.float_dtype)
-        file_bytes = write_checkpoint(folder.checkpoint, task.student, task.quantized, _info(prepared), dtype)
+        file_bytes = write_checkpoint(folder.checkpoint, task.student, task.quantized, _info(prepared, task), dtype)
         folder.supersede()
     task.release()
     with stage(sink, "reload checkpoint"):
@@ -543,7 +549,7 @@ def quantize(
     task = _calibrate(prepared, sink)
     file_bytes = 0
     if path is not None:
-        file_bytes = write_checkpoint(Path(path), task.student, task.quantized, _info(prepared))
+        file_bytes = write_checkpoint(Path(path), task.student, task.quantized, _info(prepared, task))
     measured = _measure(teacher, task.student, images, prepared.device, sink)
     return Quantized(task.student, _result(prepared, task, measured, file_bytes, recorder, started))
 
@@ -613,7 +619,7 @@ def _example(preprocess: Preprocess, device: torch.device) -> Tensor:
     return images.to(device, memory_format=torch.channels_last)
 
 
-def _info(prepared: _Prepared) -> CheckpointInfo:
+def _info(prepared: _Prepared, task: CalibrationTask) -> CheckpointInfo:
     config = prepared.config
     return CheckpointInfo(
         architecture=prepared.float_model.architecture,
@@ -622,6 +628,7 @@ def _info(prepared: _Prepared) -> CheckpointInfo:
         preprocess=prepared.preprocess.as_dict(),
         structure=prepared.found.structure,
         scheme=config.scheme,
+        activations=task.activations,
         provenance={
             "coraq": coraq.__version__,
             "model": config.model,
@@ -667,7 +674,7 @@ def _result(
         size=_size(task, file_bytes, prepared.float_bytes),
         cost=CostInfo(
             macs=sum(v.macs for v in views),
-            bitops=sum(v.macs * task.committed[v.name][0].weight.bits * 32 for v in views),
+            bitops=sum(v.macs * task.committed[v.name][0].weight.bits * (v.act_bits or 32) for v in views),
         ),
         stages={**recorder.stages, **{f"quantize: {part}": seconds for part, seconds in task.clock.items()}},
         total_s=time.perf_counter() - started,

@@ -31,6 +31,8 @@ BUILT_IN = {
     "comq": "coraq.methods.comq:COMQ",
     "qera": "coraq.methods.qera:QERA",
     "cora": "coraq.methods.cora:CoRa",
+    "brecq": "coraq.methods.brecq:BRECQ",
+    "qdrop": "coraq.methods.brecq:QDrop",
 }
 ENTRY_POINTS = "coraq.methods"
 REQUIRED = ("name", "summary", "version", "needs_data", "Config", "quantize")

@@ -22,6 +22,7 @@ from coraq.artifact.files import write_atomic
 from coraq.config import Frozen, Scheme
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
+from coraq.model.activations import ActivationRecord, install_grids
 from coraq.model.fold import Structure, restructure
 from coraq.model.layers import install
 from coraq.model.load import build, check_finite, refuse_pickle
@@ -38,6 +39,9 @@ class CheckpointInfo(Frozen):
     structure: Structure = Structure()
     scheme: Scheme = Scheme()
     layers: dict[str, LayerRecord] = Field(default_factory=dict, description="quantized layers in execution order")
+    activations: dict[str, ActivationRecord] = Field(
+        default_factory=dict, description="grids of activation tensors, each where it acts"
+    )
     provenance: dict[str, Any] = Field(
         default_factory=dict, description="command, versions, method, options, seed, data"
     )
@@ -111,6 +115,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     layers = {name: decode(name, record, tensors) for name, record in info.layers.items()}
     _fill(module, layers, tensors, path)
     check_finite(module, f"the tensors of {path}")
+    install_grids(module, info.activations)
     return Checkpoint(module.eval().requires_grad_(False), layers, info, path, path.stat().st_size)
 
 

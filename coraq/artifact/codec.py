@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coraq.config import MAX_BITS, Frozen
 from coraq.core.packing import pack, unpack
-from coraq.core.tensors import LowRank, QTensor, QuantizedLayer
+from coraq.core.tensors import ActivationGrid, LowRank, QTensor, QuantizedLayer
 from coraq.errors import CoraqError
 
 # compressed-tensors' names, as far as they go; no compatibility is claimed (it refuses convolutions)
@@ -26,6 +26,9 @@ class LayerRecord(Frozen):
     bits: int = Field(ge=1, le=MAX_BITS)
     rank: int | None = Field(default=None, ge=0)
     adapter_bits: tuple[int, int] | None = Field(default=None, description="bits of the adapter's B and A")
+    input: tuple[float, int, int, bool] | None = Field(
+        default=None, description="grid of the layer's input: scale, zero point, bits, signed"
+    )
 
 
 def serialise(tensors: dict[str, Tensor], about: dict[str, str]) -> bytes:
@@ -63,6 +66,7 @@ def encode(name: str, layer: QuantizedLayer) -> tuple[dict[str, Tensor], LayerRe
         bits=layer.weight.bits,
         rank=None if adapter is None else adapter.rank,
         adapter_bits=None if adapter is None else (adapter.b.bits, adapter.a.bits),
+        input=None if (grid := layer.input) is None else (grid.scale, grid.zero_point, grid.bits, grid.signed),
     )
     return tensors, record
 
@@ -81,9 +85,9 @@ def decode(name: str, record: LayerRecord, tensors: dict[str, Tensor]) -> Quanti
             a = _decode_qtensor(f"{name}.adapter_a_", (groups, record.rank, inputs), record.adapter_bits[1], tensors)
             adapter = LowRank(b, a)
         weight = _decode_qtensor(f"{name}.weight_", record.shape, record.bits, tensors)
-        layer = QuantizedLayer(weight, adapter, tensors.pop(f"{name}.bias", None))
-        if layer.bias is not None:
-            layer = QuantizedLayer(weight, adapter, layer.bias.float())
+        bias = tensors.pop(f"{name}.bias", None)
+        grid = None if record.input is None else ActivationGrid(*record.input)
+        layer = QuantizedLayer(weight, adapter, None if bias is None else bias.float(), grid)
         layer.check(record.shape)
     except KeyError as error:
         raise CoraqError(f"layer {name}: tensor {error} is missing", "The file is damaged or not coraq's.") from None

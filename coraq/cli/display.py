@@ -124,6 +124,8 @@ def show_plan(plan: Plan) -> None:
         ("starts at", "nothing to do: finished already" if plan.finished else plan.resume_at or "the first layer"),
     ]
     console.print(facts_table((label, str(text)) for label, text in facts))
+    named = {"act_bits": "input bits", "unit": "solved with"}
+    more = {key: name for key, name in named.items() if all(key in layer for layer in plan.layers)}
     rows = [
         (
             layer["name"],
@@ -131,8 +133,10 @@ def show_plan(plan: Plan) -> None:
             "×".join(map(str, layer["shape"])),
             layer["bits"],
             summary.count_text(layer["macs"]),
+            *(str(layer[key]) for key in more),
         )
         for layer in plan.layers
     ]
-    console.print(columns_table(["layer", "kind", "shape", "bits", "MACs"], rows, ("bits", "MACs")))
+    header = ["layer", "kind", "shape", "bits", "MACs", *more.values()]
+    console.print(columns_table(header, rows, ("bits", "MACs", "input bits")))
     console.print("nothing was computed; leave out --dry-run to run it")

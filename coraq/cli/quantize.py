@@ -14,6 +14,7 @@ from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.errors import EXIT_INTERRUPTED, CoraqError, UsageError
 from coraq.events import ListSink, Note, tee
 
+EDGES = ("first_bits", "last_bits", "act_first_bits", "act_last_bits")
 RUN, SCHEME, DATA = RunConfig(model="demo"), Scheme(), DataConfig()  # the defaults, from where they are written
 
 
@@ -84,6 +85,38 @@ def quantize(
         Literal["float", "layer", "keep"], option(Scheme, "bias", "--bias", panel=SCHEME_PANEL)
     ] = SCHEME.bias,
     gain: Annotated[Literal["float", "keep"], option(Scheme, "gain", "--gain", panel=SCHEME_PANEL)] = SCHEME.gain,
+    act_bits: Annotated[int | None, option(Scheme, "act_bits", "--act-bits", "-a", panel=SCHEME_PANEL)] = None,
+    act_placement: Annotated[
+        Literal["inputs", "integer"], option(Scheme, "act_placement", "--act-placement", panel=SCHEME_PANEL)
+    ] = SCHEME.act_placement,
+    act_first_bits: Annotated[
+        Any,
+        option(
+            Scheme,
+            "act_first_bits",
+            "--act-first-bits",
+            panel=SCHEME_PANEL,
+            parser=options.parse_edge_bits,
+            metavar="2..8|same",
+        ),
+    ] = str(SCHEME.act_first_bits),
+    act_last_bits: Annotated[
+        Any,
+        option(
+            Scheme,
+            "act_last_bits",
+            "--act-last-bits",
+            panel=SCHEME_PANEL,
+            parser=options.parse_edge_bits,
+            metavar="2..8|same",
+        ),
+    ] = str(SCHEME.act_last_bits),
+    act_range: Annotated[
+        Literal["mse", "percentile"], option(Scheme, "act_range", "--act-range", panel=SCHEME_PANEL)
+    ] = SCHEME.act_range,
+    act_percentile: Annotated[
+        float, option(Scheme, "act_percentile", "--act-percentile", panel=SCHEME_PANEL)
+    ] = SCHEME.act_percentile,
     override: Annotated[
         list[str] | None,
         typer.Option(
@@ -197,7 +230,7 @@ def run_config(parameters: dict[str, Any]) -> RunConfig:
         UsageError: a value that the configuration does not allow.
     """
     scheme = {name: parameters[name] for name in Scheme.model_fields if name in parameters}
-    scheme |= {name: scheme[name] or None for name in ("first_bits", "last_bits")}  # 0 stands for "same"
+    scheme |= {name: scheme[name] or None for name in EDGES}  # 0 stands for "same"
     scheme["overrides"] = options.parse_overrides(parameters["override"] or [])
     content = {name: parameters[name] for name in RunConfig.model_fields if name in parameters}
     content["model_kwargs"] = options.parse_pairs(parameters["model_kwargs"] or [], "--model-kwargs")

@@ -6,6 +6,7 @@ group, `in = channels/groups · kh · kw` inputs of each (a Linear layer has one
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -112,6 +113,52 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class ActivationGrid:
+    """The grid of one activation tensor, shared by all that read it: `scale · (code − zero_point)`.
+
+    Attributes:
+        scale: positive, exactly representable in float32.
+        zero_point: the code of zero.
+        bits: width of a code.
+        signed: codes run from −2**(bits−1) to 2**(bits−1) − 1 instead of from 0 to 2**bits − 1.
+    """
+
+    scale: float
+    zero_point: int
+    bits: int
+    signed: bool
+
+    @property
+    def low(self) -> int:
+        """The least code."""
+        return -(2 ** (self.bits - 1)) if self.signed else 0
+
+    @property
+    def high(self) -> int:
+        """The greatest code."""
+        return self.low + 2**self.bits - 1
+
+    def round(self, x: Tensor) -> Tensor:
+        """The nearest levels to `x`, in a new tensor of the same shape; rounding twice changes nothing."""
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.low, self.high)
+
+    __call__ = round  # a grid stands wherever a function of a tensor can
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The nearest codes to `x`, int32."""
+        return torch.round(self.round(x) / self.scale).int() + self.zero_point
+
+    def check(self) -> None:
+        """Raise ValueError unless this is a grid."""
+        if not 1 <= self.bits <= MAX_CORE_BITS:
+            raise ValueError(f"bits of an activation grid are {self.bits}, not in 1 … {MAX_CORE_BITS}")
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale of an activation grid is {self.scale}, not positive and finite")
+        if not self.low <= self.zero_point <= self.high:
+            raise ValueError(f"zero point of an activation grid is {self.zero_point}, no code")
+
+
+@dataclass(frozen=True)
 class QuantizedLayer:
     """All that a method says about one layer.
 
@@ -119,11 +166,14 @@ class QuantizedLayer:
         weight: the codes.
         adapter: optional low-rank correction of the weight.
         bias: float32 [groups · out]; None leaves the bias to `Task.commit` (bias correction as the Scheme says).
+        input: grid of the tensor that the layer reads; None leaves it to the engine, which has calibrated one if the
+            Scheme quantizes activations.
     """
 
     weight: QTensor
     adapter: LowRank | None = None
     bias: Tensor | None = None
+    input: ActivationGrid | None = None
 
     def dequantize(self) -> Tensor:
         """The effective weight, float32 [groups, out, in]."""
@@ -144,6 +194,8 @@ class QuantizedLayer:
                 raise ValueError(f"bias has shape {list(self.bias.shape)}, not {[shape[0] * shape[1]]}")
             if self.bias.dtype != torch.float32 or not bool(torch.isfinite(self.bias).all()):
                 raise ValueError("bias must be finite float32")
+        if self.input is not None:
+            self.input.check()
 
     def size_bytes(self) -> int:
         """Bytes of codes, scales, zero points and adapter (not of the bias, which the float network has too)."""

@@ -16,13 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from coraq.config import Scheme
-from coraq.core.tensors import QuantizedLayer
+from coraq.core.tensors import ActivationGrid, QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.events import LayerCommitted, Metric, Note, Sink, null_sink
+from coraq.model.activations import ActivationGrids, ActivationRecord, find_sites
+from coraq.model.blocks import Block, Granularity, partition
 from coraq.model.delegate import OneLayer
-from coraq.model.engine import LockStep
+from coraq.model.engine import Arrival, LockStep
 from coraq.model.fold import Trace, relative_error
 from coraq.model.layers import LayerView, as_matrices, groups_of, install, kernel_of, kind_of
+from coraq.model.reconstruction import BlockData, Collector, calibrate_inside, cut_out
 from coraq.model.statistics import LayerStats, LeastSquares
 
 ROWS_PER_INPUT = 64
@@ -74,22 +77,42 @@ class CalibrationTask:
         self.clock: dict[str, float] = defaultdict(float)
         self.spilled = 0
         self.passes = 0
+        self._found = found
+        self._entries: list[str] = []  # modules, no layers, in front of which the engine must stop
         self._views = self._describe(found)
         self._batches = list(batches)
         self._seed, self._sink, self._on_commit = seed, sink, on_commit
+        self.grids = self._find_grids(found)
         self.memory_bytes, self._folder = memory_bytes, folder
         self._rows_per_input = rows_per_input
         self._engine: LockStep | None = None
         self._stats: LayerStats | None = None
         self._at: str | None = None
+        self._arrival: Arrival | None = None
         self._passed: set[str] = set()
         self._blocks: dict[str, int] = {}  # of each layer whose Gram is taken in several
         for name, (layer, metrics) in (done or {}).items():
             self._put(name, layer)
+            self.grids.restore(name, layer.input)
             self.committed[name] = (layer, metrics)
             sink(LayerCommitted(name, len(self.committed), len(self._views), metrics, resumed=True))
         self.layers: list[LayerView] = [view for name, view in self._views.items() if name not in self.committed]
         self._reseed()
+
+    def _find_grids(self, found: Trace) -> ActivationGrids:
+        sites, lost = find_sites(self.teacher, found.order, found.flow, self.scheme)
+        if lost:
+            self.note(f"{len(lost)} tensors stay float where a grid was wanted, first {lost[0]}")
+        grids = ActivationGrids(self.student, sites, self.scheme, len(self._batches))
+        for name, view in self._views.items():
+            site = grids.site_of(name)
+            self._views[name] = replace(view, act_bits=None if site is None else site.bits)
+        return grids
+
+    @property
+    def activations(self) -> dict[str, ActivationRecord]:
+        """The calibrated activation grids, by site."""
+        return self.grids.records
 
     def _describe(self, found: Trace) -> dict[str, LayerView]:
         own = self.scheme.resolve(found.order)
@@ -133,10 +156,7 @@ class CalibrationTask:
             CoraqError: there are no calibration images, or no such layer.
         """
         self._view(name)
-        if not self._batches:
-            raise CoraqError(
-                "this method needs calibration images and there are none", "Give --data-dir or --calib-dir."
-            )
+        self._need_images()
         if self._stats is not None and self._at == name:
             return self._stats
         if self._engine is None or name in self._passed or name in self.committed:
@@ -146,11 +166,109 @@ class CalibrationTask:
         assert self._stats is not None
         return self._stats
 
+    @property
+    def blocks(self) -> list[Block]:
+        """See `coraq.api.Task.blocks`."""
+        return self.partition()
+
+    def partition(self, granularity: Granularity = "block", override: str | None = None) -> list[Block]:
+        """See `coraq.api.Task.partition`."""
+        units = partition(self.teacher, list(self._views), self._found.flow, granularity, override)
+        self.close()
+        self._entries = []
+        left = []
+        for unit in units:
+            done = [name for name in unit.layers if name in self.committed]
+            if len(done) == len(unit.layers):
+                continue
+            self._reopen(done)
+            left.append(unit)
+            if unit.module not in self._views:
+                self._entries.append(unit.module)
+        return left
+
+    @torch.no_grad()
+    def _reopen(self, names: Sequence[str]) -> None:
+        """Forget what was committed of a unit whose other layers a kill has cut off: a unit is solved as a whole."""
+        if not names:
+            return
+        for name in names:
+            del self.committed[name]
+            view = self._view(name)
+            install(self.student.get_submodule(name), view.weight, view.bias)
+        self.grids.reopen(names)
+        self.layers = [view for name, view in self._views.items() if name not in self.committed]
+        self._reseed()
+
+    @torch.no_grad()
+    def block_io(self, block: Block) -> BlockData:
+        """See `coraq.api.Task.block_io`."""
+        self._need_images()
+        if block.module not in self._views and block.module not in self._entries:
+            raise CoraqError(f"{block.module} is no unit of the partition", "Take units from task.partition().")
+        if self._engine is None or block.module in self._passed:
+            self._start_pass()
+        while self._at != block.module:
+            self._step(block.module)
+        assert self._arrival is not None
+        start = time.perf_counter()
+        collector = Collector(self._arrival.images, self.memory_bytes, self._folder)
+        teacher = self.teacher.get_submodule(block.module)
+        for size, (x, y) in zip(self._arrival.sizes, self._arrival.pairs(raw=True), strict=True):
+            # the unit's own forward, past its hooks, on a copy: it may work in place
+            collector.add([y, x, teacher.forward(x.clone())], size)
+        if collector.folder is not None:
+            self.note(f"the inputs and outputs of {block.module} exceed the memory bound and wait in a file")
+        module = cut_out(self.student, block)
+        y, x, wanted = collector.result()
+        inside = [s for s in self.grids.sites if set(s.readers) & set(block.layers) and s.producer is None]
+        data = BlockData(block, module, y, x, wanted, inside, _folder=collector.folder)
+        for site in inside:
+            grid = self.grids.grid(site)
+            if grid is not None:
+                data.grids[site.name] = grid
+        data.sites = [site for site in inside if not self.grids.is_final(site)]
+        prefix = block.module + "."
+        outputs = [s for s in self.grids.sites if (s.producer or "").startswith(prefix)]
+        calibrate_inside(data, outputs, self.scheme.act_range, self.scheme.act_percentile)
+        self.clock["block data"] += time.perf_counter() - start
+        return data
+
+    def fisher(self, block: Block) -> Tensor:
+        """See `coraq.api.Task.fisher`."""
+        module, found = self.teacher.get_submodule(block.module), []
+        leaf: list[Tensor] = []
+
+        def cut(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            leaf[:] = [output.detach().clone().requires_grad_(True)]
+            return leaf[0].clone()  # what follows may work in place
+
+        handle = module.register_forward_hook(cut)
+        try:
+            for images in self._batches:
+                with torch.enable_grad():
+                    scores = self.teacher(images).log_softmax(-1)
+                    drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=self.rng).to(scores.device)
+                    (gradient,) = torch.autograd.grad(scores.gather(1, drawn).sum(), leaf[0])
+                found.append(gradient.square_())
+        finally:
+            handle.remove()
+        return torch.cat(found)
+
+    def _need_images(self) -> None:
+        if not self._batches:
+            raise CoraqError(
+                "this method needs calibration images and there are none", "Give --data-dir or --calib-dir."
+            )
+
     def _start_pass(self) -> None:
         self.close()
         self._passed.clear()
-        stops = [name for name in self._views if name not in self.committed]
-        self._engine = LockStep([self.teacher, self.student], self._batches, stops, self.memory_bytes, self._folder)
+        stops = [name for name in self._views if name not in self.committed] + self.grids.begin() + self._entries
+        streams = [self.teacher, self.student]
+        self._engine = LockStep(
+            streams, self._batches, stops, self.memory_bytes, self._folder, rewrite=self.grids.rewrite
+        )
         self.spilled = max(self.spilled, self._engine.spilled)
         self.passes += 1
         if self._engine.spilled and self.passes == 1:
@@ -175,10 +293,14 @@ class CalibrationTask:
             raise CoraqError(
                 f"the calibration pass ended without reaching layer {wanted}", "Please report the architecture."
             )
-        self._at = arrival.name
-        module = self.student.get_submodule(arrival.name)
-        blocks = partial(self._in_blocks, arrival.name)
-        self._stats = LayerStats(module, arrival, self.clock, self._rows_per_input, blocks)
+        self._at, self._arrival = arrival.name, arrival
+        start = time.perf_counter()
+        self.grids.arrive(arrival)
+        self.clock["activation grids"] += time.perf_counter() - start
+        if arrival.name in self._views:
+            module = self.student.get_submodule(arrival.name)
+            blocks = partial(self._in_blocks, arrival.name)
+            self._stats = LayerStats(module, arrival, self.clock, self._rows_per_input, blocks)
 
     def _in_blocks(self, name: str, blocks: int) -> None:
         """A layer's Gram is taken in blocks: say so, once."""
@@ -225,6 +347,7 @@ class CalibrationTask:
             raise CoraqError(
                 f"the method's result for layer {name} is invalid: {error}", "This is a fault of the method."
             ) from None
+        layer = replace(layer, input=self._input_grid(name, layer))
         if layer.bias is None and self.has_data:
             layer = self._gain(view, layer)
         layer = replace(layer, bias=self._bias(view, layer))
@@ -306,6 +429,12 @@ class CalibrationTask:
         ratio = torch.where(alive, wanted / torch.where(alive, found, 1.0), 1.0)
         return layer.scaled(ratio.sqrt().clamp(1 / MOST_GAIN, MOST_GAIN).float()[:, :, None])
 
+    def _input_grid(self, name: str, layer: QuantizedLayer) -> ActivationGrid | None:
+        """The grid of the layer's input: the method's own or the calibrated one."""
+        if layer.input is None and self.grids.site_of(name) is not None and self.grids.grid_of(name) is None:
+            self.stats(name)  # the engine calibrates it on the way
+        return self.grids.commit(name, layer.input)
+
     def _bias(self, view: LayerView, layer: QuantizedLayer) -> Tensor | None:
         """The committed bias: the method's own, or the one that makes the mean output right."""
         if layer.bias is not None or self.scheme.bias == "keep" or not self.has_data:
@@ -329,6 +458,8 @@ class CalibrationTask:
         signal = float((weight**2).sum())
         noise = float(((weight - layer.dequantize().double()) ** 2).sum())
         numbers: Metrics = {"bits": layer.weight.bits, "bytes": layer.size_bytes()}
+        if layer.input is not None:
+            numbers["act_bits"] = layer.input.bits
         if signal > 0 and noise > 0:
             numbers["weight_sqnr_db"] = 10 * math.log10(signal / noise)
         if view.name in self._blocks:
@@ -363,13 +494,18 @@ class CalibrationTask:
 
     def finish(self, method: str) -> None:
         """End the pass. Raises CoraqError if the method forgot a layer."""
-        self.close()
         missing = [name for name in self._views if name not in self.committed]
         if missing:
             raise CoraqError(
                 f"method {method} left {len(missing)} of {len(self._views)} layers unquantized, first {missing[0]}",
                 "A method must commit every layer of task.layers.",
             )
+        if self.grids.missing:  # outputs that no layer was asked for behind, or a run that was killed at its end
+            if self._engine is None:
+                self._start_pass()
+            while self.grids.missing:
+                self._step(self.grids.missing[0])
+        self.close()
 
     def release(self) -> None:
         """Free the calibration images and the student; what was committed and measured stays."""
@@ -381,7 +517,7 @@ class CalibrationTask:
         """Leave the running pass, if any."""
         if self._stats is not None:
             self._stats.current = False
-        self._stats, self._at = None, None
+        self._stats, self._at, self._arrival = None, None, None
         if self._engine is not None:
             self._engine.close()
             self._engine = None

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from coraq.config import Scheme
 from coraq.core.tensors import QuantizedLayer
+from coraq.errors import UsageError
+from coraq.errors import CoraqError
 from coraq.model.layers import LayerView
 
 if TYPE_CHECKING:
@@ -61,6 +63,12 @@ class OneLayer:
     def batches(self) -> Iterator[Tensor]:
         return self._task.batches()
 
+    def partition(self, granularity: str = "block", override: str | None = None) -> Sequence[Any]:
+        raise CoraqError(
+            "a method that works on blocks cannot make codes for a single layer",
+            "Take a base method that works layer by layer, such as comq.",
+        )
+
     def commit(self, name: str, layer: QuantizedLayer, **metrics: Any) -> None:
         self.result = layer
 
@@ -72,3 +80,11 @@ class OneLayer:
 
     def remember(self, key: str, compute: Any) -> Any:
         return compute()
+
+    def partition(self, *_: Any, **__: Any) -> Any:
+        raise UsageError(
+            "a method that reconstructs whole blocks cannot make the codes of one layer",
+            "Take a layerwise base, such as comq, gptq or rtn.",
+        )
+
+    blocks = property(partition)

@@ -144,26 +144,50 @@ def _read(file: BinaryIO, data: memoryview) -> None:
         data = data[count:]
 
 
+_OUTPUT = ":output"  # no module's path has a colon in it
+
+
+def output_stop(module: str) -> str:
+    """The name of the stop behind a module, where its output waits; a module's own name is the stop in front of it."""
+    return module + _OUTPUT
+
+
 class Arrival:
-    """All micro-batches of all streams, parked in front of one layer."""
+    """All micro-batches of all streams, parked in front of one layer, or behind a module.
+
+    `transforms` maps a stream to what its inputs go through before anybody sees them (activation quantization).
+    """
 
     def __init__(self, name: str, parked: list[list[_MicroBatch]]) -> None:
         self.name = name
+        self.transforms: dict[int, Callable[[Tensor], Tensor]] = {}
         self._parked = parked
         self.batch_size = parked[0][0].size
         self.images = sum(batch.size for batch in parked[0])
 
     def inputs(self, stream: int) -> Iterator[Tensor]:
         """The layer's input in each micro-batch of a stream; do not keep a tensor after the next is asked for."""
+        transform = self.transforms.get(stream, _as_it_is)
         for batch in self._parked[stream]:
-            yield from batch.visit()
+            for x in batch.visit():
+                yield transform(x)
 
-    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(input in the first stream, input in the second) of each micro-batch."""
+    @property
+    def sizes(self) -> list[int]:
+        """Images in each micro-batch."""
+        return [batch.size for batch in self._parked[0]]
+
+    def pairs(self, raw: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """(input in the first stream, input in the second) of each micro-batch; raw: as they wait, untransformed."""
+        left, right = (_as_it_is if raw else self.transforms.get(stream, _as_it_is) for stream in (0, 1))
         for first, second in zip(self._parked[0], self._parked[1], strict=True):
             for x in first.visit():
                 for y in second.visit():
-                    yield x, y
+                    yield left(x), right(y)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 class _MicroBatch:
@@ -224,9 +248,10 @@ class LockStep:
     Args:
         streams: networks in eval mode that take the same images; the same stops, under the same names.
         batches: micro-batches [n, channels, height, width], all on the networks' device.
-        stops: names of the modules to stop at.
+        stops: names of the modules to stop at, and `output_stop`s.
         memory_bytes: bound on live activations; None does not bound them.
         folder: where the activation files go if the bound asks for them; default: the system's temporary folder.
+        rewrite: (stream, stop, output) → what goes on from a stop behind a module.
     """
 
     def __init__(
@@ -236,11 +261,13 @@ class LockStep:
         stops: Sequence[str],
         memory_bytes: int | None = None,
         folder: Path | None = None,
+        rewrite: Callable[[int, str, Tensor], Tensor] | None = None,
     ) -> None:
         self._streams = list(streams)
-        self._stops = set(stops)
+        self._stops = sorted(set(stops))
+        self._rewrite = rewrite
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._handles = [self._hook(model, name) for model in self._streams for name in self._stops]
+        self._handles = [self._hook(index, name) for index in range(len(self._streams)) for name in self._stops]
         self.live_bytes_needed = 0
         resident = len(batches) * len(self._streams)
         if memory_bytes is not None and batches:
@@ -262,7 +289,7 @@ class LockStep:
                 self._batches[stream].append(_MicroBatch(model, images, spill))
                 count += 1
 
-    def _hook(self, model: nn.Module, name: str) -> Any:
+    def _hook(self, stream: int, name: str) -> Any:
         def park(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             me = getcurrent()
             seen = getattr(me, "coraq_seen", None)
@@ -271,6 +298,18 @@ class LockStep:
             seen.add(name)
             me.parent.switch((name, args[0] if args else next(iter(kwargs.values()))))
 
+        def park_behind(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            me = getcurrent()
+            seen = getattr(me, "coraq_seen", None)
+            if seen is None or name in seen:
+                return output
+            seen.add(name)
+            me.parent.switch((name, output))
+            return output if self._rewrite is None else self._rewrite(stream, name, output)
+
+        model = self._streams[stream]
+        if name.endswith(_OUTPUT):
+            return model.get_submodule(name.removesuffix(_OUTPUT)).register_forward_hook(park_behind)
         return model.get_submodule(name).register_forward_pre_hook(park, with_kwargs=True)
 
     def _measure(self, batches: Sequence[Tensor]) -> tuple[int, int]:

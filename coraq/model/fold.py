@@ -22,12 +22,11 @@ from torch.overrides import TorchFunctionMode
 
 from coraq.config import Frozen
 from coraq.errors import CoraqError
+from coraq.model.dataflow import METADATA, Dataflow, tensors_in, watch
 from coraq.model.layers import is_quantizable
 
 CONVOLUTIONS = {functional.conv1d, functional.conv2d, torch.conv1d, torch.conv2d}
 NORMS = {functional.batch_norm, torch.batch_norm}
-# Reading a property is not reading the values.
-_METADATA = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "element_size", "ndimension"}
 
 
 class Structure(Frozen):
@@ -46,11 +45,13 @@ class Trace(Frozen):
         order: quantizable layers that ran, by first call.
         outputs: output positions (rows of im2col patches) of each for one image.
         structure: what can be folded and must be materialised.
+        flow: which tensors the folded network makes, and who reads them (from `fold`).
     """
 
     order: list[str]
     outputs: dict[str, int]
     structure: Structure
+    flow: Dataflow | None = None
 
 
 class _Observer(TorchFunctionMode):
@@ -73,8 +74,8 @@ class _Observer(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") not in _METADATA:
-            for tensor in _tensors((args, kwargs)):
+        if getattr(func, "__name__", "") not in METADATA:
+            for tensor in tensors_in((args, kwargs)):
                 producer = self.produced.get(id(tensor))
                 if producer is not None:
                     self.readers[producer].append((func, self.stack[-1] if self.stack else ""))
@@ -83,16 +84,6 @@ class _Observer(TorchFunctionMode):
             self.weights.setdefault(self.stack[-1], weight.detach())
             self.conv_input_shape.setdefault(self.stack[-1], (args[0] if args else kwargs["input"]).shape)
         return func(*args, **kwargs)
-
-
-def _tensors(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 @torch.no_grad()
@@ -285,13 +276,14 @@ def fold(model: nn.Module, example: Tensor, tolerance: float = 1e-3) -> Trace:
     before = model(example)
     found, effective = trace(model, example)
     restructure(model, found.structure, effective)
-    error = relative_error(model(example), before)
+    after, flow = watch(model, example)
+    error = relative_error(after, before)
     if not error <= tolerance and not _error_in_float64(original, found.structure, example) <= tolerance:
         raise CoraqError(
             f"folding BatchNorm changed the network's output by {error:.1e} (relative), more than {tolerance:.0e}",
             "Please report the architecture: its forward pass reads a convolution in a way that coraq does not see.",
         )
-    return found
+    return found.model_copy(update={"flow": flow})
 
 
 def _error_in_float64(original: nn.Module, structure: Structure, example: Tensor) -> float:

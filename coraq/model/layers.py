@@ -29,6 +29,7 @@ class LayerView:
         kind: "conv", "depthwise" or "linear".
         kernel: (kh, kw); (1, 1) for Linear.
         macs: multiply-accumulates for one image.
+        act_bits: of its input, None where that is float.
     """
 
     name: str
@@ -39,6 +40,7 @@ class LayerView:
     kind: str
     kernel: tuple[int, int]
     macs: int
+    act_bits: int | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -47,7 +49,8 @@ class LayerView:
 
     def summary(self) -> dict[str, Any]:
         """The layer as plain values, without its tensors."""
-        return {"name": self.name, "kind": self.kind, "shape": list(self.shape), "bits": self.bits, "macs": self.macs}
+        values = {"name": self.name, "kind": self.kind, "shape": list(self.shape), "bits": self.bits, "macs": self.macs}
+        return values if self.act_bits is None else {**values, "act_bits": self.act_bits}
 
 
 def is_quantizable(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -23,6 +24,7 @@ from coraq.artifact.checkpoint import CheckpointInfo
 from coraq.config import Scheme
 from coraq.core import sampling
 from coraq.errors import CoraqError, UsageError
+from coraq.model.activations import ActivationRecord
 from coraq.model.calibration import CalibrationTask
 from coraq.model.fold import Trace, fold, relative_error
 from coraq.registry import REQUIRED, configure, make
@@ -72,6 +74,7 @@ def assert_conforms(
                     f"{case}: the output error, {error:.2g}, exceeds that at {min(bits)} bits, {coarse[key]:.2g}",
                     "Does the method build its grid from layer.bits?",
                 )
+    _check_activations(bench)
     _check_repeatable(bench)
     _check_resume(bench)
     _check_awkward(method, bench.options)
@@ -98,7 +101,7 @@ class _Outcome:
     student: nn.Module
     layers: dict[str, QuantizedLayer]
     given: list[tuple[str, QuantizedLayer, Metrics]] = field(default_factory=list)
-    checkpoint: bytes = b""
+    activations: dict[str, ActivationRecord] = field(default_factory=dict)
 
 
 class _WatchedTask(CalibrationTask):
@@ -170,10 +173,15 @@ class _Bench:
             ) from error
         world.check(task, f"{self.name}, {case}")
         layers = {name: task.committed[name][0] for name in self.found.order}
-        return _Outcome(task.student, layers, task.given)
+        return _Outcome(task.student, layers, task.given, task.activations)
 
     def write(self, outcome: _Outcome, path: Path, scheme: Scheme) -> bytes:
-        info = CheckpointInfo(architecture=ARCHITECTURE, structure=self.found.structure, scheme=scheme)
+        info = CheckpointInfo(
+            architecture=ARCHITECTURE,
+            structure=self.found.structure,
+            scheme=scheme,
+            activations=outcome.activations,
+        )
         write_checkpoint(path, outcome.student, outcome.layers, info)
         return path.read_bytes()
 
@@ -394,6 +402,37 @@ def _check_layer(view: LayerView, layer: QuantizedLayer, scheme: Scheme, where: 
         f"{where}: a zero point outside the codes' range",
         "Clamp it to 0 … 2**bits − 1, so that zero is on the grid.",
     )
+
+
+def _check_activations(bench: _Bench) -> None:
+    """Quantized activations, at layer inputs and everywhere: written, read back, and resumed after a kill."""
+    placements: tuple[Literal["inputs", "integer"], ...] = ("inputs", "integer")
+    for placement in placements:
+        scheme = Scheme(bits=4, act_bits=4, act_placement=placement)
+        case = f"activations at 4 bits ({placement})"
+        outcome = bench.run(scheme, bench.batches(), case)
+        _check_commits(bench, scheme, outcome, case)
+        images = random_images(8, seed=2)
+        with tempfile.TemporaryDirectory(prefix="coraq-conforms-") as temporary:
+            folder = RunFolder(Path(temporary) / "killed")
+            folder.open()
+            straight = bench.write(outcome, Path(temporary) / "straight.safetensors", scheme)
+            with torch.no_grad():
+                reloaded = load_checkpoint(Path(temporary) / "straight.safetensors").module(images)
+                _require(
+                    torch.equal(reloaded, outcome.student(images)),
+                    f"{bench.name}, {case}: the network that was written and read back gives other outputs",
+                    "Hand activation grids over as QuantizedLayer.input; do not change task.student yourself.",
+                )
+            with contextlib.suppress(_Killed):
+                bench.run(scheme, bench.batches(), case, folder, stop_after=len(bench.found.order) // 2)
+            resumed = bench.run(scheme, bench.batches(), case, folder)
+            folder.close()
+            _require(
+                bench.write(resumed, folder.checkpoint, scheme) == straight,
+                f"{bench.name}, {case}: resumed after a kill, the result differs from a straight run's",
+                "A layer's result may depend on task.stats, the layer and task.rng alone.",
+            )
 
 
 def _check_repeatable(bench: _Bench) -> None:

@@ -1,0 +1,345 @@
+"""BRECQ (arXiv 2102.05426) and QDrop (arXiv 2203.05740): least error of a block's output over its weights' roundings.
+
+Minimises `Σ (block(x̂) − y)²` over up or down for every weight of a block (AdaRound's rectified sigmoid), its biases
+and its activation steps; x̂ comes from the quantized prefix, y from the float network. The published settings are
+`-o preset=paper`. The default differs where measurement says so: codes start from GPTQ's rounding and COMQ's sweeps,
+learning is fast and short and shortens itself where the loss stops falling, and roundings and activation steps are
+learned together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+from torch.func import functional_call
+
+from coraq.api import (
+    ActivationGrid,
+    BlockData,
+    Field,
+    Granularity,
+    Grid,
+    LayerView,
+    MethodConfig,
+    QuantizedLayer,
+    Task,
+    mse_grid,
+    set_grid,
+)
+from coraq.core.rounding import descend, factorise, feedback, prepare, search
+from coraq.core.rounding import pack as pack_rounding
+from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at
+
+PAPER = {
+    "start": "nearest",
+    "trust": 0.0,
+    "iterations": 20000,
+    "lr": 1e-3,
+    "act_lr": 4e-5,
+    "bias_lr": 0.0,
+    "patience": 0,
+    "joint": False,
+    "guard": False,
+}
+NORM = 2.4  # of the nearest start's range search, as published
+
+
+class BRECQ:
+    """Minimises each block's output error over roundings, biases and activation steps, by gradient descent."""
+
+    name: ClassVar[str] = "brecq"
+    summary: ClassVar[str] = "learned rounding that preserves each block's output, activation steps learned"
+    version: ClassVar[str] = "1"
+    needs_data: ClassVar[bool] = True
+
+    class Config(MethodConfig):
+        preset: Literal["default", "paper"] = Field(
+            default="default", description="what the other options default to: coraq's choice, or the paper's"
+        )
+        granularity: Granularity = Field(default="block", description="unit whose output is preserved")
+        blocks: str | None = Field(
+            default=None, description="regular expression over module paths: those that match are units (see --dry-run)"
+        )
+        start: Literal["comq", "nearest"] = Field(
+            default="comq", description="base codes and scales: GPTQ's with COMQ's sweeps, or the nearest"
+        )
+        trust: float = Field(
+            default=0.5,
+            ge=0,
+            le=1,
+            description="where between the float weight (0, the paper) and its base code (1) a rounding starts",
+        )
+        iterations: int = Field(default=400, ge=1, description="at most so many steps for a unit")
+        batch: int = Field(default=32, ge=1, description="images in a step")
+        lr: float = Field(default=0.02, gt=0, description="learning rate of the rounding variables (Adam)")
+        bias_lr: float = Field(default=1e-3, ge=0, description="learning rate of biases, as a share of their spread")
+        act_lr: float = Field(default=2e-3, ge=0, description="learning rate of the logarithms of activation steps")
+        loss: Literal["mse", "fisher"] = Field(
+            default="mse", description="plain squared error, or weighted by the Fisher information at the output"
+        )
+        weight: float = Field(default=0.01, ge=0, description="weight of the regulariser (paper: 0.1 on MobileNetV2)")
+        warmup: float = Field(default=0.2, ge=0, lt=1, description="share of the steps before the regulariser acts")
+        patience: int = Field(
+            default=40,
+            ge=0,
+            description="the warm-up ends, and all is shortened alike, when the mean loss of so many steps is not 2 % "
+            "below that of as many before; 0: never",
+        )
+        joint: bool = Field(
+            default=True, description="learn roundings and activation steps together, or the steps afterwards"
+        )
+        drop: float = Field(
+            default=0.0,
+            ge=0,
+            lt=1,
+            description="share of activation elements and of block inputs that stay float in a step (QDrop: 0.5)",
+        )
+        guard: bool = Field(default=True, description="keep the base codes of a unit where they are better")
+
+        @model_validator(mode="before")
+        @classmethod
+        def _preset(cls, values: Any) -> Any:
+            if isinstance(values, dict) and values.get("preset") == "paper":
+                return {**PAPER, **values}
+            return values
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def quantize(self, task: Task) -> None:
+        views = {view.name: view for view in task.layers}
+        for unit in task.partition(self.config.granularity, self.config.blocks):
+            views |= {view.name: view for view in task.layers}  # a unit cut off by a kill comes back whole
+            data = task.block_io(unit)
+            try:
+                layers, metrics = _Unit(self.config, task, data, [views[name] for name in unit.layers]).solve()
+            finally:
+                data.close()
+            for name, layer in layers.items():
+                task.commit(name, layer, **metrics)
+
+
+class QDrop(BRECQ):
+    """BRECQ with roundings and activation steps learned together while half of the activations stay float."""
+
+    name: ClassVar[str] = "qdrop"
+    summary: ClassVar[str] = "learned rounding as brecq, half of the activations dropped to float while learning"
+    version: ClassVar[str] = "1"
+
+    class Config(BRECQ.Config):
+        drop: float = Field(
+            default=0.5,
+            ge=0,
+            lt=1,
+            description="share of activation elements and of block inputs that stay float in a step",
+        )
+
+        @model_validator(mode="before")
+        @classmethod
+        def _joint(cls, values: Any) -> Any:
+            if isinstance(values, dict) and values.get("preset") == "paper":
+                return {"joint": True, **values}  # QDrop's own paper learns them together
+            return values
+
+
+@dataclass
+class _Layer:
+    """One layer's variables."""
+
+    view: LayerView
+    rounding: SoftRounding
+    base: Tensor  # codes
+    bias: Tensor
+    start_bias: Tensor
+    shape: torch.Size
+
+
+@dataclass
+class _Unit:
+    """One unit's problem."""
+
+    config: BRECQ.Config
+    task: Task
+    data: BlockData
+    views: list[LayerView]
+    layers: dict[str, _Layer] = field(default_factory=dict)
+    steps: dict[str, LearnedGrid] = field(default_factory=dict)
+    final: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # codes and bias
+    grids: dict[str, ActivationGrid] = field(default_factory=dict)
+
+    def solve(self) -> tuple[dict[str, QuantizedLayer], dict[str, float]]:
+        """The unit's layers, and how well its output is preserved: errors relative to the output's energy."""
+        self._start()
+        before = self._error()
+        fisher = self.task.fisher(self.data.block) if self.config.loss == "fisher" else None
+        taken = self._learn(fisher, weights=True, steps=self.config.joint)
+        if self.steps and not self.config.joint:
+            taken += self._learn(fisher, weights=False, steps=True)
+        self._harden()
+        after = self._error()
+        if self.config.guard and not after <= before:
+            self._go_back()
+            after = before
+        return self._result(), {"block_error": after, "block_start_error": before, "iterations": taken}
+
+    def _start(self) -> None:
+        data, config = self.data, self.config
+        moments = data.moments(config.batch)
+        for view in self.views:
+            module, moment = data.layer(view.name), moments[view.name]
+            mean = moment.mean
+            covariance = moment.gram - mean[:, :, None] * mean[:, None, :]
+            keep = self.task.scheme.bias == "keep"
+            grid, codes = self._base(view, moment.gram if keep else covariance)
+            bias = torch.zeros(module.weight.shape[0]) if view.bias is None else view.bias.clone()
+            bias = bias.to(view.weight.device)
+            if not keep:  # the bias absorbs the mean of the rounding errors
+                rest = (view.weight - grid.values(codes)).double()
+                bias += torch.einsum("goi,gi->go", rest, mean).reshape(-1).float()
+            rounding = SoftRounding(view.weight, grid, codes, config.trust)
+            learned = not keep and config.bias_lr > 0
+            self.layers[view.name] = _Layer(
+                view, rounding, codes, bias.clone().requires_grad_(learned), bias, module.weight.shape
+            )
+            module.bias = torch.nn.Parameter(bias.clone(), requires_grad=False)
+        self._put_base()
+        for site in data.sites:
+            step = LearnedGrid(data.grids[site.name], config.drop, self.task.rng)
+            self.steps[site.name] = step
+
+    def _base(self, view: LayerView, gram: Tensor) -> tuple[Grid, Tensor]:
+        """Grid and base codes of a layer."""
+        scheme, weight = self.task.scheme, view.weight
+        if self.config.start == "nearest":
+            grid = mse_grid(weight, view.bits, scheme.symmetric, scheme.granularity, NORM)
+            return grid, grid.codes(weight)
+        grid = mse_grid(weight, view.bits, scheme.symmetric, scheme.granularity)
+        problem = prepare(weight, gram)
+        factor = factorise(problem, gram)
+        ranges = [grid.scaled(1.25 - 0.075 * i) for i in range(9)]
+        best = descend(problem, search(problem, (feedback(problem, factor, one) for one in ranges)), 4, tolerance=1e-3)
+        packed = pack_rounding(problem, best, grid)
+        zero = torch.full_like(packed.scale, 2 ** (view.bits - 1))
+        zero = zero if packed.zero_point is None else packed.zero_point.float()
+        return Grid(packed.scale, zero, view.bits, scheme.symmetric), packed.codes.float()
+
+    def _put_base(self) -> None:
+        """Base codes, starting biases and calibrated grids into the copy."""
+        for name, layer in self.layers.items():
+            self._put(name, layer.base, layer.start_bias)
+        self._set_grids({site.name: self.data.grids[site.name] for site in self.data.sites})
+
+    @torch.no_grad()
+    def _put(self, name: str, codes: Tensor, bias: Tensor) -> None:
+        layer, module = self.layers[name], self.data.layer(name)
+        module.weight.copy_(layer.rounding.grid.values(codes).reshape(layer.shape))
+        module.bias.copy_(bias)
+
+    def _set_grids(self, grids: dict[str, Any]) -> None:
+        for site in self.data.sites:
+            for reader in self.data.readers(site):
+                set_grid(reader, "input", grids[site.name])
+
+    @torch.no_grad()
+    def _error(self) -> float:
+        """Squared error of the copy's output as it is, over the energy of the wanted output about its mean."""
+        data, error, energy, total = self.data, 0.0, 0.0, 0.0
+        for start in range(0, data.rows, self.config.batch):
+            part = slice(start, start + self.config.batch)
+            wanted = data.teacher_output[part]
+            error += float((data.module(data.student_input[part].clone()) - wanted).square().sum(dtype=torch.float64))
+            energy += float(wanted.square().sum(dtype=torch.float64))
+            total += float(wanted.sum(dtype=torch.float64))
+        return error / max(energy - total**2 / data.teacher_output.numel(), 1e-30)
+
+    def _learn(self, fisher: Tensor | None, weights: bool, steps: bool) -> int:
+        """Gradient descent; returns the steps taken."""
+        config, data = self.config, self.data
+        groups: list[dict[str, Any]] = []
+        if weights:
+            groups.append({"params": [layer.rounding.alpha for layer in self.layers.values()], "lr": config.lr})
+            for layer in self.layers.values():
+                if layer.bias.requires_grad:
+                    spread = float(layer.start_bias.std(unbiased=False)) + 1e-3
+                    groups.append({"params": [layer.bias], "lr": config.bias_lr * spread})
+        if steps and self.steps and config.act_lr > 0:
+            groups.append({"params": [step.log_factor for step in self.steps.values()], "lr": config.act_lr})
+            self._set_grids(self.steps)
+        if not groups:
+            return 0
+        adam = torch.optim.Adam(groups)
+        size, total = min(config.batch, data.rows), config.iterations
+        warm = int(config.warmup * total)
+        weigh = None if fisher is None else fisher / fisher.mean().clamp(min=1e-30)
+        losses: list[float] = []
+        step = 0
+        while step < total:
+            rows = torch.randperm(data.rows, generator=self.task.rng)[:size]
+            x, wanted = data.student_input[rows], data.teacher_output[rows]
+            if config.drop:
+                keep = torch.empty_like(x).uniform_(generator=self.task.rng) < config.drop
+                x = torch.where(keep, data.teacher_input[rows], x)
+            got = functional_call(data.module, self._soft() if weights else self._hard(), (x,))
+            square = (got - wanted).square()
+            if weigh is not None:
+                square = square * weigh[rows]
+            loss = square.sum() / (square.numel() / square.shape[1])  # a sum over channels, as published
+            losses.append(float(loss.detach()))
+            if weights and step >= warm:
+                beta = beta_at((step - warm) / max(1, total - warm))
+                loss = loss + config.weight * sum(x.rounding.undecided(beta) for x in self.layers.values())
+            adam.zero_grad(set_to_none=True)
+            loss.backward()
+            adam.step()
+            step += 1
+            window = config.patience
+            if window and step < warm and step >= 2 * window and step % window == 0:
+                now, then = sum(losses[-window:]), sum(losses[-2 * window : -window])
+                if now > 0.98 * then:  # the warm-up is over; the rest keeps its share
+                    total, warm = max(step + 1, int(step / max(config.warmup, 1e-6))), step
+        return step
+
+    def _soft(self) -> dict[str, Tensor]:
+        """Parameters of the copy as they are being learned."""
+        found = {}
+        for name, layer in self.layers.items():
+            inner = self.data.block.inner(name)
+            path = inner + "." if inner else ""
+            found[path + "weight"] = layer.rounding.weight().reshape(layer.shape)
+            found[path + "bias"] = layer.bias
+        return found
+
+    def _hard(self) -> dict[str, Tensor]:
+        """Parameters of the copy on their final codes."""
+        found = self._soft()
+        for name, layer in self.layers.items():
+            inner = self.data.block.inner(name)
+            path = inner + ".weight" if inner else "weight"
+            found[path] = layer.rounding.grid.values(layer.rounding.codes()).reshape(layer.shape)
+        return {key: value.detach() for key, value in found.items()}
+
+    def _harden(self) -> None:
+        """The learned codes, biases and steps are the result, and go into the copy."""
+        self.final = {name: (layer.rounding.codes(), layer.bias.detach()) for name, layer in self.layers.items()}
+        self.grids = {name: step.result() for name, step in self.steps.items()}
+        for name, (codes, bias) in self.final.items():
+            self._put(name, codes, bias)
+        self._set_grids(self.grids)
+
+    def _go_back(self) -> None:
+        """The start is the result."""
+        self.final = {name: (layer.base, layer.start_bias) for name, layer in self.layers.items()}
+        self.grids = {site.name: self.data.grids[site.name] for site in self.data.sites}
+
+    def _result(self) -> dict[str, QuantizedLayer]:
+        inputs = {reader: self.grids[site.name] for site in self.data.sites for reader in site.readers}
+        layers = {}
+        for name, (codes, bias) in self.final.items():
+            weight = self.layers[name].rounding.grid.pack(codes)
+            given = None if self.task.scheme.bias == "keep" else bias.contiguous()
+            layers[name] = QuantizedLayer(weight, bias=given, input=inputs.get(name))
+        return layers

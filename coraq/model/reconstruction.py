@@ -1,0 +1,184 @@
+"""What a method that reconstructs block by block gets: one unit cut out, with its inputs and the wanted outputs."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coraq.core.gram import GramAccumulator, Moments
+from coraq.core.ranges import RangeSample
+from coraq.core.sampling import SampledMoments, positions_needed
+from coraq.core.tensors import ActivationGrid
+from coraq.model.activations import Site
+from coraq.model.blocks import Block
+from coraq.model.gridded import set_grid
+from coraq.model.layers import as_images
+
+CALIBRATED_ON = 64  # rows (images) that the grids inside a unit are calibrated on
+
+
+@dataclass
+class BlockData:
+    """One unit in front of which the engine stands.
+
+    Attributes:
+        block: its name and layers.
+        module: a copy of the unit in the student: float weights, the student's grids, nothing in place, no hooks.
+        student_input, teacher_input, teacher_output: [rows, …], rows are images (windows, in some networks).
+        sites: tensors with a grid that layers of the unit read, whose grid the unit may choose.
+        grids: grids of those sites as calibrated on the student's input with float weights, by site name.
+    """
+
+    block: Block
+    module: nn.Module
+    student_input: Tensor
+    teacher_input: Tensor
+    teacher_output: Tensor
+    sites: list[Site] = field(default_factory=list)
+    grids: dict[str, ActivationGrid] = field(default_factory=dict)
+    _folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def rows(self) -> int:
+        return int(self.student_input.shape[0])
+
+    def layer(self, name: str) -> Any:
+        """A layer of the copy, by its name in the network."""
+        return self.module.get_submodule(self.block.inner(name))
+
+    def readers(self, site: Site) -> list[Any]:
+        """The layers of the copy that read a site."""
+        return [self.layer(name) for name in site.readers if name in self.block.layers]
+
+    @torch.no_grad()
+    def moments(self, batch: int, rows_per_input: int = 64) -> dict[str, Moments]:
+        """Moments of what each layer reads in the copy as it is now."""
+        taken: dict[str, SampledMoments | GramAccumulator] = {}
+
+        def take(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                images, geometry = as_images(module, args[0])
+                if name not in taken:
+                    wanted = positions_needed(geometry, self.rows, rows_per_input) if rows_per_input else 0
+                    height, width = geometry.output_size(images.shape[2], images.shape[3])
+                    sampled = 0 < 2 * wanted < height * width
+                    taken[name] = (
+                        SampledMoments(geometry, wanted, images.device)
+                        if sampled
+                        else GramAccumulator(geometry, images.device)
+                    )
+                taken[name].add(images)
+
+            return hook
+
+        handles = [self.layer(name).register_forward_pre_hook(take(name)) for name in self.block.layers]
+        try:
+            for start in range(0, self.rows, batch):
+                self.module(self.student_input[start : start + batch].clone())
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: moments.result() for name, moments in taken.items()}
+
+    def close(self) -> None:
+        """Give the memory, or the files, back."""
+        self.student_input = self.teacher_input = self.teacher_output = torch.empty(0)
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def cut_out(student: nn.Module, block: Block) -> nn.Module:
+    """A copy of the unit that can be run and trained by itself."""
+    module = copy.deepcopy(student.get_submodule(block.module))
+    for part in module.modules():
+        part._forward_pre_hooks.clear()
+        part._forward_hooks.clear()
+        if getattr(part, "inplace", False):
+            part.inplace = False  # type: ignore[assignment]
+    return module.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def calibrate_inside(data: BlockData, outputs: Sequence[Site], range_: Any, percentile: float) -> None:
+    """Grids for the sites of a unit's copy, each on values that have passed the earlier ones; sets them in the copy."""
+    by_module: dict[nn.Module, tuple[Site, str]] = {}
+    for site in data.sites:
+        if site.name not in data.grids:
+            for reader in data.readers(site)[:1]:
+                by_module[reader] = (site, "input")
+    handles: list[Any] = []
+
+    def choose(site: Site, x: Tensor) -> ActivationGrid:
+        sample = RangeSample(1)
+        sample.add(x)
+        return sample.grid(site.bits, range_, percentile)
+
+    def at_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+        site = by_module[module][0]
+        data.grids[site.name] = choose(site, args[0])
+        for reader in data.readers(site):
+            set_grid(reader, "input", data.grids[site.name])
+
+    def at_output(site: Site) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            grid = choose(site, output)
+            set_grid(module, "output", grid)
+            return grid.round(output)
+
+        return hook
+
+    for module in by_module:
+        handles.append(module.register_forward_pre_hook(at_input))
+    for site in outputs:
+        assert site.producer is not None
+        inner = data.module.get_submodule(data.block.inner(site.producer))
+        handles.append(inner.register_forward_hook(at_output(site)))
+    try:
+        data.module(data.student_input[:CALIBRATED_ON].clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Collector:
+    """Rows of several tensors, micro-batch by micro-batch, in memory or, past the bound, in files."""
+
+    def __init__(self, images: int, memory_bytes: int | None, folder: Path | None) -> None:
+        self._images, self._bound, self._parent = images, memory_bytes, folder
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
+        self._stores: list[Tensor] = []
+        self._filled = 0
+
+    def add(self, tensors: Sequence[Tensor], images: int) -> None:
+        """The next rows of every tensor, which belong to `images` images."""
+        if not self._stores:
+            self._stores = list(self._allocate([t[:1] for t in tensors], len(tensors[0]) * self._images // images))
+        stop = self._filled + len(tensors[0])
+        for store, tensor in zip(self._stores, tensors, strict=True):
+            store[self._filled : stop] = tensor
+        self._filled = stop
+
+    def result(self) -> list[Tensor]:
+        return [store[: self._filled] for store in self._stores]
+
+    def _allocate(self, rows: Sequence[Tensor], count: int) -> Iterator[Tensor]:
+        needed = count * sum(row.numel() * row.element_size() for row in rows)
+        if self._bound is not None and needed > self._bound:
+            self.folder = tempfile.TemporaryDirectory(prefix="coraq-block-", dir=self._parent)
+        for index, row in enumerate(rows):
+            last = row.dim() == 4 and row.is_contiguous(memory_format=torch.channels_last)
+            shape = [count, *(row.permute(0, 2, 3, 1) if last else row).shape[1:]]
+            if self.folder is None:
+                store = torch.empty(shape, dtype=row.dtype, device=row.device)
+            else:
+                path = str(Path(self.folder.name) / f"{index}")
+                size = count * row.numel()
+                store = torch.from_file(path, shared=True, size=size, dtype=row.dtype).reshape(shape)
+            yield store.permute(0, 3, 1, 2) if last else store

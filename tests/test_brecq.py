@@ -1,0 +1,297 @@
+"""BRECQ and QDrop, against finite differences, enumeration, and their own start."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from coraq.config import Scheme
+from coraq.core.grid import mse_grid
+from coraq.core.ranges import grid_between
+from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at
+from coraq.errors import CoraqError
+from coraq.methods.brecq import BRECQ, QDrop
+from coraq.model.calibration import CalibrationTask
+from coraq.model.fold import fold
+from coraq.registry import configure
+from coraq.testing import random_images, randomise_batchnorm, small_network
+
+
+def rounding(start: str = "float", bits: int = 3, trust: float = 0.0) -> tuple[torch.Tensor, SoftRounding]:
+    weight = torch.randn(1, 6, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    grid = mse_grid(weight, bits, symmetric=False)
+    codes = None if start == "float" else (grid.codes(weight) + torch.randint(-1, 2, weight.shape)).clamp(0, grid.top)
+    return weight, SoftRounding(weight, grid, codes, trust)
+
+
+# ---------------------------------------------------------------- soft rounding
+
+
+def test_the_soft_weight_starts_at_the_float_weight() -> None:
+    weight, soft = rounding()
+    held = (weight - soft.grid.values(soft.floor)) / soft.grid.scale
+    inside = (held > 0.011) & (held < 0.989)
+    assert inside.float().mean() > 0.8
+    torch.testing.assert_close(soft.weight()[inside], weight[inside])
+
+
+def test_hard_rounding_moves_no_code_by_more_than_one_from_the_floor_or_the_base() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for trust in (0.0, 0.5, 1.0):
+        _, soft = rounding("codes", trust=trust)
+        base = soft.floor.clone()
+        started = soft.codes()
+        with torch.no_grad():
+            soft.alpha.add_(5 * torch.randn(soft.alpha.shape, generator=generator))
+        codes = soft.codes()
+        assert ((codes - soft.floor) >= 0).all()
+        assert ((codes - soft.floor) <= 1).all()
+        assert ((codes - started).abs() <= 1).all()
+        assert int(codes.min()) >= 0
+        assert int(codes.max()) <= soft.grid.top
+        assert torch.equal(base, soft.floor)
+
+
+def test_rounding_starts_at_its_base_codes() -> None:
+    """With half trust, a start within one step of the float weight is kept until something is learned."""
+    weight, _ = rounding()
+    grid = mse_grid(weight, 3, symmetric=False)
+    base = grid.codes(weight)
+    other = torch.where(weight / grid.scale + grid.zero > base, base + 1, base - 1).clamp(0, grid.top)  # the far side
+    for codes in (base, other):
+        assert torch.equal(SoftRounding(weight, grid, codes, 0.75).codes(), codes)
+
+
+def test_gradients_of_the_soft_rounding_are_those_of_finite_differences() -> None:
+    _, soft = rounding()
+    with torch.no_grad():
+        soft.alpha.clamp_(-2, 2)  # where the rectified sigmoid is clipped it has no derivative
+    torch.manual_seed(0)
+    target = torch.randn_like(soft.alpha)
+
+    def loss(alpha: torch.Tensor, beta: float) -> torch.Tensor:
+        soft.alpha = alpha
+        return ((soft.weight() - target) ** 2).sum() + 0.3 * soft.undecided(beta)
+
+    for beta in (2.0, 7.5):
+        alpha = soft.alpha.detach().clone().requires_grad_(True)
+        assert torch.autograd.gradcheck(lambda a, beta=beta: loss(a, beta), (alpha,), eps=1e-6, atol=1e-5)
+
+
+def test_the_regulariser_is_zero_only_where_all_is_decided() -> None:
+    _, soft = rounding()
+    assert float(soft.undecided(beta_at(0.0)).detach()) > 1
+    with torch.no_grad():
+        soft.alpha.copy_(torch.where(soft.alpha >= 0, 9.0, -9.0))
+    assert float(soft.undecided(beta_at(1.0)).detach()) == 0
+    assert beta_at(0.0) == 20
+    assert beta_at(1.0) == beta_at(2.0) == 2
+
+
+# ---------------------------------------------------------------- learned steps
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_step_s_gradient_is_lsq_s(signed: bool) -> None:
+    """Σ of q − x/s inside the range and of the bound outside, times 1/√(N·Qp)."""
+    grid = grid_between(-1.0 if signed else 0.0, 2.0, 3, signed)
+    learned = LearnedGrid(grid)
+    x = torch.linspace(-3, 4, 200, requires_grad=True)
+    learned(x).sum().backward()
+    low, high = grid.low - grid.zero_point, grid.high - grid.zero_point
+    unit = x.detach() / grid.scale
+    level = unit.round().clamp(low, high)
+    outside = (unit < low - 0.5) | (unit > high + 0.5)
+    expected = torch.where(outside, level, level - unit).sum() / math.sqrt(200 * high) * grid.scale
+    assert learned.log_factor.grad is not None
+    torch.testing.assert_close(learned.log_factor.grad, expected)
+    assert x.grad is not None
+    assert torch.equal(x.grad == 0, outside)
+
+
+def test_a_learned_step_stays_positive_and_starts_at_the_grid() -> None:
+    grid = grid_between(0.0, 2.0, 4, False)
+    learned = LearnedGrid(grid)
+    x = torch.rand(50) * 3
+    assert torch.equal(learned(x).detach(), grid.round(x))
+    assert learned.result() == grid
+    with torch.no_grad():
+        learned.log_factor.fill_(-30)
+    assert learned.result().scale > 0
+
+
+def test_dropping_keeps_the_wanted_share_float() -> None:
+    grid = grid_between(0.0, 2.0, 2, False)
+    x = torch.rand(4000) * 2
+    learned = LearnedGrid(grid, 0.5, torch.Generator().manual_seed(0))
+    kept = (learned(x).detach() == x).float().mean()
+    assert 0.45 < float(kept) < 0.55
+    assert not torch.equal(learned(x), learned(x))
+
+
+# ---------------------------------------------------------------- the method
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model("resnet18", num_classes=10, layers=[1, 1, 1, 1], channels=[8, 8, 16, 16])
+    randomise_batchnorm(model.eval(), torch.Generator().manual_seed(1), random_images(8, 32))
+    return model
+
+
+def solved(method: Any, scheme: Scheme, model: nn.Module, size: int = 32, **options: Any) -> CalibrationTask:
+    found = fold(model, random_images(2, size))
+    task = CalibrationTask(model, found, scheme, list(random_images(24, size, seed=3).split(8)), seed=5)
+    method(configure(method, options)).quantize(task)
+    task.finish(method.name)
+    return task
+
+
+def metrics(task: CalibrationTask, key: str) -> dict[str, float]:
+    return {name: float(numbers[key]) for name, (_, numbers) in task.committed.items()}
+
+
+@pytest.mark.parametrize("method", [BRECQ, QDrop])
+@pytest.mark.parametrize("act_bits", [None, 4])
+def test_a_block_never_ends_worse_than_its_start_and_one_pass_does(method: Any, act_bits: int | None) -> None:
+    task = solved(method, Scheme(bits=3, act_bits=act_bits), resnet(), iterations=40, start="nearest")
+    start, end = metrics(task, "block_start_error"), metrics(task, "block_error")
+    assert all(end[name] <= start[name] for name in start)
+    assert sum(end[name] < 0.98 * start[name] for name in start) > len(start) // 3
+    assert task.passes == 1
+
+
+def test_the_committed_student_has_the_block_error_that_was_reported() -> None:
+    """What is measured on the cached data is what the engine's own student does."""
+    scheme = Scheme(bits=3, act_bits=4)
+    task = solved(BRECQ, scheme, resnet(), iterations=20)
+    outputs = []
+    for network in (task.teacher, task.student):
+        got: list[torch.Tensor] = []
+        handle = network.get_submodule("layer2").register_forward_hook(lambda m, a, y, got=got: got.append(y.clone()))
+        for x in task.batches():
+            network(x)
+        handle.remove()
+        outputs.append(torch.cat(got).double())
+    wanted, found = outputs
+    error = (found - wanted).square().sum() / (wanted - wanted.mean()).square().sum()
+    reported = metrics(task, "block_error")["layer2.0.conv1"]
+    assert float(error) == pytest.approx(reported, rel=1e-3)
+
+
+def test_layers_that_read_one_tensor_get_one_learned_grid() -> None:
+    task = solved(BRECQ, Scheme(bits=4, act_bits=4), resnet(), iterations=30, act_lr=0.05, guard=False)
+    first, second = (task.quantized[name].input for name in ("layer2.0.conv1", "layer2.0.downsample.0"))
+    assert first is not None
+    assert first == second
+    plain = solved(BRECQ, Scheme(bits=4, act_bits=4), resnet(), iterations=30, act_lr=0, guard=False)
+    assert plain.quantized["layer2.0.conv1"].input != first
+
+
+class OneLinear(nn.Module):
+    """A block of one small linear layer whose roundings can all be tried."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = nn.Linear(6, 2, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.mean((2, 3)).repeat(1, 2) * torch.tensor([1.0, 2, 3, 1.5, -2, 0.5]) + x[:, 0, 0, :6])
+
+
+@pytest.mark.parametrize("start", ["nearest", "comq"])
+def test_a_single_linear_layer_is_solved_as_by_enumeration(start: str) -> None:
+    model = OneLinear().eval()
+    found = fold(model, random_images(2, 8))
+    scheme = Scheme(bits=2, first_bits=None, last_bits=None, bias="keep", gain="keep")
+    task = CalibrationTask(model, found, scheme, list(random_images(64, 8, seed=3).split(32)), seed=5)
+    options = {"iterations": 600, "start": start, "batch": 64, "lr": 0.02, "trust": 0.0, "patience": 0}
+    data = task.block_io(task.partition()[0])
+    base = BRECQ(configure(BRECQ, {**options, "iterations": 1}))
+    inputs, wanted = data.student_input, data.teacher_output
+    BRECQ(configure(BRECQ, options)).quantize(task)
+    task.finish("brecq")
+    chosen = task.quantized["layer"].weight
+    del base
+
+    def error(codes: torch.Tensor, row: int) -> float:
+        zero = 2.0 if chosen.zero_point is None else chosen.zero_point[0, row].float()
+        weight = (codes - zero) * chosen.scale[0, row]
+        return float((inputs @ weight - wanted[:, row]).square().sum())
+
+    for row in range(2):
+        zero = 2.0 if chosen.zero_point is None else chosen.zero_point[0, row].float()
+        unit = model.layer.weight[row].detach() / chosen.scale[0, row] + zero
+        lower = unit.floor().clamp(0, 2) if start == "nearest" else None
+        pairs = []
+        for i in range(6):
+            code = int(chosen.codes[0, row, i])
+            pairs.append([int(lower[i]), int(lower[i]) + 1] if lower is not None else [max(code - 1, 0), code])
+        best = min(error(torch.tensor(codes, dtype=torch.float32), row) for codes in itertools.product(*pairs))
+        assert error(chosen.codes[0, row].float(), row) <= 1.10 * best + 1e-9
+
+
+def test_the_warm_up_ends_where_the_loss_stops_falling() -> None:
+    long = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=0)
+    short = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=5)
+    assert set(metrics(long, "iterations").values()) == {200}
+    taken = metrics(short, "iterations")
+    assert max(taken.values()) <= 200
+    assert min(taken.values()) < 100
+
+
+def test_the_paper_s_preset_is_the_paper_s() -> None:
+    config = configure(BRECQ, {"preset": "paper"})
+    assert (config.iterations, config.lr, config.start, config.trust) == (20000, 1e-3, "nearest", 0)  # type: ignore[attr-defined]
+    assert configure(BRECQ, {"preset": "paper", "iterations": 7}).iterations == 7  # type: ignore[attr-defined]
+    assert configure(QDrop, {"preset": "paper"}).drop == 0.5  # type: ignore[attr-defined]
+    assert configure(QDrop, {"preset": "paper"}).joint  # type: ignore[attr-defined]
+
+
+def test_fisher_information_is_that_of_the_float_network_and_changes_the_result() -> None:
+    model = resnet()
+    task = CalibrationTask(model, fold(model, random_images(2, 32)), Scheme(), [random_images(6, 32)], seed=1)
+    units = task.partition()
+    head = units[-1]
+    weigh = task.fisher(head)
+    assert weigh.shape == (6, 10)
+    # at the logits the gradient of a drawn label's log-probability is one-hot minus the softmax
+    probability = model(random_images(6, 32)).softmax(1)
+    error = weigh[:, None] - (torch.eye(10)[None] - probability[:, None]).square()
+    assert float(error.abs().amax(2).amin(1).max()) < 1e-5
+    task.close()
+    plain = solved(BRECQ, Scheme(bits=2), resnet(), iterations=30, guard=False)
+    other = solved(BRECQ, Scheme(bits=2), resnet(), iterations=30, guard=False, loss="fisher")
+    assert any(
+        not torch.equal(plain.quantized[name].weight.codes, other.quantized[name].weight.codes)
+        for name in plain.quantized
+    )
+
+
+def test_block_data_past_the_memory_bound_waits_in_files(tmp_path: Any) -> None:
+    def codes(bound: int | None) -> list[torch.Tensor]:
+        model = small_network()
+        found = fold(model, random_images(2))
+        batches = list(random_images(12, seed=3).split(4))
+        task = CalibrationTask(model, found, Scheme(bits=3), batches, memory_bytes=bound, folder=tmp_path)
+        BRECQ(configure(BRECQ, {"iterations": 5})).quantize(task)
+        task.finish("brecq")
+        return [layer.weight.codes for layer in task.quantized.values()]
+
+    for one, other in zip(codes(None), codes(1), strict=True):
+        assert torch.equal(one, other)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_block_method_needs_images() -> None:
+    model = small_network()
+    task = CalibrationTask(model, fold(model, random_images(2)), Scheme(), [])
+    with pytest.raises(CoraqError, match="needs calibration images"):
+        BRECQ(configure(BRECQ, {})).quantize(task)
