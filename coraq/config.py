@@ -113,6 +113,10 @@ class Scheme(Frozen):
             resolved[name] = own
         return resolved
 
+    def overrides_layer(self, name: str) -> bool:
+        """Whether an override says this layer's bits."""
+        return any(re.fullmatch(pattern, name) for pattern in self.overrides)
+
     def unmatched(self, names: list[str]) -> list[str]:
         """The overrides that no name matches."""
         return [pattern for pattern in self.overrides if not any(re.fullmatch(pattern, name) for name in names)]

@@ -28,6 +28,7 @@ from coraq.api import (
     LowRank,
     MethodConfig,
     QuantizedLayer,
+    Scheme,
     SearchLayer,
     Task,
     adapter,
@@ -44,7 +45,9 @@ PAPER: dict[str, Any] = {
     "base": "rtn",
     "base_options": {"clip": "sigma", "k": 5.0},
     "granularity": "tensor",
+    "budget": 0.05,
     "spend": "ranks",
+    "edges": "keep",
     "form": "plain",
     "start": "uniform",
     "iterations": 250,
@@ -89,12 +92,21 @@ class CoRa:
             default="scheme", description="of the base's grid: as the scheme says, or one scale per tensor (the paper)"
         )
         budget: float = Field(
-            default=0.05, ge=0, le=1, description="bytes for each weight of the network, on top of the codes"
+            default=0.0,
+            ge=0,
+            le=1,
+            description="bytes for each weight of the network, beyond those of uniform codes; 0: the same size, shared "
+            "out better (the paper: 0.05)",
         )
         spend: Literal["auto", "ranks", "bits"] = Field(
             default="auto",
             description="what the budget buys: adapters (ranks), more bits for the most sensitive layers (bits), or "
             "whichever saves more for its bytes, layer by layer (auto)",
+        )
+        edges: Literal["share", "keep"] = Field(
+            default="share",
+            description="first and last layer: their bytes are shared out like all others', or they keep their bits "
+            "(a layer with an --override always does)",
         )
         form: Literal["exact", "approximate", "plain"] = Field(
             default="exact",
@@ -158,6 +170,9 @@ class CoRa:
     # -- the plan: bits and ranks of all layers
 
     def _plan(self, task: Task) -> dict[str, list[int]]:
+        if not self.config.budget and all(min(self._widths(layer, task.scheme)) == layer.bits for layer in task.layers):
+            task.note("cora has no bytes to share out here (-o budget=0.05 gives it some): the codes are the base's")
+            return {layer.name: [layer.bits, 0] for layer in task.layers}
         seen = self._look(task)
         plan = self._closed_form(task, seen)
         if self.config.spend == "ranks" and self.config.iterations:
@@ -182,7 +197,7 @@ class CoRa:
         config = self.config
         images = _first(task, FISHER_IMAGES)
         kl = kl_of_errors(task.teacher, {s.layer.name: s.delta for s in seen}, images, task.rng)
-        pairs = [self._pairs(s) for s in seen]
+        pairs = [self._pairs(s, task.scheme) for s in seen]
         layers = []
         for s, options in zip(seen, pairs, strict=True):
             left = torch.ones(1, dtype=torch.float64) if s.found is None else s.found.left()
@@ -201,12 +216,19 @@ class CoRa:
         taken = allocate(layers, budget)
         return {s.layer.name: list(options[i]) for s, options, i in zip(seen, pairs, taken, strict=True)}
 
-    def _pairs(self, s: _Seen) -> list[tuple[int, int]]:
+    def _pairs(self, s: _Seen, scheme: Scheme) -> list[tuple[int, int]]:
         """The (bits, rank) that a layer may get."""
-        own = s.layer.bits
-        widths = range(max(2, own - 1), 9) if self.config.spend != "ranks" and own < 8 else [own]
-        most = 0 if s.found is None else s.found.energy.shape[1]
-        return [(bits, rank) for bits in widths for rank in range(most + 1)]
+        # what 8-bit codes leave says nothing of what fewer would, but for its size
+        most = 0 if s.found is None or s.layer.bits != scheme.bits else s.found.energy.shape[1]
+        return [(bits, rank) for bits in self._widths(s.layer, scheme) for rank in range(most + 1)]
+
+    def _widths(self, layer: LayerView, scheme: Scheme) -> Sequence[int]:
+        """The bits that a layer may get: from one below the scheme's, so that some can pay for others, up to 8."""
+        own = layer.bits
+        keeps = scheme.overrides_layer(layer.name) or (own != scheme.bits and self.config.edges == "keep")
+        if self.config.spend == "ranks" or keeps:
+            return [own]
+        return range(max(2, min(own, scheme.bits) - 1), 9)
 
     def _search(self, task: Task, seen: Sequence[_Seen], plan: dict[str, list[int]]) -> dict[str, list[int]]:
         """The paper's search, from cutoffs of the plan's ranks or 0.9."""

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from coraq.config import Scheme
 from coraq.core.tensors import QuantizedLayer
-from coraq.errors import UsageError
 from coraq.errors import CoraqError
 from coraq.model.layers import LayerView
 
@@ -80,11 +79,3 @@ class OneLayer:
 
     def remember(self, key: str, compute: Any) -> Any:
         return compute()
-
-    def partition(self, *_: Any, **__: Any) -> Any:
-        raise UsageError(
-            "a method that reconstructs whole blocks cannot make the codes of one layer",
-            "Take a layerwise base, such as comq, gptq or rtn.",
-        )
-
-    blocks = property(partition)
