@@ -488,7 +488,7 @@ class Quantized(NamedTuple):
 
 def quantize(
     model: nn.Module | str,
-    method: str = "comq",
+    method: str = "cora",
     bits: int = 4,
     data: Tensor | Iterable[Any] | None = None,
     *,
