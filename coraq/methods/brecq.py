@@ -37,6 +37,7 @@ from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at
 PAPER = {
     "start": "nearest",
     "trust": 0.0,
+    "weight": 0.01,
     "iterations": 20000,
     "lr": 1e-3,
     "act_lr": 4e-5,
@@ -46,6 +47,7 @@ PAPER = {
     "guard": False,
 }
 TRAVEL = 20.0  # learning rate times steps, as published
+MOST_LR = 0.1
 NORM = 2.4  # of the nearest start's range search, as published
 
 
@@ -54,7 +56,7 @@ class BRECQ:
 
     name: ClassVar[str] = "brecq"
     summary: ClassVar[str] = "learned rounding that preserves each block's output, activation steps learned"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     needs_data: ClassVar[bool] = True
 
     class Config(MethodConfig):
@@ -69,7 +71,7 @@ class BRECQ:
             default="comq", description="base codes and scales: GPTQ's with COMQ's sweeps, or the nearest"
         )
         trust: float = Field(
-            default=0.5,
+            default=0.75,
             ge=0,
             le=1,
             description="where between the float weight (0, the paper) and its base code (1) a rounding starts",
@@ -80,14 +82,16 @@ class BRECQ:
             default=None,
             gt=0,
             description="learning rate of the rounding variables (Adam); default: 20 over the number of steps, as in "
-            "the paper: a variable needs the way to be decided, however few the steps",
+            "the paper, and at most 0.1: a variable needs the way to be decided, however few the steps",
         )
         bias_lr: float = Field(default=1e-3, ge=0, description="learning rate of biases, as a share of their spread")
         act_lr: float = Field(default=2e-3, ge=0, description="learning rate of the logarithms of activation steps")
         loss: Literal["mse", "fisher"] = Field(
             default="mse", description="plain squared error, or weighted by the Fisher information at the output"
         )
-        weight: float = Field(default=0.01, ge=0, description="weight of the regulariser (paper: 0.1 on MobileNetV2)")
+        weight: float = Field(
+            default=0.1, ge=0, description="weight of the regulariser (paper: 0.01, 0.1 on MobileNetV2)"
+        )
         warmup: float = Field(default=0.2, ge=0, lt=1, description="share of the steps before the regulariser acts")
         patience: int = Field(
             default=40,
@@ -134,7 +138,7 @@ class QDrop(BRECQ):
 
     name: ClassVar[str] = "qdrop"
     summary: ClassVar[str] = "learned rounding as brecq, half of the activations dropped to float while learning"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     class Config(BRECQ.Config):
         drop: float = Field(
@@ -194,7 +198,7 @@ class Unit:
 
     @property
     def lr(self) -> float:
-        return self.config.lr or TRAVEL / self.config.iterations
+        return self.config.lr or min(MOST_LR, TRAVEL / self.config.iterations)
 
     def start(self) -> None:
         """Base codes, biases and grids into the copy; the variables that are learned start there."""
