@@ -3,7 +3,7 @@
 Minimises `Σ (block(x̂) − y)²` over up or down for every weight of a block (AdaRound's rectified sigmoid), its biases
 and its activation steps; x̂ comes from the quantized prefix, y from the float network. The published settings are
 `-o preset=paper`. The default differs where measurement says so: codes start from GPTQ's rounding and COMQ's sweeps,
-learning is fast and short and shortens itself where the loss stops falling, and roundings and activation steps are
+learning is short and shortens itself where the loss stops falling, and roundings and activation steps are
 learned together.
 """
 
@@ -37,6 +37,7 @@ from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at
 PAPER = {
     "start": "nearest",
     "trust": 0.0,
+    "weight": 0.01,
     "iterations": 20000,
     "lr": 1e-3,
     "act_lr": 4e-5,
@@ -45,6 +46,8 @@ PAPER = {
     "joint": False,
     "guard": False,
 }
+TRAVEL = 20.0  # learning rate times steps, as published
+MOST_LR = 0.1
 NORM = 2.4  # of the nearest start's range search, as published
 
 
@@ -53,7 +56,7 @@ class BRECQ:
 
     name: ClassVar[str] = "brecq"
     summary: ClassVar[str] = "learned rounding that preserves each block's output, activation steps learned"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     needs_data: ClassVar[bool] = True
 
     class Config(MethodConfig):
@@ -68,20 +71,27 @@ class BRECQ:
             default="comq", description="base codes and scales: GPTQ's with COMQ's sweeps, or the nearest"
         )
         trust: float = Field(
-            default=0.5,
+            default=0.75,
             ge=0,
             le=1,
             description="where between the float weight (0, the paper) and its base code (1) a rounding starts",
         )
         iterations: int = Field(default=400, ge=1, description="at most so many steps for a unit")
         batch: int = Field(default=32, ge=1, description="images in a step")
-        lr: float = Field(default=0.02, gt=0, description="learning rate of the rounding variables (Adam)")
+        lr: float | None = Field(
+            default=None,
+            gt=0,
+            description="learning rate of the rounding variables (Adam); default: 20 over the number of steps, as in "
+            "the paper, and at most 0.1: a variable needs the way to be decided, however few the steps",
+        )
         bias_lr: float = Field(default=1e-3, ge=0, description="learning rate of biases, as a share of their spread")
         act_lr: float = Field(default=2e-3, ge=0, description="learning rate of the logarithms of activation steps")
         loss: Literal["mse", "fisher"] = Field(
             default="mse", description="plain squared error, or weighted by the Fisher information at the output"
         )
-        weight: float = Field(default=0.01, ge=0, description="weight of the regulariser (paper: 0.1 on MobileNetV2)")
+        weight: float = Field(
+            default=0.1, ge=0, description="weight of the regulariser (paper: 0.01, 0.1 on MobileNetV2)"
+        )
         warmup: float = Field(default=0.2, ge=0, lt=1, description="share of the steps before the regulariser acts")
         patience: int = Field(
             default=40,
@@ -116,7 +126,7 @@ class BRECQ:
             views |= {view.name: view for view in task.layers}  # a unit cut off by a kill comes back whole
             data = task.block_io(unit)
             try:
-                layers, metrics = _Unit(self.config, task, data, [views[name] for name in unit.layers]).solve()
+                layers, metrics = Unit(self.config, task, data, [views[name] for name in unit.layers]).solve()
             finally:
                 data.close()
             for name, layer in layers.items():
@@ -128,7 +138,7 @@ class QDrop(BRECQ):
 
     name: ClassVar[str] = "qdrop"
     summary: ClassVar[str] = "learned rounding as brecq, half of the activations dropped to float while learning"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     class Config(BRECQ.Config):
         drop: float = Field(
@@ -159,7 +169,7 @@ class _Layer:
 
 
 @dataclass
-class _Unit:
+class Unit:
     """One unit's problem."""
 
     config: BRECQ.Config
@@ -173,7 +183,7 @@ class _Unit:
 
     def solve(self) -> tuple[dict[str, QuantizedLayer], dict[str, float]]:
         """The unit's layers, and how well its output is preserved: errors relative to the output's energy."""
-        self._start()
+        self.start()
         before = self._error()
         fisher = self.task.fisher(self.data.block) if self.config.loss == "fisher" else None
         taken = self._learn(fisher, weights=True, steps=self.config.joint)
@@ -186,7 +196,12 @@ class _Unit:
             after = before
         return self._result(), {"block_error": after, "block_start_error": before, "iterations": taken}
 
-    def _start(self) -> None:
+    @property
+    def lr(self) -> float:
+        return self.config.lr or min(MOST_LR, TRAVEL / self.config.iterations)
+
+    def start(self) -> None:
+        """Base codes, biases and grids into the copy; the variables that are learned start there."""
         data, config = self.data, self.config
         moments = data.moments(config.batch)
         for view in self.views:
@@ -244,6 +259,10 @@ class _Unit:
             for reader in self.data.readers(site):
                 set_grid(reader, "input", grids[site.name])
 
+    def use_learned_grids(self) -> None:
+        """The copy's activation steps are the ones being learned."""
+        self._set_grids(self.steps)
+
     @torch.no_grad()
     def _error(self) -> float:
         """Squared error of the copy's output as it is, over the energy of the wanted output about its mean."""
@@ -258,43 +277,28 @@ class _Unit:
 
     def _learn(self, fisher: Tensor | None, weights: bool, steps: bool) -> int:
         """Gradient descent; returns the steps taken."""
-        config, data = self.config, self.data
+        config = self.config
         groups: list[dict[str, Any]] = []
         if weights:
-            groups.append({"params": [layer.rounding.alpha for layer in self.layers.values()], "lr": config.lr})
+            groups.append({"params": [layer.rounding.alpha for layer in self.layers.values()], "lr": self.lr})
             for layer in self.layers.values():
                 if layer.bias.requires_grad:
                     spread = float(layer.start_bias.std(unbiased=False)) + 1e-3
                     groups.append({"params": [layer.bias], "lr": config.bias_lr * spread})
         if steps and self.steps and config.act_lr > 0:
             groups.append({"params": [step.log_factor for step in self.steps.values()], "lr": config.act_lr})
-            self._set_grids(self.steps)
+            self.use_learned_grids()
         if not groups:
             return 0
         adam = torch.optim.Adam(groups)
-        size, total = min(config.batch, data.rows), config.iterations
+        total = config.iterations
         warm = int(config.warmup * total)
         weigh = None if fisher is None else fisher / fisher.mean().clamp(min=1e-30)
         losses: list[float] = []
         step = 0
         while step < total:
-            rows = torch.randperm(data.rows, generator=self.task.rng)[:size]
-            x, wanted = data.student_input[rows], data.teacher_output[rows]
-            if config.drop:
-                keep = torch.empty_like(x).uniform_(generator=self.task.rng) < config.drop
-                x = torch.where(keep, data.teacher_input[rows], x)
-            got = functional_call(data.module, self._soft() if weights else self._hard(), (x,))
-            square = (got - wanted).square()
-            if weigh is not None:
-                square = square * weigh[rows]
-            loss = square.sum() / (square.numel() / square.shape[1])  # a sum over channels, as published
-            losses.append(float(loss.detach()))
-            if weights and step >= warm:
-                beta = beta_at((step - warm) / max(1, total - warm))
-                loss = loss + config.weight * sum(x.rounding.undecided(beta) for x in self.layers.values())
-            adam.zero_grad(set_to_none=True)
-            loss.backward()
-            adam.step()
+            beta = beta_at((step - warm) / max(1, total - warm)) if weights and step >= warm else None
+            losses.append(self.step(adam, weights, beta, weigh))
             step += 1
             window = config.patience
             if window and step < warm and step >= 2 * window and step % window == 0:
@@ -302,6 +306,27 @@ class _Unit:
                 if now > 0.98 * then:  # the warm-up is over; the rest keeps its share
                     total, warm = max(step + 1, int(step / max(config.warmup, 1e-6))), step
         return step
+
+    def step(self, adam: torch.optim.Optimizer, weights: bool, beta: float | None, weigh: Tensor | None) -> float:
+        """One step on a fresh batch, with the regulariser if `beta` is given; returns the loss without it."""
+        config, data = self.config, self.data
+        rows = torch.randperm(data.rows, generator=self.task.rng)[: config.batch]
+        x, wanted = data.student_input[rows], data.teacher_output[rows]
+        if config.drop:
+            keep = torch.empty_like(x).uniform_(generator=self.task.rng) < config.drop
+            x = torch.where(keep, data.teacher_input[rows], x)
+        got = functional_call(data.module, self._soft() if weights else self._hard(), (x,))
+        square = (got - wanted).square()
+        if weigh is not None:
+            square = square * weigh[rows]
+        loss = square.sum() / (square.numel() / square.shape[1])  # a sum over channels, as published
+        found = float(loss.detach())
+        if beta is not None:
+            loss = loss + config.weight * sum(layer.rounding.undecided(beta) for layer in self.layers.values())
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        adam.step()
+        return found
 
     def _soft(self) -> dict[str, Tensor]:
         """Parameters of the copy as they are being learned."""

@@ -1,0 +1,114 @@
+"""Weights and activations: networks × methods × W/A bits, one `coraq quantize` each.
+
+    python examples/activations.py [--assets ../shared/assets] [--networks a,b] [--methods rtn,comq,brecq,qdrop]
+        [--bits 4/8,4/4,2/4] [--placement inputs] [--calib-size 512] [--eval-size N] [-o brecq.iterations=1000]
+
+Finished cells are reused (same run folder). Results go to examples/results/activations/NETWORK-METHOD-wBaB.json (the
+run's metrics.json) and the table to examples/results/activations.md. `-o METHOD.KEY=VALUE` is passed to that method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+IMAGENET = ["--split", "imagenet-val", "--calib-split", "imagenet-sample", "--class-map"]
+NETWORKS: dict[str, list[str]] = {
+    "mobilenetv2_100": ["--data-dir", "{assets}", *IMAGENET, "{assets}/imagenet.class_map.txt"],
+    "mobilenetv1_075": ["--data-dir", "{assets}", *IMAGENET, "{assets}/imagenet.class_map.txt"],
+    "resnet18_cifar10": ["--data-dir", "{assets}/cifar10", "--split", "test", "--calib-split", "train"],
+}
+COLUMNS = ["network", "method", "W/A", "placement", "float top-1 %", "quantized top-1 %", "difference, points"]
+COLUMNS += ["logit SQNR dB", "steps", "calibration images", "s", "peak GB"]
+
+
+def command(arguments: argparse.Namespace, network: str, method: str, weights: str, activations: str) -> list[str]:
+    """The command line of one cell; activations "32" are float."""
+    assets = arguments.assets
+    line = ["coraq", "quantize", f"local-dir:{assets}/models/{network}", "--plugins-dir", str(assets)]
+    line += ["--method", method, "--bits", weights, "--calib-size", str(arguments.calib_size)]
+    if activations != "32":
+        line += ["--act-bits", activations, "--act-placement", arguments.placement]
+    if arguments.eval_size:
+        line += ["--eval-size", str(arguments.eval_size)]
+    for option in arguments.option:
+        owner, _, setting = option.partition(".")
+        line += ["-o", setting] if owner == method else []
+    return [*line, *(part.format(assets=assets) for part in NETWORKS[network])]
+
+
+def row(network: str, result: dict[str, Any]) -> str:
+    """One line of the table."""
+    comparison, scheme = result["comparison"], result["config"]["scheme"]
+    top1, difference = comparison["quantized_top1"], comparison["top1_difference"]
+    # every layer of a unit carries the unit's numbers: one of each start error counts
+    units = {
+        x["metrics"]["block_start_error"]: x["metrics"]["iterations"]
+        for x in result["layers"]
+        if "iterations" in x["metrics"]
+    }
+    cells = [
+        network,
+        result["method"],
+        f"{scheme['bits']}/{scheme['act_bits'] or 32}",
+        scheme["act_placement"] if scheme["act_bits"] else "–",
+        f"{comparison['float_top1']['value_pct']:.2f}",
+        f"{top1['value_pct']:.2f} [{top1['low_pct']:.1f}, {top1['high_pct']:.1f}]",
+        f"{difference['points']:+.2f} [{difference['low_points']:+.1f}, {difference['high_points']:+.1f}]",
+        f"{comparison['sqnr_db']:.1f}",
+        str(sum(units.values())) if units else "–",
+        str(result["calibration"]["count"]),
+        f"{result['total_s']:.0f}",
+        f"{result['peak_memory_bytes'] / 1e9:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, default=Path("../shared/assets"))
+    parser.add_argument("--networks", default="resnet18_cifar10,mobilenetv2_100")
+    parser.add_argument("--methods", default="rtn,comq,brecq,qdrop")
+    parser.add_argument("--bits", default="4/32,3/32,2/32,4/8,4/4,2/4", help="weight/activation bits; 32: float")
+    parser.add_argument("--placement", default="inputs", choices=["inputs", "integer"])
+    parser.add_argument("--calib-size", type=int, default=512)
+    parser.add_argument("--eval-size", type=int, default=None)
+    parser.add_argument("--option", "-o", action="append", default=[], metavar="METHOD.KEY=VALUE")
+    arguments = parser.parse_args()
+    folder = RESULTS / "activations"
+    folder.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for network in arguments.networks.split(","):
+        for weights, _, activations in (pair.partition("/") for pair in arguments.bits.split(",")):
+            for method in arguments.methods.split(","):
+                line = command(arguments, network, method, weights, activations)
+                done = subprocess.run([*line, "--json", "-q"], stdout=subprocess.PIPE, text=True, check=False)
+                if done.returncode:
+                    failed += 1
+                    print(f"failed ({done.returncode}): {' '.join(line)}", file=sys.stderr)
+                    continue
+                result = json.loads(done.stdout)
+                place = "" if arguments.placement == "inputs" or activations == "32" else "-integer"
+                name = f"{network}-{method}-w{weights}a{activations}{place}.json"
+                (folder / name).write_text(json.dumps(result, indent=1) + "\n")
+                print(row(network, result), flush=True)
+    rows = [
+        row(path.name.split("-")[0], json.loads(path.read_text()))
+        for network in NETWORKS
+        for path in sorted(folder.glob(f"{network}-*.json"))
+    ]
+    text = ["# Accuracy with quantized weights and activations", ""]
+    text += ["Written by `python examples/activations.py`; every row is one `coraq quantize`, whose result stands in"]
+    text += ["`activations/`. Intervals are 95 %. `steps` are gradient steps of all units together.", ""]
+    text += [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}", *rows, ""]
+    (folder.parent / "activations.md").write_text("\n".join(text))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
