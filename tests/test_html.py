@@ -195,14 +195,20 @@ def test_a_histogram_shows_where_weights_lie_on_the_grid() -> None:
 
 def test_logged_metrics_are_read_from_the_events_and_lift_the_pen_between_layers(tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
-    lines = [
-        f'{{"event": "Metric", "name": "loss", "value": {1 / (1 + step)}, "step": {step}}}' for step in (0, 1, 0, 1)
-    ]
+    event = '{"event": "Metric", "name": "loss", "value": 0.5, "step": %d}'
+    lines = [event % step for step in (0, 1, 0, 1)]
     file.write_text("\n".join([*lines, '{"event": "Metric", "name"', '{"event": "Note", "message": "Metric"}']))
     (points,) = logged_metrics(file).values()
     assert [step for step, _ in points] == [0, 1, 0, 0, 1]
     assert math.isnan(points[2][1])
     assert logged_metrics(tmp_path / "absent") == {}
+    # a resumed attempt adds to the curves, one that starts afresh replaces them
+    began = '{"event": "StageStarted", "stage": "quantize"}'
+    done = '{"event": "LayerCommitted", "resumed": %s}'
+    file.write_text("\n".join([began, *lines, began, done % "true", done % "false", event % 7]))
+    assert [step for step, _ in logged_metrics(file)["loss"]] == [0, 1, 0, 0, 1, 7]
+    file.write_text("\n".join([began, *lines, began, done % "false", event % 7]))
+    assert [step for step, _ in logged_metrics(file)["loss"]] == [7]
 
 
 # ---------------------------------------------------------------- a real browser

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from coraq.errors import CoraqError
+from coraq.errors import CoraqError, disk_error
 from coraq.report import compare_text, summary
 from coraq.report.html import HTML_NAME, compare_html
 from coraq.report.markdown import cell, facts, fenced, table
@@ -48,7 +48,7 @@ def write_comparison(result: CompareResult) -> Path:
     Raises:
         CoraqError: the folder cannot be written to.
     """
-    from coraq.artifact.files import disk_error, write_atomic  # here: the package behind it imports torch
+    from coraq.artifact.files import write_atomic  # here: the package behind it imports torch
 
     folder = Path(result.folder)
     try:

@@ -147,12 +147,19 @@ def logged_metrics(events: Path) -> plots.Curves:
         lines = events.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return found
+    fresh = False  # an attempt has begun and has not yet shown whether it resumes an earlier one
     for line in lines:
-        if '"Metric"' not in line:
-            continue
         try:
             event = json.loads(line)
-            if event["event"] == "Metric":
+            kind = event["event"]
+            if kind == "StageStarted" and event["stage"] == "quantize":
+                fresh = True
+            elif kind == "LayerCommitted" and event["resumed"]:
+                fresh = False
+            elif kind in ("LayerCommitted", "Metric") and fresh:
+                found.clear()  # --force: what was logged before is of another result
+                fresh = False
+            if kind == "Metric":
                 points = found.setdefault(str(event["name"]), [])
                 step, value = int(event["step"]), float(event["value"])
                 if points and step <= points[-1][0]:

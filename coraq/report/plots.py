@@ -126,9 +126,9 @@ def curves(logged: Curves) -> str:
     def paint(figure: Figure) -> None:
         panels = figure.subplots(rows, min(2, len(names)), squeeze=False, gridspec_kw=_GAPS).reshape(-1)
         for axes, name in zip(panels, names, strict=False):
-            points = [(step, value) for step, value in logged[name] if math.isfinite(value)]
-            steps, values = [step for step, _ in points], [value for _, value in points]
-            axes.plot(steps, values, color=SERIES[0], marker="." if len(points) < 40 else "")
+            steps, points = [step for step, _ in logged[name]], [_number(value) for _, value in logged[name]]
+            axes.plot(steps, points, color=SERIES[0], marker="." if len(points) < 40 else "")
+            values = [value for value in points if not math.isnan(value)]
             if values and min(values) > 0 and max(values) > 30 * min(values):
                 _log_scale(axes)
             axes.set_title(_short(printable(name), 26), loc="left")

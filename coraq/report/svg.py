@@ -51,7 +51,7 @@ _STYLE: dict[str, Any] = {
 
 
 def draw(
-    name: str, paint: Callable[[Figure], None], height: float = 2.7, *, left: float = 0.55, top: float = 0.3
+    name: str, paint: Callable[[Figure], None], height: float = 2.7, *, left: float = 0.62, top: float = 0.3
 ) -> str:
     """One SVG element, made of a figure of 5.4 × `height` inches that `paint` fills.
 
@@ -68,7 +68,7 @@ def draw(
         parameters: Any = matplotlib.rcParams
         parameters.update({**_STYLE, "svg.hashsalt": name})
         figure = Figure(figsize=(WIDTH, height))
-        figure.subplots_adjust(left / WIDTH, BOTTOM / height, 1 - 0.1 / WIDTH, 1 - top / height)
+        figure.subplots_adjust(left / WIDTH, BOTTOM / height, 1 - 0.18 / WIDTH, 1 - top / height)
         paint(figure)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
