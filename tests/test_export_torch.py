@@ -78,8 +78,8 @@ def test_a_timm_folder_opens_with_timm_alone(demo_runs: Path) -> None:  # noqa: 
         "print(m(torch.randn(1, 3, *m.pretrained_cfg['input_size'][1:])).argmax().item(), m.pretrained_cfg['mean'])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    torch.manual_seed(0)
     checkpoint = load_checkpoint(folder)
+    torch.manual_seed(0)
     expected = checkpoint.module(torch.randn(1, *checkpoint.info.preprocess["input_size"])).argmax().item()
     assert done.stdout.split()[0] == str(expected)
 
