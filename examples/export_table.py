@@ -80,7 +80,8 @@ def export_random(architecture: str, name: str, request: Request, folder: Path) 
     randomise_batchnorm(network, torch.Generator().manual_seed(1), images)
     path = folder / f"{architecture}.safetensors"
     coraq.quantize(network, "rtn", data=images[:4], scheme=scheme_of(name), path=path)
-    return export_checkpoint(load_checkpoint(path), request, tensor_images(images))
+    seen = tensor_images(images)
+    return export_checkpoint(load_checkpoint(path), request, seen, calibration=seen)
 
 
 def export_family(family: Family, request: Request, folder: Path) -> ExportResult:
