@@ -6,6 +6,7 @@ Accuracy is measured on what was read back from disk, never on the object in mem
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import platform
@@ -42,8 +43,11 @@ from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.core.tensors import stored_bytes
 from coraq.data import Images, ImageSet, Preprocess, run_images, tensor_images
 from coraq.errors import CoraqError, UsageError
-from coraq.evaluate.accuracy import FloatLogits, compare_networks
+from coraq.evaluate.accuracy import FloatLogits, compare_networks, evaluate_network
 from coraq.events import Event, JsonLinesSink, LayerCommitted, Note, Sink, StageFinished, null_sink, stage, tee
+from coraq.export.onnx_file import read_metadata
+from coraq.export.record import FileAccuracy
+from coraq.export.runtimes import OnnxRuntime, RuntimeNetwork
 from coraq.model.calibration import CalibrationTask, Metrics
 from coraq.model.fold import Trace, fold
 from coraq.model.load import FloatModel, copy_of, load_model
@@ -477,6 +481,52 @@ def evaluate_run(run_path: Path, data: DataConfig | None = None, *, sink: Sink =
     measured = _measure(teacher, student, images, device, sink)
     notes = [*result.notes, *recorder.notes]
     return result.model_copy(update={**vars(measured), "config": config, "machine": machine(device), "notes": notes})
+
+
+def evaluate_file(path: Path, data: DataConfig | None = None, *, sink: Sink = null_sink) -> FileAccuracy:
+    """Accuracy of an ONNX file that `coraq export` wrote, through ONNX Runtime.
+
+    Args:
+        data: the images; None: those of the run that the file lies in. Preprocessing is the file's own, under what
+            `data` overrides.
+
+    Raises:
+        CoraqError: not coraq's file, the runtime is missing or refuses it, or there are no evaluation images.
+    """
+    with stage(sink, "open file"):
+        runtime = OnnxRuntime(path, torch.get_num_threads())
+        facts = read_metadata(runtime.metadata)
+    if "preprocess" not in facts:
+        raise CoraqError(f"{path} does not say how images are prepared", "Files that `coraq export` wrote do.")
+    preprocess = Preprocess.from_dict(facts["preprocess"])
+    config = None
+    if data is None:
+        try:
+            config = read_result(path.parent).config
+        except CoraqError:
+            raise UsageError(f"{path} lies in no run folder", "Give the images: --data-dir FOLDER") from None
+    else:
+        config = RunConfig(model=str(facts["provenance"].get("model", "")), data=data)
+        preprocess = _overridden(preprocess, data)
+    labels = facts.get("labels")
+    images = run_images(config, preprocess, len(labels) if labels else None, sink).evaluation
+    if images is None:
+        raise UsageError("there are no images to evaluate on", "Give them: --data-dir FOLDER")
+    accuracy = evaluate_network(RuntimeNetwork(runtime), images.batches(), "cpu", sink, images.count)
+    label = str(facts.get("label", "unknown"))
+    return FileAccuracy(
+        path=str(path), runtime=runtime.name, label=label, evaluation_data=images.description, accuracy=accuracy
+    )
+
+
+def _overridden(preprocess: Preprocess, data: DataConfig) -> Preprocess:
+    """A file's preprocessing under what `data` says; the size is fixed in the file."""
+    if data.img_size not in (None, preprocess.input_size[-1]):
+        raise UsageError(
+            f"--img-size {data.img_size}: the file is for {preprocess.input_size[-1]} pixels", "Leave --img-size out."
+        )
+    given = {key: getattr(data, key) for key in ("crop_pct", "mean", "std", "interpolation")}
+    return dataclasses.replace(preprocess, **{key: value for key, value in given.items() if value is not None})
 
 
 class Quantized(NamedTuple):

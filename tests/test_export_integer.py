@@ -151,3 +151,17 @@ def test_a_dead_channels_scale_is_raised_until_its_bias_fits() -> None:
     assert np.all(np.abs(bias / (raised.astype(np.float64) * 0.02)) < 2**31)
     assert raised[3] < 0
     assert raise_scales(scale[:1], bias[:1], 0.02) is None
+
+
+def test_a_convolution_before_a_silu_gets_the_grid_that_it_needs(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path)
+    scheme = checkpoint.info.scheme.model_copy(update={"act_bits": 8, "act_placement": "integer"})
+    checkpoint = dataclasses.replace(checkpoint, info=checkpoint.info.model_copy(update={"scheme": scheme}))
+    observe(checkpoint.module, ("stem", "grouped", "pointwise", "dense", *BEHIND))  # `depthwise` goes into a SiLU
+    bare = check(checkpoint, build_onnx(checkpoint))
+    assert bare.failures == ["4 of 5 quantized convolutions run on integer kernels"]
+    export = build_onnx(checkpoint, calibration=random_images(8).numpy())
+    found = check(checkpoint, export)
+    assert found.failures == []
+    assert found.integer_convolutions == 5
+    assert any("1 convolutions" in note for note in export.notes)

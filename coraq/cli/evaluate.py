@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
 
 from coraq.cli import options
 from coraq.config import DataConfig
+from coraq.errors import EXIT_BELOW_THRESHOLD, CoraqError, UsageError
 
 
 def evaluate(
     context: typer.Context,
-    run: options.RunArgument = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN]", help="run folder, its name within --output, or FILE.onnx; default: the newest"),
+    ] = None,
     data_dir: options.DataDir = None,
     dataset: options.Dataset = None,
     split: options.Split = None,
@@ -30,12 +37,15 @@ def evaluate(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Measure a run again from the files it wrote.
+    """Measure a run again from the files it wrote, or an exported file through its runtime.
 
     Options that are not given stay as they were in the run.
     """
     options.check_fail_under(fail_under)
     given = {name: value for name in DataConfig.model_fields if (value := context.params.get(name)) is not None}
+    if run is not None and ".onnx" in Path(run).suffixes:
+        evaluate_exported(Path(run), given, fail_under, as_json, quiet, verbose)
+        return
     folder = options.find_run(run, output)
 
     from coraq import artifact, pipeline
@@ -53,3 +63,48 @@ def evaluate(
     else:
         show_result(result, options.command_names(context))
     options.enforce_threshold(result, fail_under)
+
+
+def evaluate_exported(
+    file: Path, given: dict[str, Any], fail_under: float | None, as_json: bool, quiet: bool, verbose: bool
+) -> None:
+    """Accuracy of an ONNX file, printed.
+
+    Raises:
+        UsageError: there is no such file, or no labelled image.
+        CoraqError: below `fail_under`.
+    """
+    if not file.is_file():
+        raise UsageError(f"there is no file {file}", "coraq export writes one")
+
+    from coraq import pipeline
+    from coraq.cli.display import facts_table, stdout
+    from coraq.cli.progress import progress
+
+    data = options.validated(DataConfig, given) if given else None
+    with progress(quiet, verbose) as sink:
+        result = pipeline.evaluate_file(file, data, sink=sink)
+    accuracy, top1 = result.accuracy, result.accuracy.top1
+    if as_json:
+        print(result.model_dump_json())
+    else:
+        facts = [("file", result.path), ("runtime", result.runtime), ("label", result.label)]
+        facts.append(("images", f"{accuracy.count} of {result.evaluation_data}"))
+        for name, share in (("top-1", top1), ("top-5", accuracy.top5)):
+            if share is not None:
+                facts.append((name, f"{share.value_pct:.2f} % [{share.low_pct:.1f}, {share.high_pct:.1f}]"))
+        if top1 is None:
+            facts.append(("top-1", "not measured: no image has a label"))
+        stdout().print(facts_table(facts))
+    if fail_under is None:
+        return
+    if top1 is None:
+        raise UsageError(
+            f"--fail-under {fail_under:g}: no image has a label", "give labelled images: --data-dir FOLDER"
+        )
+    if top1.value_pct < fail_under:
+        raise CoraqError(
+            f"top-1 {top1.value_pct:.2f} % is below --fail-under {fail_under:g}",
+            "compare with `coraq evaluate` of the run",
+            EXIT_BELOW_THRESHOLD,
+        )

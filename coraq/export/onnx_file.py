@@ -11,6 +11,7 @@ import torch
 
 from coraq.artifact import Checkpoint
 from coraq.errors import CoraqError
+from coraq.export.complete import complete_grids
 from coraq.export.float_graph import FloatGraph, export_float
 from coraq.export.graph import without_grids
 from coraq.export.integer import IntegerLayer, emit_integer_layer, find_integer_layers
@@ -61,12 +62,16 @@ class OnnxExport:
         return [name for name, layer in self.integer.items() if layer.node.op_type == "Conv"]
 
 
-def build_onnx(checkpoint: Checkpoint, form: Form = "cast", labels: list[str] | None = None) -> OnnxExport:
+def build_onnx(
+    checkpoint: Checkpoint, form: Form = "cast", labels: list[str] | None = None, calibration: np.ndarray | None = None
+) -> OnnxExport:
     """Export a checkpoint.
 
     Args:
         form: see `coraq.export.weights`.
         labels: class names in index order, where the checkpoint has none.
+        calibration: images [n, channels, height, width]; with them, a network whose grids are placed for integer
+            kernels gets those that ONNX Runtime needs besides, see `coraq.export.complete`.
 
     Raises:
         CoraqError: a package is missing, or torch cannot export the network.
@@ -75,6 +80,16 @@ def build_onnx(checkpoint: Checkpoint, form: Form = "cast", labels: list[str] | 
     layers, notes = checkpoint.layers, []
     opset = OPSETS[form]
     graph = export_float(checkpoint.module, layers, example_images(checkpoint), opset)
+    wants_integer = getattr(checkpoint.info.scheme, "act_placement", "inputs") == "integer" and any(
+        node.op_type == "QuantizeLinear" for node in graph.model.graph.node
+    )
+    if wants_integer and calibration is not None:
+        added = complete_grids(graph.model, graph.places, calibration)
+        if added:
+            notes.append(
+                f"{added} convolutions go into activations that no integer kernel takes in: their outputs got 8-bit grids "
+                f"of their own here, from {len(calibration)} calibration images; the checkpoint rounds behind only"
+            )
     float_content = without_grids(graph.model).SerializeToString()
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
@@ -114,7 +129,6 @@ def build_onnx(checkpoint: Checkpoint, form: Form = "cast", labels: list[str] | 
         node.input[1] for node in graph.model.graph.node if node.op_type == "Conv"
     }
     has_grids = any(node.op_type == "QuantizeLinear" for node in graph.model.graph.node)
-    wants_integer = has_grids and getattr(checkpoint.info.scheme, "act_placement", "inputs") == "integer"
     running = sum(layer.node.op_type == "Conv" for layer in integer.values())
     label = "integer kernels" if running and running == len(convolutions) else label_of(checkpoint)
     finish(model, checkpoint, opset, label, form, labels)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from coraq.results import Result
+from coraq.results import Accuracy, Result
 
 
 class Latency(Result):
@@ -85,3 +85,13 @@ class ExportResult(Result):
     verified: bool | None = Field(description="None: not verified, at the user's wish")
     checks: list[Check] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
+
+
+class FileAccuracy(Result):
+    """Accuracy of an exported file through its runtime."""
+
+    path: str
+    runtime: str
+    label: str
+    evaluation_data: str
+    accuracy: Accuracy

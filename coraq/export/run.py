@@ -37,6 +37,7 @@ Format = Literal["onnx", "timm", "pt2"]
 UNVERIFIED = ".unverified"
 SUFFIX: dict[Form, str] = {"cast": "", "packed": ".portable", "dq": ".npu"}
 VERIFY_IMAGES = 512
+CALIBRATION_IMAGES = 32  # for the grids that are added
 
 
 @dataclass(frozen=True)
@@ -77,19 +78,31 @@ def export_run(source: Path, request: Request, sink: Sink = null_sink) -> Export
     with stage(sink, "load checkpoint"):
         checkpoint = load_checkpoint(source)
     config = read_result(source).config if source.is_dir() else None
-    images = _open(checkpoint, config, request, sink) if request.verify else None
-    result = export_checkpoint(checkpoint, request, images, sink)
+    found = _open(checkpoint, config, request, sink)
+    images = (found.evaluation or found.calibration) if request.verify else None
+    result = export_checkpoint(checkpoint, request, images, sink, found.calibration)
     result = result.model_copy(update={"source": str(source)})
     _record(result, checkpoint.path.parent / "export.json")
     return result
 
 
 def export_checkpoint(
-    checkpoint: Checkpoint, request: Request, images: ImageSet | None, sink: Sink = null_sink
+    checkpoint: Checkpoint,
+    request: Request,
+    images: ImageSet | None,
+    sink: Sink = null_sink,
+    calibration: ImageSet | None = None,
 ) -> ExportResult:
-    """Write one artefact beside the checkpoint; verify it on `images` (None: do not)."""
-    write = {"onnx": _export_onnx, "timm": _export_timm, "pt2": _export_pt2}[request.format]
-    return write(checkpoint, request, images, sink)
+    """Write one artefact beside the checkpoint; verify it on `images` (None: do not).
+
+    Args:
+        calibration: images for grids that an ONNX runtime needs beside the checkpoint's, if there are any grids.
+    """
+    if request.format == "timm":
+        return _export_timm(checkpoint, request, images, sink)
+    if request.format == "pt2":
+        return _export_pt2(checkpoint, request, images, sink)
+    return _export_onnx(checkpoint, request, images, sink, calibration)
 
 
 def _export_timm(checkpoint: Checkpoint, request: Request, images: ImageSet | None, sink: Sink) -> ExportResult:
@@ -157,13 +170,18 @@ def float_bytes(checkpoint: Checkpoint) -> int:
     return sum(value.numel() * value.element_size() for value in checkpoint.module.state_dict().values())
 
 
-def _export_onnx(checkpoint: Checkpoint, request: Request, images: ImageSet | None, sink: Sink) -> ExportResult:
+def _export_onnx(
+    checkpoint: Checkpoint, request: Request, images: ImageSet | None, sink: Sink, calibration: ImageSet | None
+) -> ExportResult:
     if request.verify:  # before the slow step
         require("onnxruntime")
         if request.openvino:
             require("openvino")
     with stage(sink, "export to ONNX"):
-        export = build_onnx(checkpoint, request.form, images.class_names if images else None)
+        pixels = None
+        if calibration is not None and getattr(checkpoint.info.scheme, "act_bits", None) is not None:
+            pixels = next(iter(calibration.batches(CALIBRATION_IMAGES)))[0].contiguous().numpy()
+        export = build_onnx(checkpoint, request.form, images.class_names if images else None, pixels)
     path = checkpoint.path.with_name(f"{checkpoint.path.stem}{SUFFIX[request.form]}.onnx")
     unverified = path.with_name(path.name + UNVERIFIED)
     write_atomic(unverified, export.content)
@@ -239,17 +257,16 @@ def limited(images: ImageSet, count: int, current: stage) -> Iterator[tuple[Tens
             return
 
 
-def _open(checkpoint: Checkpoint, config: RunConfig | None, request: Request, sink: Sink) -> ImageSet:
-    """The run's evaluation images, or else its calibration images, or else synthetic ones."""
+def _open(checkpoint: Checkpoint, config: RunConfig | None, request: Request, sink: Sink) -> Images:
+    """The run's images, or else synthetic ones."""
     preprocess = Preprocess.from_dict(checkpoint.info.preprocess)
     if config is not None:
         classes = int(getattr(checkpoint.module, "num_classes", 0)) or None
         try:
-            found: Images = run_images(config, preprocess, classes, null_sink)
-            return found.evaluation or found.calibration
+            return run_images(config, preprocess, classes, null_sink)
         except CoraqError as error:
             sink(Note(f"verified on synthetic images, the run's own cannot be read: {error.message}", "warning"))
-    return synthetic_images(request.images, preprocess, 0)
+    return Images(synthetic_images(request.images, preprocess, 0), None)
 
 
 def _record(result: ExportResult, path: Path) -> None:

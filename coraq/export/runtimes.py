@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import os
 import statistics
 import tempfile
 import time
@@ -123,9 +122,16 @@ class RuntimeNetwork(nn.Module):
         return torch.from_numpy(self.runtime.run(images.contiguous().cpu().numpy()))
 
 
-def threads_available() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def run_all(content: bytes, feeds: dict[str, np.ndarray], optimise: bool) -> list[np.ndarray]:
+    """All outputs of a graph in ONNX Runtime, optimised or literally as it stands."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return [np.asarray(value) for value in session.run(None, feeds)]
 
 
 def time_pair(

@@ -15,7 +15,7 @@ from coraq.core.tensors import QTensor
 from coraq.export.graph import Walk
 from coraq.export.onnx_file import OnnxExport
 from coraq.export.record import Check
-from coraq.export.runtimes import OnnxRuntime, OpenVino, Runtime, time_pair
+from coraq.export.runtimes import OnnxRuntime, OpenVino, Runtime, run_all, time_pair
 from coraq.export.weights import bit_planes, stored_bits, unplane
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -282,7 +282,7 @@ def largest_step(export: OnnxExport, content: bytes, threads: int) -> int:
     size = [2, *[dim.dim_value for dim in image.type.tensor_type.shape.dim][1:]]
     images = np.random.default_rng(0).standard_normal(size).astype(np.float32)
     names = list(dict.fromkeys(sources + results))
-    seen = dict(zip(names, _run_all(literal.SerializeToString(), {image.name: images}, False)[1:], strict=True))
+    seen = dict(zip(names, run_all(literal.SerializeToString(), {image.name: images}, False)[1:], strict=True))
     alone = onnx.ModelProto()
     alone.CopyFrom(model)
     graph = helper.make_graph(
@@ -298,7 +298,7 @@ def largest_step(export: OnnxExport, content: bytes, threads: int) -> int:
         if node.op_type == "DequantizeLinear":
             node.input[:] = [renamed.get(name, name) for name in node.input]
     feeds = {f"{name}__in": seen[name] for name in sources}
-    found = _run_all(alone.SerializeToString(), feeds, True)
+    found = run_all(alone.SerializeToString(), feeds, True)
     worst = 0
     for name, got in zip(results, found, strict=True):
         worst = max(worst, int(np.abs(got.astype(np.int32) - seen[name].astype(np.int32)).max()))
@@ -391,7 +391,7 @@ def weights_exact(checkpoint: Checkpoint, export: OnnxExport, content: bytes) ->
     alone = onnx.ModelProto()
     alone.CopyFrom(model)
     alone.graph.CopyFrom(helper.make_graph(nodes, "weights", [], outputs, kept))
-    made = dict(zip(targets, _run_all(alone.SerializeToString(), {}, True), strict=True))
+    made = dict(zip(targets, run_all(alone.SerializeToString(), {}, True), strict=True))
     modules: dict[str, Any] = dict(checkpoint.module.named_modules())
     for name, place in export.graph.places.items():
         wanted = modules[name].weight.numpy()
@@ -406,14 +406,3 @@ def weights_exact(checkpoint: Checkpoint, export: OnnxExport, content: bytes) ->
         if not good:
             return False, name
     return True, ""
-
-
-def _run_all(content: bytes, feeds: dict[str, np.ndarray], optimise: bool) -> list[np.ndarray]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if not optimise:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return [np.asarray(value) for value in session.run(None, feeds)]

@@ -1,0 +1,190 @@
+"""The table of exports: networks × (W4A32, W4A8, W8A8), each written by `coraq export` and verified in its runtime.
+
+    python examples/export_table.py [--assets ../shared/assets] [--networks a,b] [--schemes W4A32,W4A8] [--openvino]
+    python examples/export_table.py --families       # one small network of every family, W4A32
+
+The networks of the assets are quantized on their own images and measured on all evaluation images; the others have
+random weights and random BatchNorm statistics, and say nothing about accuracy. Times are medians over ONNX Runtime's
+float time in the same process: run it on a quiet machine. Results go to examples/results/export.md (families:
+export_families.md) and, whole, to examples/results/export/*.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import families
+import timm
+import torch
+from accuracy import NETWORKS
+from families import FAMILIES, Family
+
+import coraq
+from coraq.artifact import load_checkpoint
+from coraq.config import Scheme
+from coraq.data import tensor_images
+from coraq.export.record import ExportResult
+from coraq.export.run import Request, export_checkpoint
+from coraq.testing import random_images, randomise_batchnorm
+
+RESULTS = Path(__file__).parent / "results"
+RANDOM = ["resnet50", "mobilenetv3_large_100", "efficientnet_b0", "convnext_tiny", "regnety_032", "densenet121"]
+SCHEMES = {"W4A32": (4, None), "W4A8": (4, 8), "W8A8": (8, 8)}
+COLUMNS = ["network", "scheme", "label", "MB", "float MB", "× packed", "codes", "logits error", "agreement %"]
+COLUMNS += ["top-1 %", "checkpoint %", "integer convolutions", "batch 1 ×", "batch 16 ×", "verdict"]
+
+
+def scheme_of(name: str) -> Scheme:
+    """Symmetric weights, which every integer runtime takes; grids where integer kernels need them."""
+    bits, act_bits = SCHEMES[name]
+    values: dict[str, Any] = {"bits": bits, "symmetric": True}
+    if act_bits is not None:
+        if "act_bits" not in Scheme.model_fields:
+            raise SystemExit(f"{name}: this coraq has no activation grids")
+        values |= {"act_bits": act_bits, "act_placement": "integer"}
+    return Scheme.model_validate(values)
+
+
+def export_asset(assets: Path, network: str, name: str, request: Request, folder: Path) -> ExportResult:
+    """Quantize and export through the command line's own functions, on all evaluation images."""
+    from coraq import pipeline
+    from coraq.config import DataConfig, RunConfig
+    from coraq.export.run import export_run
+
+    options = [part.format(assets=assets) for part in NETWORKS[network]]
+    pairs = {
+        key.removeprefix("--").replace("-", "_"): value for key, value in zip(options[::2], options[1::2], strict=True)
+    }
+    config = RunConfig(
+        model=f"local-dir:{assets}/models/{network}",
+        method="comq",
+        scheme=scheme_of(name),
+        data=DataConfig(calib_size=512, **pairs),
+    )
+    result = pipeline.run(config, runs_dir=folder)
+    return export_run(Path(result.run_dir), request)
+
+
+def export_random(architecture: str, name: str, request: Request, folder: Path) -> ExportResult:
+    """A timm network with random weights: bytes, parity and speed."""
+    torch.manual_seed(0)
+    network = timm.create_model(architecture).eval()
+    size = network.pretrained_cfg["input_size"][-1]
+    images = random_images(16, size, seed=2)
+    randomise_batchnorm(network, torch.Generator().manual_seed(1), images)
+    path = folder / f"{architecture}.safetensors"
+    coraq.quantize(network, "rtn", data=images[:4], scheme=scheme_of(name), path=path)
+    seen = tensor_images(images)
+    return export_checkpoint(load_checkpoint(path), request, seen, calibration=seen)
+
+
+def export_family(family: Family, request: Request, folder: Path) -> ExportResult:
+    """The family's small network at 4 bits, exported and verified."""
+    path = folder / f"{family.architecture}.safetensors"
+    images = families.images(family)
+    network: Any = families.build(family)
+    network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (3, family.size, family.size)}
+    network.pretrained_cfg.pop("test_input_size", None)
+    coraq.quantize(network, "rtn", 4, list(images[:2].split(1)), path=path)
+    return export_checkpoint(load_checkpoint(path), request, tensor_images(images))
+
+
+def row(network: str, scheme: str, result: ExportResult) -> str:
+    check = result.checks[0]
+    times = [f"{timed.ratio:.2f}" for timed in check.latency]
+    integer = (
+        "–" if check.quantized_convolutions is None else f"{check.integer_convolutions}/{check.quantized_convolutions}"
+    )
+    top1 = ["–" if value is None else f"{value:.2f}" for value in (check.top1_pct, check.checkpoint_top1_pct)]
+    cells = [network, scheme, result.label, f"{result.size_bytes / 1e6:.2f}", f"{result.float_bytes / 1e6:.1f}"]
+    cells += [f"{result.size_bytes / result.nominal_bytes:.3f}", "exact" if check.codes_exact else "DIFFERENT"]
+    cells += [f"{check.logits_error:.1e}", f"{check.agreement_pct:.1f}", *top1, integer, *times]
+    cells.append("verified" if result.verified else "; ".join(check.failures))
+    return f"| {' | '.join(cells)} |"
+
+
+def attempt(network: str, scheme: str, work: Any) -> tuple[str, ExportResult | None]:
+    """A row and its result; a failure's reason stands in the row."""
+    try:
+        result = work()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"| {network} | {scheme} |" + " |" * (len(COLUMNS) - 3) + f" {reason} |", None
+    return row(network, scheme, result), result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, default=Path("../shared/assets"))
+    parser.add_argument("--networks", default=",".join([*NETWORKS, *RANDOM]))
+    parser.add_argument("--schemes", default=",".join(SCHEMES))
+    parser.add_argument("--threads", type=int, default=None, help="of the runtime (default: torch's)")
+    parser.add_argument("--openvino", action="store_true", help="in OpenVINO, too (in the JSON files)")
+    parser.add_argument("--families", nargs="*", default=None, help="these families (none named: all) instead")
+    arguments = parser.parse_args()
+    request = Request(images=1_000_000, threads=arguments.threads, openvino=arguments.openvino)
+    jobs: list[tuple[str, str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if arguments.families is not None:
+            chosen = [f for f in FAMILIES if not arguments.families or {f.name, f.architecture} & {*arguments.families}]
+            for family in chosen:
+                jobs.append((family.architecture, "W4A32", partial(export_family, family, request, folder)))
+        else:
+            import_zoo(arguments.assets)
+            for network in arguments.networks.split(","):
+                for scheme in arguments.schemes.split(","):
+                    work = partial(export_asset, arguments.assets) if network in NETWORKS else export_random
+                    jobs.append((network, scheme, partial(work, network, scheme, request, folder)))
+        rows, failed = [], 0
+        for network, scheme, work in jobs:
+            line, result = attempt(network, scheme, work)
+            print(line, flush=True)
+            rows.append(line)
+            failed += result is None or not result.verified
+            if result is not None and arguments.families is None:
+                (RESULTS / "export").mkdir(parents=True, exist_ok=True)
+                text = json.dumps(json.loads(result.model_dump_json()), indent=1)
+                (RESULTS / "export" / f"{network}-{scheme}.json").write_text(text + "\n")
+    write(rows, "export" if arguments.families is None else "export_families", failed, whole=not arguments.families)
+    return 1 if failed else 0
+
+
+def import_zoo(assets: Path) -> None:
+    """The assets' own file registers an architecture that timm has not."""
+    if (assets / "zoo.py").is_file():
+        sys.path.insert(0, str(assets))
+        import zoo  # noqa: F401
+
+
+def write(rows: list[str], name: str, failed: int, whole: bool) -> None:
+    if not whole:
+        return
+    command = "python examples/export_table.py" + (" --families" if name == "export_families" else "")
+    text = [
+        "# Exported files, verified",
+        "",
+        f"Written by `{command}` (coraq {coraq.__version__}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads).",
+        "`× packed`: bytes of the file over bytes of packed codes, scales, zero points and the float rest.",
+        "`batch n ×`: time over the float export's in the same process. Rows without top-1 have random weights.",
+        "",
+        f"{len(rows) - failed} of {len(rows)} verified.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'---|' * len(COLUMNS)}",
+        *rows,
+        "",
+    ]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text("\n".join(text))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
