@@ -1,4 +1,4 @@
-"""Grids that integer kernels need and a checkpoint has not: between a convolution and an activation that is no clipping.
+"""Grids that integer kernels need and a checkpoint has not: before an activation that does more than clip.
 
 A checkpoint's grid stands behind the activation. Runtimes fuse a Relu or Clip into an integer convolution, but no SiLU,
 GELU or hard swish: there the convolution must put out codes itself. Its grid is made here, 8 bits from least to

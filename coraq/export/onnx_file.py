@@ -87,8 +87,8 @@ def build_onnx(
         added = complete_grids(graph.model, graph.places, calibration)
         if added:
             notes.append(
-                f"{added} convolutions go into activations that no integer kernel takes in: their outputs got 8-bit grids "
-                f"of their own here, from {len(calibration)} calibration images; the checkpoint rounds behind only"
+                f"{added} convolutions go into activations that no integer kernel takes in: their outputs got 8-bit "
+                f"grids of their own here, from {len(calibration)} calibration images; the checkpoint rounds behind only"
             )
     float_content = without_grids(graph.model).SerializeToString()
     model = onnx.ModelProto()
