@@ -88,7 +88,8 @@ def build_onnx(
         if added:
             notes.append(
                 f"{added} convolutions go into activations that no integer kernel takes in: their outputs got 8-bit "
-                f"grids of their own here, from {len(calibration)} calibration images; the checkpoint rounds behind only"
+                f"grids of their own here, from {len(calibration)} calibration images; "
+                "the checkpoint rounds behind only"
             )
     float_content = without_grids(graph.model).SerializeToString()
     model = onnx.ModelProto()
