@@ -25,9 +25,10 @@ from coraq.core.tensors import ActivationGrid, QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.methods.rtn import RoundToNearest
 from coraq.model.activations import Site, find_sites
-from coraq.model.calibration import STUDENT, CalibrationTask
+from coraq.model.calibration import CalibrationTask
 from coraq.model.fold import fold
 from coraq.model.gridded import Gridded, grids_of, set_grid
+from coraq.model.statistics import STUDENT
 from coraq.testing import random_images, randomise_batchnorm, small_network
 from coraq.testing.oracles import hook_count, plain_inputs
 
