@@ -1,6 +1,6 @@
 """The measured table: networks × methods × bits × what the first and last layer get, one `coraq quantize` each.
 
-    python examples/accuracy.py [--assets ../shared/assets] [--networks a,b] [--methods rtn,comq] [--bits 4,3,2]
+    python examples/accuracy.py [--assets ../shared/assets] [--networks a,b] [--methods rtn,comq,cora] [--bits 4,3,2]
 
 Each cell is a process of its own, so that its peak memory is its own. Finished cells are reused (same run folder).
 Results go to examples/results/accuracy/NETWORK-METHOD-wBITS[-all].json (the run's metrics.json) and the table to
@@ -57,7 +57,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path("../shared/assets"))
     parser.add_argument("--networks", default=",".join(NETWORKS))
-    parser.add_argument("--methods", default="rtn,comq")
+    parser.add_argument("--methods", default="rtn,comq,cora")
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--edges", default="8,all", help="8: first and last layer at 8 bits; all: at the same bits")
     arguments = parser.parse_args()
