@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import pickle
 import tarfile
@@ -417,6 +418,96 @@ def test_a_label_that_the_network_has_not_is_an_error(tmp_path: Path) -> None:
     images = opened(3, dataset="wds/x", data_dir=tmp_path, calib_size=6)
     with pytest.raises(CoraqError, match="is 3, the network has 3 classes"):
         everything(evaluation(images))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Two webdataset shards of six images each, classes 0 to 3 in turn, and a third of four for calibration."""
+    pytest.importorskip("webdataset", reason="needs the package webdataset")
+    rng = np.random.default_rng(0)
+    number = 0
+    for shard, count in (("val-0000", 6), ("val-0001", 6), ("train-0000", 4)):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+            for _ in range(count):
+                picture = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(picture, "PNG")
+                for name, data in (("png", picture.getvalue()), ("cls", str(number % 4).encode())):
+                    entry = tarfile.TarInfo(f"{number:05d}.{name}")
+                    entry.size = len(data)
+                    archive.addfile(entry, io.BytesIO(data))
+                number += 1
+    return tmp_path
+
+
+def test_real_webdataset_shards_are_read_in_order_and_divided(shards: Path) -> None:
+    """No fakes: timm's own reader over tar shards, whatever the number of workers."""
+    for workers in (0, 2):
+        images = opened(
+            4,
+            dataset="wds/x",
+            data_dir=shards,
+            split="val-{0000..0001}.tar|12",
+            calib_split="train-0000.tar|4",
+            calib_size=3,
+            workers=workers,
+        )
+        assert (images.calibration.count, evaluation(images).count) == (3, 12)
+        assert everything(images.calibration)[1].tolist() == [0, 1, 2]
+        labels = everything(evaluation(images))[1].tolist()
+        assert labels == [number % 4 for number in range(12)]
+        assert rows(images.calibration).isdisjoint(rows(evaluation(images)))
+        assert rows(evaluation(images)) == rows(evaluation(images))
+    both: dict[str, Any] = {"dataset": "wds/x", "data_dir": shards, "split": "val-{0000..0001}.tar|12"}
+    images = opened(4, calib_split="val-{0000..0001}.tar|12", calib_size=5, **both)
+    assert everything(images.calibration)[1].tolist() == [0, 1, 2, 3, 0]
+    assert everything(evaluation(images))[1].tolist() == [number % 4 for number in range(5, 12)]
+    mapped = opened(4, calib_split="train-0000.tar|4", class_map=class_map(shards, [3, 2, 1, 0]), **both)
+    assert everything(evaluation(mapped))[1].tolist() == [3 - number % 4 for number in range(12)]
+
+
+def test_a_label_that_the_class_map_lacks_is_a_two_part_error(shards: Path) -> None:
+    (shards / "map.txt").write_text("0 0\n1 1\n2 2\n")
+    wds: dict[str, Any] = {"dataset": "wds/x", "data_dir": shards, "split": "val-{0000..0001}.tar|12"}
+    for workers in (0, 2):
+        images = opened(4, calib_split="train-0000.tar|4", class_map=shards / "map.txt", workers=workers, **wds)
+        with pytest.raises(CoraqError, match="cannot be read: KeyError") as caught:
+            everything(evaluation(images))
+        assert "class-map" in caught.value.hint
+
+
+def class_map(folder: Path, order: list[int]) -> Path:
+    """Class number i of the data is the network's number order[i]."""
+    (folder / "map.txt").write_text("".join(f"{name} {number}\n" for name, number in enumerate(order)))
+    return folder / "map.txt"
+
+
+def test_a_missing_shard_is_a_two_part_error(shards: Path) -> None:
+    images = opened(4, dataset="wds/x", data_dir=shards, split="none-0000.tar|4", calib_split="train-0000.tar|4")
+    with pytest.raises(CoraqError) as caught:
+        everything(evaluation(images))
+    assert caught.value.hint
+
+
+def test_a_real_hugging_face_data_set_reads_the_same_images_as_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No fakes: timm's reader over `datasets`, which reads a folder of train/ and test/ without a network."""
+    pytest.importorskip("datasets", reason="needs the package datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    write_images(data / "train", {"a": 4, "b": 4}, seed=1)
+    write_images(data / "test", {"a": 3, "b": 3}, seed=2)
+    by_folder = opened(2, data_dir=data, split="test")
+    spec: dict[str, Any] = {"dataset": f"hfds/{data}", "data_dir": tmp_path / "cache", "split": "test"}
+    for workers in (0, 2):
+        by_spec = opened(2, workers=workers, **spec)
+        assert rows(by_spec.calibration) == rows(by_folder.calibration)
+        assert evaluation(by_spec).class_names == ["a", "b"]
+        assert sorted(everything(evaluation(by_spec))[1].tolist()) == [0, 0, 0, 1, 1, 1]
+        assert torch.equal(everything(evaluation(by_spec))[0], everything(evaluation(by_folder))[0])
+    with pytest.raises(CoraqError, match="cannot be opened") as caught:
+        opened(2, **{**spec, "split": "nosuch"})
+    assert caught.value.hint
 
 
 # --- tensors

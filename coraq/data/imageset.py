@@ -226,6 +226,16 @@ class DecodedImages(ImageSet):
                 self._check_labels(labels)
                 read += len(images)
                 yield images, labels
+        except CoraqError:
+            raise
+        except Exception as error:
+            if not isinstance(self._dataset, _Streaming):
+                raise
+            reason = str(error).strip().splitlines() or [type(error).__name__]  # a stranger's reader raises anything
+            raise CoraqError(
+                f"the {self.description} cannot be read: {type(error).__name__}: {reason[-1]}",
+                "check the files of --data-dir, --split and --class-map",
+            ) from error
         finally:
             if fresh:
                 named = ", ".join(sample.name for sample in fresh[:5]) + (", …" if len(fresh) > 5 else "")

@@ -18,6 +18,7 @@ from timm.data import IterableImageDataset, create_dataset, get_img_extensions
 from coraq.data.classes import ClassMap
 from coraq.data.imageset import Source
 from coraq.errors import CoraqError, UsageError
+from coraq.hub import go_offline_if_unreachable
 
 KINDS = ("torch", "hfds", "hfids", "wds", "tfds")  # what timm's specs begin with; it takes others for folders
 NEEDS_ROOT = ("torch", "wds", "tfds")  # specs that find nothing without --data-dir
@@ -153,10 +154,12 @@ def open_spec(spec: str, root: str | None, split: str, option: str, class_map: C
         )
     if prefix in NEEDS_ROOT and not root:
         raise UsageError(f"--dataset {spec} needs a folder", "say where its files are: --data-dir FOLDER")
+    if prefix in ("hfds", "hfids"):
+        go_offline_if_unreachable()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # timm's readers print; stdout is for results
             streaming = prefix in ("hfids", "tfds", "wds")
-            mapped: Any = dict(class_map) if class_map and streaming else None
+            mapped: Any = _by_label(class_map) if class_map and streaming else None
             dataset = create_dataset(spec, root=root, split=split, class_map=mapped)
     except ImportError as error:
         package = PACKAGES.get(prefix, str(error.name or error))
@@ -176,6 +179,16 @@ def open_spec(spec: str, root: str | None, split: str, option: str, class_map: C
         side = getattr(dataset, "train", split)  # torchvision's own notion where it has one
         source = ReaderSource(f"{spec}:{side}", dataset)
     return Pool(where, source, labels, names, places=source.places())
+
+
+def _by_label(class_map: ClassMap) -> dict[str | int, int]:
+    """The class map for labels that come as names or as numbers."""
+    mapped: dict[str | int, int] = {}
+    for name, index in class_map.items():
+        mapped[name] = index
+        if name.isdecimal():
+            mapped[int(name)] = index
+    return mapped
 
 
 def _labels(dataset: Any, where: str) -> tuple[np.ndarray, list[str]]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-import os
-import socket
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,6 +20,7 @@ from torch import nn
 
 from coraq.config import RunConfig
 from coraq.errors import CoraqError, UsageError
+from coraq.hub import go_offline_if_unreachable
 
 SAFETENSORS_ONLY = "coraq opens safetensors only, because unpickling a file can run any code that is in it."
 
@@ -162,7 +161,7 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
             )
         return architecture, dict(arguments or {})
     if name.startswith(("hf-hub:", "hf_hub:")):
-        _go_offline_if_unreachable()
+        go_offline_if_unreachable()
         try:
             _, architecture, arguments = load_model_config_from_hf(name.split(":", 1)[1])
         except Exception as error:
@@ -175,7 +174,7 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
             f"unknown model {name!r}",
             _nearest(architecture) + "`python -c 'import timm; print(timm.list_models())'` lists all.",
         )
-    _go_offline_if_unreachable()
+    go_offline_if_unreachable()
     return architecture, {}
 
 
@@ -260,19 +259,6 @@ def _load_checkpoint(module: nn.Module, path: Path) -> None:
                 "If it is the classifier, give --num-classes.",
             )
     module.load_state_dict(state, strict=False)
-
-
-def _go_offline_if_unreachable() -> None:
-    """Skip the hub client's minute of retries where there is no network: cached weights still work."""
-    from huggingface_hub import constants
-
-    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return
-    host = constants.ENDPOINT.split("//")[-1].split("/")[0].split(":")[0]
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
 
 
 def _nearest(architecture: str) -> str:
