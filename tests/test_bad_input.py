@@ -175,7 +175,7 @@ def test_a_forced_run_that_fails_leaves_the_earlier_result(
     assert {name: (folder / name).read_bytes() for name in before} == before
     with monkeypatch.context() as patch:
 
-        def killed(*args: object) -> None:
+        def killed(*args: object, **known: object) -> None:
             raise KeyboardInterrupt
 
         patch.setattr(pipeline, "compare_networks", killed)
