@@ -77,7 +77,7 @@ class CoRa:
     """Minimises the KL to the float network over the ranks (and bits) of all layers, under a budget of bytes."""
 
     name: ClassVar[str] = "cora"
-    summary: ClassVar[str] = "adapters of searched rank on any method's codes, bits and ranks under one byte budget"
+    summary: ClassVar[str] = "bits and adapter ranks of all layers shared out under one byte budget, on any codes"
     version: ClassVar[str] = "1"
     needs_data: ClassVar[bool] = True
     chooses_bits: ClassVar[bool] = True
