@@ -364,7 +364,7 @@ def _with_others(model: type[Any], full: Any, plain: Any) -> Any:
         if isinstance(value, BaseModel):
             content[name] = _with_others(type(value), value, default)
         elif value == default and name != "version":
-            for other in (not default, 3, 0.5, "x", *get_args(field.annotation)):
+            for other in (not default, 3, 0.5, 99.0, "x", *get_args(field.annotation)):
                 try:
                     changed = model.model_validate({**content, name: other})
                 except ValidationError:

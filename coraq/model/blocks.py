@@ -89,7 +89,7 @@ class _Cutter:
     def closed(self, module: str) -> bool:
         """Whether a module ran once, on one tensor to one tensor, and read nothing else from the images."""
         calls = self.calls.get(module, [])
-        if len(calls) != 1 or len(calls[0].inputs) != 1 or len(calls[0].outputs) != 1:
+        if len(calls) != 1 or not calls[0].bare or len(calls[0].inputs) != 1 or len(calls[0].outputs) != 1:
             return False
         call = calls[0]
         for op in self.flow.ops:

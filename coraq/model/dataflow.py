@@ -27,6 +27,7 @@ class Call(Frozen):
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     input_shape: tuple[int, ...]
+    bare: bool = True  # the first argument is a tensor itself, not a list that holds one (DenseNet's layers)
     start: int
     stop: int
 
@@ -127,14 +128,15 @@ def watch(model: nn.Module, images: Tensor) -> tuple[Any, Dataflow]:
     """`model(images)`, and what was seen on the way."""
     watcher = _Watcher()
     calls: list[Call] = []
-    entered: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
+    entered: list[tuple[tuple[int, ...], tuple[int, ...], bool, int]] = []
     handles = []
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             first = next(iter(tensors_in((args, kwargs))), None)
             shape = () if first is None else tuple(first.shape)
-            entered.append((watcher.known((args, kwargs)), shape, watcher.tick()))
+            bare = isinstance(args[0] if args else next(iter(kwargs.values()), None), Tensor)
+            entered.append((watcher.known((args, kwargs)), shape, bare, watcher.tick()))
             watcher.stack.append(name)
 
         return hook
@@ -142,10 +144,18 @@ def watch(model: nn.Module, images: Tensor) -> tuple[Any, Dataflow]:
     def leave(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             watcher.stack.pop()
-            inputs, shape, start = entered.pop()
+            inputs, shape, bare, start = entered.pop()
             outputs = watcher.known(output)
             calls.append(
-                Call(module=name, inputs=inputs, outputs=outputs, input_shape=shape, start=start, stop=watcher.tick())
+                Call(
+                    module=name,
+                    inputs=inputs,
+                    outputs=outputs,
+                    input_shape=shape,
+                    bare=bare,
+                    start=start,
+                    stop=watcher.tick(),
+                )
             )
 
         return hook

@@ -74,9 +74,9 @@ def assert_conforms(
                     f"{case}: the output error, {error:.2g}, exceeds that at {min(bits)} bits, {coarse[key]:.2g}",
                     "Does the method build its grid from layer.bits?",
                 )
-    _check_activations(bench)
     _check_repeatable(bench)
     _check_resume(bench)
+    _check_activations(bench)
     _check_awkward(method, bench.options)
     _check_wide(bench)
     _check_images(bench)
