@@ -18,7 +18,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 IMAGENET = ["--split", "imagenet-val", "--calib-split", "imagenet-sample", "--class-map"]
-CALIBRATION = ["--calib-size", "512", "--seed", "0"]
+CALIBRATION = ["--calib-size", "1024", "--seed", "0"]
 NETWORKS: dict[str, list[str]] = {
     "mobilenetv2_100": ["--data-dir", "{assets}", *IMAGENET, "{assets}/imagenet.class_map.txt"],
     "mobilenetv1_075": ["--data-dir", "{assets}", *IMAGENET, "{assets}/imagenet.class_map.txt"],
@@ -97,9 +97,10 @@ def write_table(folder: Path) -> None:
         "",
         "Written by `python examples/accuracy.py`; every row is one `coraq quantize`, whose whole result stands beside",
         "this file in `accuracy/`. Intervals are 95 %; differences are paired, on the same images. Affine grid per",
-        "channel, bias correction on for every method, activations float, seed 0, 512 calibration images. `s` is the",
-        "whole command but Python's imports: reading, calibration, writing, reloading and evaluating both networks.",
-        "Bits a weight count scales and zero points.",
+        "channel, bias and gain correction on for every method, activations float, seed 0. Calibration images are in",
+        "each result. `s` is the whole command but Python's imports: reading, calibration, writing, reloading and",
+        "evaluating both networks. Bits a weight count scales and zero points. `cora` shares out the bytes of uniform",
+        "codes, first and last layer included.",
         "",
         f"| {' | '.join(columns)} |",
         f"|{'---|' * len(columns)}",
