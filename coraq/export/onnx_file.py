@@ -126,6 +126,15 @@ def build_onnx(
     shorten(model, set(replaced))
     written = {name: replaced[graph.places[name].initializer] for name in layers}
     notes += _notes(checkpoint, form, two_bits)
+    if raised:
+        notes.append(
+            f"{', '.join(sorted(raised))}: scales of nearly dead channels are raised so that the bias fits 32 bits; "
+            "the codes are the checkpoint's, these channels' weights are not"
+        )
+    if adapted := sorted(name for name in integer if layers[name].adapter is not None):
+        notes.append(
+            f"{', '.join(adapted)}: codes and adapter are rounded together to 8 bits, by about 0.7 % of the weight"
+        )
     convolutions = {place.initializer for place in graph.places.values()} & {
         node.input[1] for node in graph.model.graph.node if node.op_type == "Conv"
     }
