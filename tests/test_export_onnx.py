@@ -278,3 +278,17 @@ def test_without_a_run_it_says_what_to_do_first(
     monkeypatch.chdir(tmp_path)
     assert run(["export"]) == 1
     assert "coraq quantize demo" in capsys.readouterr().err
+
+
+def test_the_label_of_mixed_widths_names_the_range() -> None:
+    """One width beside the edges' is the file's; more are named from the least to the most."""
+    from types import SimpleNamespace
+
+    from coraq.export.onnx_file import label_of
+
+    def labelled(*widths: int) -> str:
+        layers = {str(i): SimpleNamespace(weight=SimpleNamespace(bits=bits)) for i, bits in enumerate(widths)}
+        return label_of(SimpleNamespace(layers=layers))  # type: ignore[arg-type]
+
+    assert labelled(8, 4, 4, 8) == "4-bit on disk, float in memory"
+    assert labelled(5, 3, 4, 8) == "3- to 8-bit on disk, float in memory"

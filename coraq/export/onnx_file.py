@@ -170,7 +170,10 @@ def example_images(checkpoint: Checkpoint, count: int = 2) -> torch.Tensor:
 
 def label_of(checkpoint: Checkpoint) -> str:
     """What any runtime does with weights alone on a grid: they are multiplied out when the file is loaded."""
-    return f"{min(layer.weight.bits for layer in checkpoint.layers.values())}-bit on disk, float in memory"
+    widths = sorted({layer.weight.bits for layer in checkpoint.layers.values()})
+    # one width, or one and that of the first and last layer; more of them were chosen layer by layer
+    codes = f"{widths[0]}-bit" if len(widths) <= 2 else f"{widths[0]}- to {widths[-1]}-bit"
+    return f"{codes} on disk, float in memory"
 
 
 def takes_two_bits() -> bool:
