@@ -93,7 +93,7 @@ def test_grids_at_inputs_alone_are_not_called_integer_kernels(tmp_path: Path) ->
     checkpoint = checkpoint_of(tmp_path)
     observe(checkpoint.module, ())
     export = build_onnx(checkpoint)
-    assert export.label == "4-bit on disk, float in memory"
+    assert export.label == "4- to 8-bit on disk, float in memory"
     assert check(checkpoint, export).failures == []
 
 
