@@ -292,3 +292,20 @@ def test_the_label_of_mixed_widths_names_the_range() -> None:
 
     assert labelled(8, 4, 4, 8) == "4-bit on disk, float in memory"
     assert labelled(5, 3, 4, 8) == "3- to 8-bit on disk, float in memory"
+
+
+def test_short_names_never_meet_a_stored_one() -> None:
+    """Past 192 values in between, the next short name in hexadecimal would be that of the first constant, `_c0`."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    from coraq.export.onnx_file import shorten
+
+    steps = 300
+    nodes = [helper.make_node("Add", [f"v{i}" if i else "x", "_c0"], [f"v{i + 1}"]) for i in range(steps)]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", f"v{steps}")]
+    constant = numpy_helper.from_array(np.ones(1, np.float32), "_c0")
+    model = helper.make_model(helper.make_graph(nodes, "chain", ends[:1], ends[1:], [constant]))
+    shorten(model, set())
+    onnx.checker.check_model(model)
+    assert all(node.input[1] == "_c0" for node in model.graph.node)
+    assert len({node.output[0] for node in model.graph.node}) == steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -211,10 +212,12 @@ def shorten(model: Any, keep: set[str]) -> None:
     """Give values in between short names: on a small network they are a percent of the file."""
     names: dict[str, str] = {}
     keep = keep | {value.name for value in model.graph.output}
+    taken = keep | {value.name for value in (*model.graph.input, *model.graph.initializer)}
+    free = (name for name in (f"_{number:x}" for number in count()) if name not in taken)
     for node in model.graph.node:
         for output in node.output:
             if output and output not in keep:
-                names[output] = f"_{len(names):x}"
+                names[output] = next(free)
     for node in model.graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]
