@@ -48,7 +48,8 @@ def row(name: str, everywhere: bool, result: dict[str, Any]) -> str:
         f"| {comparison['float_top1']['value_pct']:.2f} | {top1['value_pct']:.2f} "
         f"[{top1['low_pct']:.1f}, {top1['high_pct']:.1f}] "
         f"| {difference['points']:+.2f} [{difference['low_points']:+.1f}, {difference['high_points']:+.1f}] "
-        f"| {comparison['sqnr_db']:.1f} | {better} | {size['effective_bits']:.2f} | {size['file_bytes'] / 1e6:.2f} of "
+        f"| {comparison['kl_nats']:.4f} | {comparison['sqnr_db']:.1f} | {better} "
+        f"| {size['effective_bits']:.2f} | {size['file_bytes'] / 1e6:.2f} of "
         f"{size['float_bytes'] / 1e6:.1f} | {result['total_s']:.0f} | {result['peak_memory_bytes'] / 1e9:.1f} |"
     )
 
@@ -90,7 +91,14 @@ def write_table(folder: Path) -> None:
                 for path in sorted(folder.glob(f"{network}-*-w{bits}{suffix}.json"), reverse=True):
                     rows.append(row(network, bool(suffix), json.loads(path.read_text())))
     columns = ["network", "method", "bits", "first and last layer", "float top-1 %", "quantized top-1 %"]
-    columns += ["difference, points", "logit SQNR dB", "layers at or below rtn's error", "bits a weight", "file MB"]
+    columns += [
+        "difference, points",
+        "KL nats",
+        "logit SQNR dB",
+        "layers at or below rtn's error",
+        "bits a weight",
+        "file MB",
+    ]
     columns += ["s", "peak GB"]
     text = [
         "# Accuracy at 4, 3 and 2 bits, weights only",
