@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from coraq.config import Frozen, LayerScheme, Scheme
@@ -37,9 +37,9 @@ from coraq.core.allocate import Choice, allocate
 from coraq.core.alternate import alternate
 from coraq.core.cutoffs import SearchLayer, search_cutoffs
 from coraq.core.grid import Grid, best_shrink, grid_from_range, minmax_grid, mse_grid, sigma_grid
-from coraq.core.lowrank import Directions, adapter, adapter_bytes, can_pay, directions
+from coraq.core.lowrank import Directions, adapter, adapter_bytes, can_pay, directions, low_rank
 from coraq.core.sensitivity import kl_of_errors
-from coraq.core.tensors import ActivationGrid, LowRank, QTensor, QuantizedLayer
+from coraq.core.tensors import ActivationGrid, LowRank, QTensor, QuantizedLayer, stored_bytes
 from coraq.errors import CoraqError, UsageError
 from coraq.model.blocks import Block, Granularity
 from coraq.model.gridded import set_grid
@@ -79,16 +79,30 @@ __all__ = [
     "directions",
     "grid_from_range",
     "kl_of_errors",
+    "low_rank",
     "minmax_grid",
     "mse_grid",
     "search_cutoffs",
     "set_grid",
     "sigma_grid",
+    "stored_bytes",
 ]
 
 
 class MethodConfig(Frozen):
-    """Base of a method's options: frozen, unknown keys refused; a field's description is its help."""
+    """Base of a method's options: frozen, unknown keys refused; a field's description is its help.
+
+    A method with a field `preset` names in `presets` what the other options then default to; options that are given
+    beside a preset win.
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        chosen = values.get("preset") if isinstance(values, dict) else None
+        return {**cls.presets[chosen], **values} if isinstance(chosen, str) and chosen in cls.presets else values
 
     def bases(self) -> Sequence[str]:
         """Other methods that these options use (`Task.codes`); their versions are part of the run's identity."""

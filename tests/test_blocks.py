@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from examples_folder import example
 from torch import Tensor, nn
 
 from coraq.cli.app import run as command
@@ -20,20 +19,7 @@ from coraq.model.fold import Trace, fold
 from coraq.model.reconstruction import cut_out
 from coraq.testing import random_images, randomise_batchnorm, small_network
 
-CHECKOUT = Path(__file__).parents[1]
-
-
-def _example() -> Any:
-    spec = importlib.util.spec_from_file_location("coraq_example_families_b", CHECKOUT / "examples" / "families.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-families = _example()
+families = example("families")
 FAST = ["resnet50", "resnetv2_50", "mobilenetv2_035", "mobilenetv3_small_050", "efficientnet_b0", "regnety_002"]
 FAST += ["convnext_atto", "densenet121", "dla46_c", "ghostnet_050", "res2net50_26w_4s", "edgenext_xx_small"]
 

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_export_onnx import check, checkpoint_of, rewritten
+from test_export_onnx import check, checkpoint_of, rewritten, with_adapter
 from torch import Tensor, nn
 
 from coraq.artifact import Checkpoint
-from coraq.core.grid import minmax_grid
-from coraq.core.tensors import LowRank, QTensor, QuantizedLayer
+from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.export import verify
 from coraq.export.integer import raise_scales
@@ -110,17 +109,6 @@ def test_a_bias_on_another_scale_is_found(gridded: Checkpoint) -> None:
 
 
 def test_adapters_between_grids_become_int8_at_load(tmp_path: Path) -> None:
-    def with_adapter(name: str, layer: QuantizedLayer) -> QuantizedLayer:
-        groups, out, inputs = layer.weight.codes.shape
-        generator = torch.Generator().manual_seed(len(name))
-
-        def factor(rows: int, columns: int) -> QTensor:
-            value = 0.1 * torch.randn(groups, rows, columns, generator=generator)
-            grid = minmax_grid(value, 8)
-            return grid.pack(grid.codes(value))
-
-        return dataclasses.replace(layer, adapter=LowRank(factor(out, 2), factor(2, inputs)))
-
     checkpoint = rewritten(checkpoint_of(tmp_path), with_adapter)
     observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND))
     found = check(checkpoint, build_onnx(checkpoint))

@@ -42,6 +42,19 @@ def checkpoint_of(folder: Path, bits: int = 4, symmetric: bool = False, awkward:
     return load_checkpoint(path)
 
 
+def with_adapter(name: str, layer: QuantizedLayer) -> QuantizedLayer:
+    """The layer with a random adapter of rank 2."""
+    groups, out, inputs = layer.weight.codes.shape
+    generator = torch.Generator().manual_seed(len(name))
+
+    def factor(rows: int, columns: int) -> QTensor:
+        value = 0.1 * torch.randn(groups, rows, columns, generator=generator)
+        grid = minmax_grid(value, 8)
+        return grid.pack(grid.codes(value))
+
+    return dataclasses.replace(layer, adapter=LowRank(factor(out, 2), factor(2, inputs)))
+
+
 def rewritten(checkpoint: Checkpoint, change: Any) -> Checkpoint:
     """The checkpoint with every layer changed by `change(name, layer)`, written and read back."""
     layers = {name: change(name, layer) for name, layer in checkpoint.layers.items()}
@@ -97,17 +110,6 @@ def test_codes_take_their_bits_in_the_file(tmp_path: Path) -> None:
 
 
 def test_adapters_are_codes_on_disk_and_folded_at_load(tmp_path: Path) -> None:
-    def with_adapter(name: str, layer: QuantizedLayer) -> QuantizedLayer:
-        groups, out, inputs = layer.weight.codes.shape
-        generator = torch.Generator().manual_seed(len(name))
-
-        def factor(rows: int, columns: int) -> QTensor:
-            value = 0.1 * torch.randn(groups, rows, columns, generator=generator)
-            grid = minmax_grid(value, 8)
-            return grid.pack(grid.codes(value))
-
-        return dataclasses.replace(layer, adapter=LowRank(factor(out, 2), factor(2, inputs)))
-
     checkpoint = rewritten(checkpoint_of(tmp_path), with_adapter)
     export = build_onnx(checkpoint)
     found = check(checkpoint, export)

@@ -5,34 +5,19 @@ The families are those of `examples/families.py`, which also writes the table in
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from examples_folder import example
 from torch import nn
 
 from coraq.model.fold import fold, relative_error
 
-CHECKOUT = Path(__file__).parents[1]
-
-
-def _example() -> Any:
-    spec = importlib.util.spec_from_file_location("coraq_example_families", CHECKOUT / "examples" / "families.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-families = _example()
+families = example("families")
 LIGHT = [pytest.param(family, id=family.name) for family in families.FAMILIES if not family.heavy]
 HEAVY = [pytest.param(family, id=family.name) for family in families.FAMILIES if family.heavy]
 CUT_DOWN = [pytest.param(family, id=family.name) for family in families.FAMILIES if family.smaller]

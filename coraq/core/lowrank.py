@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from coraq.core.grid import minmax_grid
-from coraq.core.tensors import LowRank, QTensor
+from coraq.core.tensors import LowRank, QTensor, stored_bytes
 
 ORDER = 4  # p of the Butterworth gain, CoRa equation 7
 
@@ -98,6 +98,11 @@ def adapter(found: Directions, delta: Tensor, rank: int, bits: int = 8) -> LowRa
     return LowRank(b, _rounded(fitted.float(), bits, "channel"))
 
 
+def low_rank(gram: Tensor | None, rank: int, bits: int, delta: Tensor) -> LowRank | None:
+    """The best adapter of a rank for `delta` [groups, out, in], as `directions` takes it; None at rank 0."""
+    return adapter(directions(delta, gram, limit=rank), delta, rank, bits) if rank else None
+
+
 def _rounded(factor: Tensor, bits: int, granularity: str) -> QTensor:
     grid = minmax_grid(factor, bits, symmetric=True, granularity=granularity)
     return grid.pack(grid.codes(factor))
@@ -108,7 +113,7 @@ def adapter_bytes(shape: tuple[int, int, int], rank: int, bits: int = 8) -> int:
     groups, out, inputs = shape
     if rank == 0:
         return 0
-    return groups * (out * -(-rank * bits // 8) + rank * (-(-inputs * bits // 8) + 4)) + 4
+    return stored_bytes((groups, out, rank), bits, 1, 0) + stored_bytes((groups, rank, inputs), bits, groups * rank, 0)
 
 
 def can_pay(shape: tuple[int, int, int], code_bits: int, bits: int = 8) -> bool:
@@ -116,8 +121,7 @@ def can_pay(shape: tuple[int, int, int], code_bits: int, bits: int = 8) -> bool:
 
     Never for depthwise layers, whose groups have one output.
     """
-    groups, out, inputs = shape
-    return min(out, inputs) > 1 and 2 * adapter_bytes(shape, 1, bits) <= groups * out * -(-inputs * code_bits // 8)
+    return min(shape[1:]) > 1 and 2 * adapter_bytes(shape, 1, bits) <= stored_bytes(shape, code_bits, 0, 0)
 
 
 def butterworth(cutoff: Tensor, count: int, order: int = ORDER) -> Tensor:

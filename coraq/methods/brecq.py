@@ -9,11 +9,11 @@ learned together.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import model_validator
 from torch import Tensor
 from torch.func import functional_call
 
@@ -60,6 +60,8 @@ class BRECQ:
     needs_data: ClassVar[bool] = True
 
     class Config(MethodConfig):
+        presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PAPER}
+
         preset: Literal["default", "paper"] = Field(
             default="default", description="what the other options default to: coraq's choice, or the paper's"
         )
@@ -110,13 +112,6 @@ class BRECQ:
         )
         guard: bool = Field(default=True, description="keep the base codes of a unit where they are better")
 
-        @model_validator(mode="before")
-        @classmethod
-        def _preset(cls, values: Any) -> Any:
-            if isinstance(values, dict) and values.get("preset") == "paper":
-                return {**PAPER, **values}
-            return values
-
     def __init__(self, config: Config) -> None:
         self.config = config
 
@@ -141,19 +136,15 @@ class QDrop(BRECQ):
     version: ClassVar[str] = "2"
 
     class Config(BRECQ.Config):
+        # QDrop's own paper learns roundings and steps together
+        presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {**PAPER, "joint": True}}
+
         drop: float = Field(
             default=0.5,
             ge=0,
             lt=1,
             description="share of activation elements and of block inputs that stay float in a step",
         )
-
-        @model_validator(mode="before")
-        @classmethod
-        def _joint(cls, values: Any) -> Any:
-            if isinstance(values, dict) and values.get("preset") == "paper":
-                return {"joint": True, **values}  # QDrop's own paper learns them together
-            return values
 
 
 @dataclass

@@ -9,9 +9,8 @@ undoes half of what earlier ones lost (`correction`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
-
-from pydantic import model_validator
 
 from coraq.api import (
     Field,
@@ -49,6 +48,8 @@ class COMQ:
     needs_data: ClassVar[bool] = True
 
     class Config(MethodConfig):
+        presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PAPER}
+
         preset: Literal["default", "paper"] = Field(
             default="default", description="what the other options default to: coraq's choice, or the paper's"
         )
@@ -80,13 +81,6 @@ class COMQ:
         damping: float = Field(default=0.01, ge=0, description="gptq: share of the mean diagonal added to the Gram")
         tolerance: float = Field(default=1e-3, ge=0, lt=1, description="stop when a sweep gains less than this share")
         guard: bool = Field(default=True, description="take nearest rounding for channels where it is better")
-
-        @model_validator(mode="before")
-        @classmethod
-        def _preset(cls, values: Any) -> Any:
-            if isinstance(values, dict) and values.get("preset") == "paper":
-                return {**PAPER, **values}
-            return values
 
     def __init__(self, config: Config) -> None:
         self.config = config

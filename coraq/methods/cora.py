@@ -10,13 +10,12 @@ bit more in a sensitive layer is the adapter's real rival.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import model_validator
 from torch import Tensor
 
 from coraq.api import (
@@ -24,21 +23,20 @@ from coraq.api import (
     Directions,
     Field,
     LayerView,
-    LeastSquares,
-    LowRank,
     MethodConfig,
     QuantizedLayer,
     Scheme,
     SearchLayer,
     Task,
-    adapter,
     adapter_bytes,
     allocate,
     alternate,
     can_pay,
     directions,
     kl_of_errors,
+    low_rank,
     search_cutoffs,
+    stored_bytes,
 )
 
 PAPER: dict[str, Any] = {
@@ -83,6 +81,8 @@ class CoRa:
     chooses_bits: ClassVar[bool] = True
 
     class Config(MethodConfig):
+        presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PAPER}
+
         preset: Literal["default", "paper"] = Field(
             default="default", description="what the other options default to: coraq's choice, or the paper's"
         )
@@ -131,13 +131,6 @@ class CoRa:
         gamma: float = Field(default=1.0, ge=0, description="search: weight of the budget's penalty")
         rate: float = Field(default=0.01, gt=0, description="search: Adam's learning rate")
 
-        @model_validator(mode="before")
-        @classmethod
-        def _preset(cls, values: Any) -> Any:
-            if isinstance(values, dict) and values.get("preset") == "paper":
-                return {**PAPER, **values}
-            return values
-
         def bases(self) -> Sequence[str]:
             return (self.base,)
 
@@ -153,7 +146,7 @@ class CoRa:
                 squares.weight,
                 squares.error,
                 partial(self._codes, task, layer, bits),
-                partial(self._decompose, squares, rank),
+                partial(low_rank, squares.inputs(self.config.form), rank, self.config.adapter_bits),
                 self.config.rounds if rank else 0,
             )
             task.commit(layer.name, quantized, error=errors[-1] / max(squares.energy(), 1e-30), rounds=len(errors))
@@ -162,10 +155,6 @@ class CoRa:
         config = self.config
         scheme = task.scheme.model_copy(update={"granularity": "tensor"}) if config.granularity == "tensor" else None
         return task.codes(layer.name, config.base, config.base_options, bits=bits, less=less, scheme=scheme)
-
-    def _decompose(self, squares: LeastSquares, rank: int, delta: Tensor) -> LowRank | None:
-        found = directions(delta, squares.inputs(self.config.form), limit=rank) if rank else None
-        return None if found is None else adapter(found, delta, rank, self.config.adapter_bits)
 
     # -- the plan: bits and ranks of all layers
 
@@ -205,14 +194,15 @@ class CoRa:
             layers.append(
                 [
                     Choice(
-                        _code_bytes(s.layer, bits) + adapter_bytes(s.layer.shape, rank, config.adapter_bits),
+                        stored_bytes(s.layer.shape, bits, 0, 0)
+                        + adapter_bytes(s.layer.shape, rank, config.adapter_bits),
                         kl[s.layer.name] * GAUSSIAN[bits] / GAUSSIAN[s.layer.bits] * share[rank],
                     )
                     for bits, rank in options
                 ]
             )
         weights = sum(s.layer.weight.numel() for s in seen)
-        budget = sum(_code_bytes(s.layer, s.layer.bits) for s in seen) + config.budget * weights
+        budget = sum(stored_bytes(s.layer.shape, s.layer.bits, 0, 0) for s in seen) + config.budget * weights
         taken = allocate(layers, budget)
         return {s.layer.name: list(options[i]) for s, options, i in zip(seen, pairs, taken, strict=True)}
 
@@ -289,11 +279,6 @@ def _repaired(
     while sum(size(name, rank) for name, rank in whole.items()) > allowed:
         whole[min((name for name in whole if whole[name]), key=worth)] -= 1
     return whole
-
-
-def _code_bytes(layer: LayerView, bits: int) -> int:
-    groups, out, inputs = layer.shape
-    return groups * out * -(-inputs * bits // 8)
 
 
 def _first(task: Task, count: int) -> list[Tensor]:

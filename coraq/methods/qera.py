@@ -19,17 +19,15 @@ from coraq.api import (
     Choice,
     Field,
     LayerView,
-    LeastSquares,
-    LowRank,
     MethodConfig,
     QuantizedLayer,
     Task,
-    adapter,
     adapter_bytes,
     allocate,
     alternate,
     can_pay,
     directions,
+    low_rank,
 )
 
 
@@ -79,17 +77,13 @@ class QERA:
                 squares.weight,
                 squares.error,
                 partial(self._codes, task, layer.name),
-                partial(self._decompose, squares, rank),
+                partial(low_rank, squares.inputs(self.config.form), rank, self.config.adapter_bits),
                 self.config.rounds if rank else 0,
             )
             task.commit(layer.name, quantized, error=errors[-1] / max(squares.energy(), 1e-30), rounds=len(errors))
 
     def _codes(self, task: Task, name: str, less: Tensor | None = None) -> QuantizedLayer:
         return task.codes(name, self.config.base, self.config.base_options, less=less)
-
-    def _decompose(self, squares: LeastSquares, rank: int, delta: Tensor) -> LowRank | None:
-        found = directions(delta, squares.inputs(self.config.form), limit=rank) if rank else None
-        return None if found is None else adapter(found, delta, rank, self.config.adapter_bits)
 
     def _capped(self, layer: LayerView, rank: int) -> int:
         """The rank, or what the matrix has; 0 where even rank 1 cannot pay."""

@@ -347,11 +347,7 @@ class CalibrationTask:
             raise CoraqError(
                 f"the method's result for layer {name} is invalid: {error}", "This is a fault of the method."
             ) from None
-        layer = replace(layer, input=self._input_grid(name, layer))
-        if layer.bias is None and self.has_data:
-            layer = self._gain(view, layer)
-        layer = replace(layer, bias=self._bias(view, layer))
-        self._put(name, layer)
+        layer = self._settle(view, replace(layer, input=self._input_grid(name, layer)))
         numbers: Metrics = {**self._measure(view, layer), **metrics}
         if self._on_commit is not None:
             self._on_commit(len(self.committed), name, layer, numbers)
@@ -365,10 +361,14 @@ class CalibrationTask:
         view = self._view(name)
         if name in self.committed:
             raise CoraqError(f"layer {name} is committed already", "Only layers of task.layers can be previewed.")
+        return self._settle(view, layer)
+
+    def _settle(self, view: LayerView, layer: QuantizedLayer) -> QuantizedLayer:
+        """The layer with gain and bias as the scheme says, now in the student."""
         if layer.bias is None and self.has_data:
             layer = self._gain(view, layer)
         layer = replace(layer, bias=self._bias(view, layer))
-        self._put(name, layer)
+        self._put(view.name, layer)
         return layer
 
     def codes(
