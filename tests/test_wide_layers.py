@@ -54,14 +54,18 @@ def test_blocks_are_rounded_as_the_whole_block_diagonal_gram_is(order: str, gran
 
 def test_moments_in_blocks_are_the_diagonal_blocks_of_the_whole() -> None:
     geometry = Geometry((3, 3), padding=(1, 1, 1, 1), groups=2, in_channels=8)
-    whole, parts = SampledMoments(geometry, 10), SampledMoments(geometry, 10, blocks=4)
+    weight = torch.randn(2, 5, 36, generator=torch.Generator().manual_seed(9))
+    whole = SampledMoments(geometry, 10, project=torch.eye(36).repeat(2, 1, 1))
+    parts = SampledMoments(geometry, 10, blocks=4, project=weight)
     for seed in (0, 1):
-        x = torch.randn(3, 8, 6, 6, generator=torch.Generator().manual_seed(seed)) + 2
-        whole.add(x, x + 1)
-        parts.add(x, x + 1)
-    for name, get in (("gram", lambda m: m.result().gram), ("cross", lambda m: m.joint().gram)):
-        wanted = torch.stack([get(whole)[g, b * 9 : b * 9 + 9, b * 9 : b * 9 + 9] for g in (0, 1) for b in range(4)])
-        assert torch.allclose(get(parts), wanted, rtol=1e-5), name
+        x, y = torch.randn(2, 3, 8, 6, 6, generator=torch.Generator().manual_seed(seed)) + 2
+        whole.add(x, y)
+        parts.add(x, y)
+    pieces = [(g, slice(b * 9, b * 9 + 9)) for g in (0, 1) for b in range(4)]
+    gram, drift = whole.result().gram, whole.drift(centred=True)
+    assert torch.allclose(parts.result().gram, torch.stack([gram[g, b, b] for g, b in pieces]), rtol=1e-5)
+    wanted = torch.stack([weight[g, :, b].double() @ drift[g, b, b] for g, b in pieces])
+    assert torch.allclose(parts.drift(centred=True), wanted, rtol=1e-4, atol=1e-4)
     assert torch.allclose(parts.result().mean.flatten(), whole.result().mean.flatten())
     rows = parts.rows()
     assert whole.rows() is None

@@ -16,17 +16,20 @@ import math
 import torch
 from torch import Tensor
 
-from coraq.core.gram import CrossMoments, Geometry, Moments, product
+from coraq.core.gram import Geometry, Moments, product
 
 MIN_ROWS = 16_384  # for layers with few inputs: a depthwise 3×3 has nine, and they matter
 # Of a layer's Gram: 0.5 GiB in float64, or 8,192 inputs in one piece; a solver needs six to eight of that size. No
 # share of the memory that is free: a run must give the same bytes wherever and whenever it runs.
 GRAM_ENTRIES = 2**26
+# Rows of both networks that outputs are compared on. The variances of a float and a quantized output rise and fall
+# together, so that their ratio needs far fewer rows than either.
+PAIRED_ROWS, PAIRED_ENTRIES = 4096, 2**25
 KEPT_ROWS = 1024  # of a layer whose Gram is in blocks, to take errors from with all correlations in them
 
 
 class SampledMoments:
-    """Moments of the student's patches and, if the teacher's come along, joint moments at the same positions.
+    """Moments of the student's patches and, if the teacher's come along, how its outputs differ at the same positions.
 
     Args:
         geometry: of the layer.
@@ -34,9 +37,19 @@ class SampledMoments:
         device: of the inputs.
         blocks: how many blocks each group's Gram has; must divide the inputs. Moments are then
             [groups · blocks, in/blocks, …], and the first `KEPT_ROWS` patches are kept.
+        project: [groups, k, in], what `drift` looks at the difference of the networks through.
+        gram: False where the drift alone is wanted.
     """
 
-    def __init__(self, geometry: Geometry, positions: int, device: torch.device | str = "cpu", blocks: int = 1) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        positions: int,
+        device: torch.device | str = "cpu",
+        blocks: int = 1,
+        project: Tensor | None = None,
+        gram: bool = True,
+    ) -> None:
         if positions < 1:
             raise ValueError(f"positions is {positions}, must be at least 1")
         if geometry.inputs % blocks:
@@ -45,56 +58,66 @@ class SampledMoments:
         self.blocks = blocks
         self.count, self._batches = 0, 0
         self._kept: list[Tensor] = []
-        shape = (geometry.groups * blocks, geometry.inputs // blocks)
+        groups, inputs = geometry.groups * blocks, geometry.inputs // blocks
         # of inputs less a fixed shift, which removes most of the mean that a Gram would otherwise drown in
-        self._shifts: list[Tensor] = []
-        self._sums = torch.zeros(2, *shape, dtype=torch.float64, device=self.device)
-        self._gram = torch.zeros(*shape, shape[1], dtype=torch.float64, device=self.device)
-        self._cross: Tensor | None = None
+        self._shift: Tensor | None = None
+        self._sum = torch.zeros(groups, inputs, dtype=torch.float64, device=self.device)
+        size = inputs if gram else 0
+        self._gram = torch.zeros(groups, size, size, dtype=torch.float64, device=self.device)
+        self._project = None if project is None else _in_blocks(project, blocks)
+        k = 0 if project is None else project.shape[1]
+        self._drift_sum = torch.zeros(groups, k, dtype=torch.float64, device=self.device)
+        self._drift = torch.zeros(groups, k, inputs, dtype=torch.float64, device=self.device)
 
     def add(self, student: Tensor, teacher: Tensor | None = None) -> None:
-        """Take in images [N, C, H, W] float32 of the student, and of the teacher in the same order."""
-        streams = [student] if teacher is None else [student, teacher]
-        rows = [sampled_patches(x, self.geometry, self.positions, self._batches) for x in streams]
+        """Take in images [N, C, H, W] float32 of the student, and of the teacher in the same order if `project`."""
+        rows = self._rows(student)
         if self.blocks > 1:
             room = max(0, KEPT_ROWS - self.count)
-            self._kept += [rows[0][:, :room].clone()] if room else []
-            rows = [_in_blocks(x, self.blocks) for x in rows]
-        if not self._shifts:
-            self._shifts = [x.mean(1, keepdim=True) for x in rows]
-        rows = [x.sub_(shift) for x, shift in zip(rows, self._shifts, strict=True)]
-        for index, x in enumerate(rows):
-            self._sums[index] += x.sum(1, dtype=torch.float64)
-        self._gram += product(rows[0], rows[0])
-        if len(rows) == 2:
-            joint = product(rows[1], rows[0])
-            self._cross = joint.double() if self._cross is None else self._cross.add_(joint)
-        self.count += rows[0].shape[1]
+            self._kept += [rows[:, :room].clone()] if room else []
+            rows = _in_blocks(rows, self.blocks)
+        difference = None
+        if self._project is not None:
+            if teacher is None:
+                raise ValueError("the teacher's inputs were not given")
+            difference = _in_blocks(self._rows(teacher), self.blocks).sub_(rows) @ self._project.mT
+        if self._shift is None:
+            self._shift = rows.mean(1, keepdim=True)
+        rows.sub_(self._shift)
+        self._sum += rows.sum(1, dtype=torch.float64)
+        if self._gram.numel():
+            self._gram += product(rows, rows)
+        if difference is not None:
+            self._drift_sum += difference.sum(1, dtype=torch.float64)
+            self._drift += product(difference, rows)
+        self.count += rows.shape[1]
         self._batches += 1
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return sampled_patches(x, self.geometry, self.positions, self._batches)
 
     def result(self) -> Moments:
         """Moments of the student's patches."""
-        _, mean, centred_mean = self._means(0)
-        gram = self._gram / self.count - _outer(centred_mean, centred_mean)
+        mean, centred = self._means()
+        gram = self._gram / self.count - _outer(centred, centred)
         return Moments(self.count, mean, (gram + gram.transpose(1, 2)) / 2 + _outer(mean, mean))
 
     def rows(self) -> Tensor | None:
         """The first of the student's patches, float32 [groups, rows, in], if there are several blocks."""
         return torch.cat(self._kept, 1) if self._kept else None
 
-    def joint(self) -> CrossMoments:
-        """Joint moments; ValueError if the teacher's inputs were not given."""
-        if self._cross is None:
-            raise ValueError("the teacher's inputs were not given")
-        (_, student, s), (_, teacher, t) = self._means(0), self._means(1)
-        cross = self._cross / self.count - _outer(t, s) + _outer(teacher, student)
-        return CrossMoments(self.count, teacher, student, cross)
+    def drift(self, centred: bool) -> Tensor:
+        """`E[P (x_teacher − x_student) x_studentᵀ]`, float64 [groups · blocks, k, in/blocks]; `centred`: less means."""
+        mean, less = self._means()
+        moved = self._drift_sum / self.count
+        return self._drift / self.count - _outer(moved, less) + (0.0 if centred else _outer(moved, mean))
 
-    def _means(self, stream: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Shift, mean, and mean less shift: float64 [groups, in]."""
-        shift = self._shifts[stream][:, 0].double()
-        centred = self._sums[stream] / self.count
-        return shift, shift + centred, centred
+    def _means(self) -> tuple[Tensor, Tensor]:
+        """Mean, and mean less the shift: float64 [groups · blocks, in/blocks]."""
+        if self._shift is None:
+            raise ValueError("no inputs were added")
+        centred = self._sum / self.count
+        return self._shift[:, 0].double() + centred, centred
 
 
 def sampled_patches(x: Tensor, geometry: Geometry, positions: int, turn: int) -> Tensor:
@@ -120,39 +143,6 @@ def sampled_patches(x: Tensor, geometry: Geometry, positions: int, turn: int) ->
     return patches.reshape(-1, geometry.groups, geometry.inputs).transpose(0, 1).contiguous()
 
 
-class OutputVariance:
-    """Variance of a layer's outputs per channel, from some positions of each image.
-
-    Args:
-        geometry: of the layer.
-        weight: [groups, out, in].
-        positions: about how many output positions of each image to keep.
-    """
-
-    def __init__(self, geometry: Geometry, weight: Tensor, positions: int) -> None:
-        self._geometry, self._weight, self._positions = geometry, weight, max(1, positions)
-        self._count, self._turn = 0, 0
-        self._shift: Tensor | None = None
-        self._sums = torch.zeros(2, *weight.shape[:2], dtype=torch.float64, device=weight.device)
-
-    def add(self, images: Tensor) -> None:
-        """Take in a micro-batch [N, C, H, W] float32 of the layer's inputs."""
-        rows = sampled_patches(images, self._geometry, self._positions, self._turn)
-        y = rows @ self._weight.mT  # [groups, rows, out]
-        if self._shift is None:  # a mean much larger than the deviation would drown it
-            self._shift = y.mean(1, keepdim=True)
-        y -= self._shift
-        self._sums[0] += y.sum(1, dtype=torch.float64)
-        self._sums[1] += y.square_().sum(1, dtype=torch.float64)
-        self._count += y.shape[1]
-        self._turn += 1
-
-    def result(self) -> Tensor:
-        """Variance, float64 [groups, out]."""
-        mean, square = self._sums / max(1, self._count)
-        return (square - mean.square()).clamp(min=0)
-
-
 def grid_step(out: tuple[int, int], positions: int) -> tuple[int, int]:
     """Steps of a regular grid with at least `positions` points (or all), whatever its phase, and not many more."""
     step = [1, 1]
@@ -169,6 +159,12 @@ def positions_needed(geometry: Geometry, images: int, rows_per_input: int) -> in
     return math.ceil(max(rows_per_input * geometry.inputs, MIN_ROWS) / images)
 
 
+def paired_positions(geometry: Geometry, images: int) -> int:
+    """Positions of each of `images` images at which the outputs of both networks are compared."""
+    rows = min(PAIRED_ROWS, max(1, PAIRED_ENTRIES // (geometry.groups * geometry.inputs)))
+    return math.ceil(rows / images)
+
+
 def blocks_needed(geometry: Geometry) -> int:
     """The least number of equal blocks of a group's inputs that keeps the Gram within `GRAM_ENTRIES`."""
     inputs = geometry.inputs
@@ -178,6 +174,8 @@ def blocks_needed(geometry: Geometry) -> int:
 
 def _in_blocks(rows: Tensor, blocks: int) -> Tensor:
     """[groups, rows, in] → [groups · blocks, rows, in/blocks], contiguous."""
+    if blocks == 1:
+        return rows
     groups, count, inputs = rows.shape
     parts = rows.reshape(groups, count, blocks, inputs // blocks).transpose(1, 2)
     return parts.reshape(groups * blocks, count, inputs // blocks)

@@ -319,16 +319,11 @@ class CalibrationTask:
         centred = self.scheme.bias != "keep"
         if correction == 0:
             return LeastSquares(weight, stats.covariance if centred else stats.gram, stats.rows(centred))
-        # the cross moments first: they bring the student's own along
-        cross = stats.cross_covariance if centred else stats.cross_gram
+        drift = correction * stats.drift(weight, centred)  # before the Gram: it takes that along on its visit
         gram = stats.covariance if centred else stats.gram
         squares = LeastSquares(weight, gram, stats.rows(centred))
-        diagonal = gram.diagonal(dim1=1, dim2=2)
-        damping = DAMPING * diagonal.mean(1).clamp(min=1e-12)
-        damped = gram + torch.diag_embed(damping[:, None].expand_as(diagonal))
         # W C (H + λ)⁻¹ written as a change of W, so that strong damping leads back to W
-        change = correction * (squares.split(weight.double()) @ (cross - gram))
-        change = squares.join(torch.linalg.solve(damped, change, left=False))
+        change = squares.join(_regress(drift, gram))
         return replace(squares, weight=(weight.double() + change).float())
 
     @torch.no_grad()
@@ -424,7 +419,8 @@ class CalibrationTask:
         if self.scheme.gain == "keep" or self.scheme.granularity == "tensor" or layer.weight.scale.numel() == 1:
             return layer
         effective = layer.dequantize()
-        wanted, found = self.stats(view.name).output_variance(view.weight, effective.to(view.weight.device))
+        outputs = self.stats(view.name).paired.outputs(view.weight, effective.to(view.weight.device))
+        wanted, found = (y.var(1, correction=0) for y in outputs)
         alive = (wanted > 0) & (found > 0) & torch.isfinite(wanted) & torch.isfinite(found)
         ratio = torch.where(alive, wanted / torch.where(alive, found, 1.0), 1.0)
         return layer.scaled(ratio.sqrt().clamp(1 / MOST_GAIN, MOST_GAIN).float()[:, :, None])
@@ -453,7 +449,7 @@ class CalibrationTask:
         install(self.student.get_submodule(name), layer.dequantize().to(device), bias)
 
     def _measure(self, view: LayerView, layer: QuantizedLayer) -> Metrics:
-        """Weight error, and relative error of inputs and outputs against the float network on one micro-batch."""
+        """Weight error, and relative error of some inputs and outputs against the float network."""
         weight = view.weight.double()
         signal = float((weight**2).sum())
         noise = float(((weight - layer.dequantize().double()) ** 2).sum())
@@ -468,11 +464,13 @@ class CalibrationTask:
             numbers["rank"] = layer.adapter.rank
         if self.has_data:
             start = time.perf_counter()
-            x, y = self.stats(view.name).sample()
-            numbers["input_error"] = relative_error(y, x)
-            # the submodules' own forward, past their hooks: nothing may park here
-            outputs = [net.get_submodule(view.name).forward(z) for net, z in ((self.teacher, x), (self.student, y))]
-            numbers["output_error"] = relative_error(outputs[1], outputs[0])
+            paired = self.stats(view.name).paired
+            numbers["input_error"] = relative_error(paired.student, paired.teacher)
+            wanted, found = paired.outputs(view.weight, layer.dequantize().to(view.weight.device))
+            for outputs, bias in ((wanted, view.bias), (found, layer.bias)):
+                if bias is not None:
+                    outputs += bias.reshape(len(outputs), 1, -1)
+            numbers["output_error"] = relative_error(found, wanted)
             self.clock["statistics"] += time.perf_counter() - start
         return numbers
 
@@ -521,3 +519,14 @@ class CalibrationTask:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+
+
+def _regress(target: Tensor, gram: Tensor) -> Tensor:
+    """`target (gram + λ)⁻¹` of [blocks, k, in] and [blocks, in, in], λ being DAMPING of the mean diagonal."""
+    damping = DAMPING * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
+    damped = gram.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if bool(failed.any()):  # no Gram, strictly: rounding made it indefinite by more than the damping
+        return torch.linalg.solve(damped, target, left=False)
+    return torch.cholesky_solve(target.mT, lower).mT

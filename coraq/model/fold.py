@@ -300,5 +300,6 @@ def _error_in_float64(original: nn.Module, structure: Structure, example: Tensor
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """Relative Frobenius error; NaN or Inf anywhere gives a value that fails every `<=`."""
-    difference = (value.double() - reference.double()).norm()
-    return float(difference / reference.double().norm().clamp(min=1e-30))
+    norm = torch.linalg.vector_norm
+    difference = norm(value - reference, dtype=torch.float64)  # summed in float64, without a copy in it
+    return float(difference / norm(reference, dtype=torch.float64).clamp(min=1e-30))

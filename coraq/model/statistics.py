@@ -7,18 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from coraq.core.gram import CrossGramAccumulator, CrossMoments, GramAccumulator, MeanAccumulator, Moments
-from coraq.core.sampling import OutputVariance, SampledMoments, blocks_needed, positions_needed
+from coraq.core.gram import Geometry, GramAccumulator, MeanAccumulator, Moments
+from coraq.core.sampling import SampledMoments, blocks_needed, paired_positions, positions_needed, sampled_patches
 from coraq.errors import CoraqError
 from coraq.model.engine import Arrival
-from coraq.model.layers import as_images
+from coraq.model.layers import as_images, groups_of
 
 TEACHER, STUDENT = 0, 1
+PATCHES = 2**23  # entries of patches made at once where all positions of many images are wanted
 CONSTANT = 1e-12  # an input whose variance is a smaller share of its mean square is constant but for float32 rounding
 T = TypeVar("T")
 
@@ -72,11 +73,31 @@ class LeastSquares:
 
 
 class _Seen(NamedTuple):
-    """Second moments of the student's inputs, perhaps of both networks', and some of the student's inputs."""
+    """Second moments of the student's inputs, and some of these where the Gram is in blocks."""
 
     student: Moments
-    joint: CrossMoments | None
     rows: Tensor | None
+
+
+class Paired(NamedTuple):
+    """The same patches of both networks, float32 [groups, rows, in]."""
+
+    teacher: Tensor
+    student: Tensor
+
+    def outputs(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs [groups, rows, out], no bias, of the float and the quantized weight [groups, out, in]."""
+        return self.teacher @ teacher.mT, self.student @ student.mT
+
+
+class _Plan(NamedTuple):
+    """How a layer's patches are visited: so many positions of an image, and so many images at a time."""
+
+    geometry: Geometry
+    positions: int
+    blocks: int
+    at_once: int
+    sampled: bool
 
 
 class LayerStats:
@@ -98,8 +119,10 @@ class LayerStats:
         rows_per_input: int = 0,
         on_blocks: Callable[[int], None] | None = None,
     ) -> None:
-        self._module, self._arrival, self._clock, self._rows_per_input = module, arrival, clock, rows_per_input
+        self._module: Any = module
+        self._arrival, self._clock, self._rows_per_input = arrival, clock, rows_per_input
         self._on_blocks = on_blocks
+        self._seen: _Seen | None = None
         self.current = True
 
     def _timed(self, compute: Callable[[], T]) -> T:
@@ -125,8 +148,7 @@ class LayerStats:
 
         return self._timed(compute)
 
-    def _sampler(self) -> SampledMoments | None:
-        """What samples this layer's patches, or None where all of them are wanted or hardly more are there."""
+    def _plan(self) -> _Plan:
         for x in self._arrival.inputs(STUDENT):  # looked at inside the loop: a spilled input is gone after it
             images, geometry = as_images(self._module, x)
             blocks = blocks_needed(geometry)
@@ -136,53 +158,72 @@ class LayerStats:
             needed = self._arrival.batch_size * positions_needed(geometry, self._arrival.images, self._rows_per_input)
             if self._rows_per_input and 2 * needed < every * images.shape[0]:
                 # by the leading axis and not by image: a Linear layer's inputs come as one image of many rows
-                return SampledMoments(geometry, -(-needed // images.shape[0]), images.device, blocks)
-            if blocks > 1:
-                return SampledMoments(geometry, every, images.device, blocks)
-            break
-        return None
+                return _Plan(geometry, -(-needed // images.shape[0]), blocks, images.shape[0], sampled=True)
+            at_once = max(1, PATCHES // (every * geometry.groups * geometry.inputs))
+            return _Plan(geometry, every, blocks, at_once, sampled=blocks > 1)
+        raise AssertionError("a pass has at least one micro-batch")
 
-    def _look(self, both: bool) -> _Seen:
-        """One visit to all inputs, of the student alone or of both networks."""
-
-        def compute() -> _Seen:
-            sampler = self._sampler()
-            alone: GramAccumulator | None = None
-            joint: CrossGramAccumulator | None = None
-            pairs: Iterator[tuple[Tensor | None, Tensor]] = (
-                self._arrival.pairs() if both else ((None, y) for y in self._arrival.inputs(STUDENT))
-            )
-            for x, y in pairs:
-                student, geometry = as_images(self._module, y)
-                teacher = None if x is None else as_images(self._module, x)[0]
-                if sampler is not None:
-                    sampler.add(student, teacher)
-                    continue
-                alone = alone or GramAccumulator(geometry, student.device)
-                alone.add(student)
-                if teacher is not None:
-                    joint = joint or CrossGramAccumulator(geometry, student.device)
-                    joint.add(teacher, student)
+    def _look(self, project: Tensor | None) -> SampledMoments | None:
+        """One visit to all inputs: of the student, for its moments; of both networks where there is a `project`."""
+        plan = self._plan()
+        wanted = self._seen is None
+        device = self._module.weight.device
+        exact = GramAccumulator(plan.geometry, device) if wanted and not plan.sampled else None
+        rows = wanted and plan.sampled
+        sampler = None
+        if rows or project is not None:
+            sampler = SampledMoments(plan.geometry, plan.positions, device, plan.blocks, project, rows)
+        for x, y in self._pairs(both=project is not None):
+            student = as_images(self._module, y)[0]
+            if exact is not None:
+                exact.add(student)
             if sampler is not None:
-                return _Seen(sampler.result(), sampler.joint() if both else None, sampler.rows())
-            assert alone is not None
-            return _Seen(alone.result(), None if joint is None else joint.result(), None)
+                teacher = None if x is None else as_images(self._module, x)[0]
+                for i in range(0, len(student), plan.at_once):
+                    part = slice(i, i + plan.at_once)
+                    sampler.add(student[part], None if teacher is None else teacher[part])
+        if exact is not None:
+            self._seen = _Seen(exact.result(), None)
+        elif rows and sampler is not None:
+            self._seen = _Seen(sampler.result(), sampler.rows())
+        return sampler
 
-        return self._timed(compute)
-
-    @cached_property
-    def _both(self) -> _Seen:
-        return self._look(both=True)
-
-    @cached_property
-    def _student(self) -> _Seen:
-        return self._both if "_both" in self.__dict__ else self._look(both=False)
+    def _pairs(self, both: bool) -> Iterator[tuple[Tensor | None, Tensor]]:
+        return self._arrival.pairs() if both else ((None, y) for y in self._arrival.inputs(STUDENT))
 
     @property
-    def _joint(self) -> CrossMoments:
-        joint = self._both.joint
-        assert joint is not None
-        return joint
+    def _student(self) -> _Seen:
+        if self._seen is None:
+            self._timed(lambda: self._look(None))
+        assert self._seen is not None
+        return self._seen
+
+    def drift(self, project: Tensor, centred: bool = True) -> Tensor:
+        """`E[P (x_teacher − x_student) x_studentᵀ]`, float64 [groups · blocks, k, in/blocks]; `centred`: less means.
+
+        P is [groups, k, in]. With the float weight for P it is what a layer's outputs have moved by through its inputs
+        alone, against these inputs: the right-hand side of the asymmetric objective, for the price of `k` rows and
+        not of a second Gram. The identity gives the cross-Gram (`cross_gram`).
+        """
+        sampler = self._timed(lambda: self._look(project))
+        assert sampler is not None
+        return sampler.drift(centred)
+
+    @cached_property
+    def paired(self) -> Paired:
+        """Some patches of both networks at the same positions, from all images."""
+
+        def compute() -> Paired:
+            found: list[tuple[Tensor, Tensor]] = []
+            for x, y in self._arrival.pairs():
+                (student, geometry), (teacher, _) = as_images(self._module, y), as_images(self._module, x)
+                wanted = self._arrival.batch_size * paired_positions(geometry, self._arrival.images)
+                positions = -(-wanted // student.shape[0])
+                teacher, student = (sampled_patches(z, geometry, positions, len(found)) for z in (teacher, student))
+                found.append((teacher, student))
+            return Paired(*(torch.cat(rows, 1) for rows in zip(*found, strict=True)))
+
+        return self._timed(compute)
 
     @cached_property
     def mean(self) -> Tensor:
@@ -214,16 +255,12 @@ class LayerStats:
             centred.masked_fill_(constant[:, :, None] | constant[:, None, :], 0.0)
         return centred
 
-    @property
+    @cached_property
     def cross_gram(self) -> Tensor:
         """`E[x_teacher x_studentᵀ]`, float64 [groups · blocks, in/blocks, in/blocks]."""
-        return self._joint.gram
-
-    @property
-    def cross_covariance(self) -> Tensor:
-        """The cross-Gram of both networks' inputs less their means."""
-        moments = self._joint
-        return moments.gram - moments.teacher_mean[:, :, None] * moments.student_mean[:, None, :]
+        size, inputs = self.gram.shape[-1], self._module.weight[0].numel()
+        identity = torch.eye(size, device=self.gram.device).repeat(groups_of(self._module), 1, inputs // size)
+        return self.drift(identity, centred=False) + self.gram
 
     def rows(self, centred: bool) -> Tensor | None:
         """With several blocks, the student's first inputs, float32 [groups, rows, in], less the mean if `centred`."""
@@ -231,35 +268,3 @@ class LayerStats:
         if rows is None or not centred:
             return rows
         return rows - moments.mean.reshape(rows.shape[0], 1, -1).float()
-
-    def output_variance(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-        """Variance of the layer's outputs per channel, float64 [groups, out], in the float and the quantized network.
-
-        Each with its own inputs and a weight [groups, out, in] of its own; from sampled positions.
-        """
-
-        def compute(stream: int, weight: Tensor) -> Tensor:
-            variance: OutputVariance | None = None
-            for x in self._arrival.inputs(stream):
-                images, geometry = as_images(self._module, x)
-                if variance is None:
-                    needed = self._arrival.batch_size * positions_needed(geometry, self._arrival.images, 0)
-                    variance = OutputVariance(geometry, weight, -(-needed // images.shape[0]))
-                variance.add(images)
-            assert variance is not None
-            return variance.result()
-
-        return self._timed(lambda: (compute(TEACHER, teacher), compute(STUDENT, student)))
-
-    def sample(self) -> tuple[Tensor, Tensor]:
-        """(teacher input, student input) of the first micro-batch, as the layer receives them (copies).
-
-        Copies, because a micro-batch that waits in a file is emptied again as soon as it has been visited.
-        """
-
-        def compute() -> tuple[Tensor, Tensor]:
-            for x, y in self._arrival.pairs():
-                return x.clone(), y.clone()
-            raise AssertionError("a pass has at least one micro-batch")
-
-        return self._timed(compute)
