@@ -18,7 +18,7 @@ from torch import Tensor
 
 from coraq.core.gram import Geometry, Moments, product
 
-MIN_ROWS = 16_384  # for layers with few inputs: a depthwise 3×3 has nine, and they matter
+MIN_ROWS = 4096  # for layers with few inputs: a depthwise 3×3 has nine, and they matter
 # Of a layer's Gram: 0.5 GiB in float64, or 8,192 inputs in one piece; a solver needs six to eight of that size. No
 # share of the memory that is free: a run must give the same bytes wherever and whenever it runs.
 GRAM_ENTRIES = 2**26
