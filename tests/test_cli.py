@@ -5,6 +5,8 @@ The pipeline is a fake here: these tests claim nothing about quantization.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import io
 import json
 import os
@@ -24,7 +26,7 @@ import coraq
 from coraq import registry
 from coraq.api import Field, MethodConfig
 from coraq.cli import options
-from coraq.cli.app import run
+from coraq.cli.app import COMMANDS, run
 from coraq.cli.methods import method_options
 from coraq.cli.progress import BarProgress, PlainProgress, _Bars
 from coraq.config import DataConfig, RunConfig
@@ -113,6 +115,22 @@ def test_help_and_usage_errors_open_without_torch(arguments: list[str]) -> None:
     assert "HEAVY []" in done.stdout
     cpu_s = float(done.stdout.split()[-1])
     assert cpu_s < 1.5  # 0.4 on a quiet core; torch alone would take more than this allows beside the rest
+
+
+def test_commands_are_listed_by_the_first_line_of_their_docstrings() -> None:
+    for name, summary in COMMANDS.items():
+        function = getattr(importlib.import_module(f"coraq.cli.{name}"), name)
+        assert (inspect.getdoc(function) or "").splitlines()[0] == summary
+
+
+def test_the_list_of_commands_needs_none_of_them() -> None:
+    program = (
+        "import sys\nfrom coraq.cli.app import run\nrun(['--help'])\n"
+        "print('LOADED', [name for name in sys.modules if name.startswith(('coraq.cli.quantize', 'pydantic'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("LOADED []\n")
+    assert all(name in done.stdout for name in COMMANDS)
 
 
 def test_the_program_never_imports_click() -> None:

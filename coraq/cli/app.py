@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import shlex
 import sys
@@ -14,25 +15,47 @@ from typing import Annotated
 import typer
 
 from coraq import __version__
-from coraq.cli import compare, evaluate, export, methods, quantize, report, reproduce
 from coraq.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, CoraqError
 
-app = typer.Typer(
-    name="coraq",
-    help="Quantize any timm ConvNet to 4 bits and below, without training.",
-    epilog="Start with: coraq quantize demo",
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    add_completion=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("quantize")(quantize.quantize)
-app.command("compare")(compare.compare)
-app.command("evaluate")(evaluate.evaluate)
-app.command("export")(export.export)
-app.command("report")(report.report)
-app.command("reproduce")(reproduce.reproduce)
-app.command("methods")(methods.methods)
+# First lines of the commands' docstrings, so that `coraq --help` need not import what they import.
+COMMANDS = {
+    "quantize": "Quantize a network without training, write it, and measure what was written.",
+    "compare": "Run the missing cells of a grid, and rank methods at equal bytes.",
+    "evaluate": "Measure a run again from the files it wrote, or an exported file through its runtime.",
+    "export": "Write a run as a file that other tools open, and compare it with the checkpoint.",
+    "report": "Render the report of a run or of a comparison's folder again, and print its path.",
+    "reproduce": "Run a run's exact configuration again, and compare checkpoint bytes and all numbers.",
+    "methods": "List the methods with their source; with NAME, print that method's options.",
+}
+
+
+def build(arguments: list[str]) -> typer.Typer:
+    """The command line with the command that `arguments` name, all others by name and first line alone.
+
+    Where the shell asks for completions, all are there.
+    """
+    app = typer.Typer(
+        name="coraq",
+        help="Quantize any timm ConvNet to 4 bits and below, without training.",
+        epilog="Start with: coraq quantize demo",
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        add_completion=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(root)
+    wanted = next((text for text in arguments if not text.startswith("-")), "")
+    for name, summary in COMMANDS.items():
+        if name == wanted or "_CORAQ_COMPLETE" in os.environ:
+            app.command(name)(getattr(importlib.import_module(f"coraq.cli.{name}"), name))
+        else:
+            app.command(name, help=summary)(_not_asked_for)
+    return app
+
+
+def _not_asked_for() -> None:
+    raise AssertionError("a command that was not on the command line ran")
+
 
 # What Typer raises for a command line it cannot parse. Its base has no public name in every Typer that we take.
 _ParseError: type[Exception] = next(
@@ -46,7 +69,6 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and leave")
@@ -58,11 +80,11 @@ def root(
 def run(arguments: list[str]) -> int:
     """Run one command line; returns its exit code. Prints errors as two lines on stderr."""
     try:
-        code = app(args=arguments or ["--help"], prog_name="coraq", standalone_mode=False, obj=arguments)
+        code = build(arguments)(args=arguments or ["--help"], prog_name="coraq", standalone_mode=False, obj=arguments)
     except CoraqError as error:
         return _fail(error.message, error.hint, error.exit_code)
     except _ParseError as error:
-        known = [name for name in arguments[:1] if name in _command_names()]
+        known = [name for name in arguments[:1] if name in COMMANDS]
         hint = f"see {shlex.join(['coraq', *known, '--help'])}"
         return _fail(error.format_message(), hint, EXIT_USAGE)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
@@ -87,10 +109,6 @@ def main() -> None:
     # worth a third of resnet18's and half of mobilenetv2's time. torch reads this when it first allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     sys.exit(run(sys.argv[1:]))
-
-
-def _command_names() -> list[str]:
-    return [command.name for command in app.registered_commands if command.name]
 
 
 def _fail(message: str, hint: str, code: int) -> int:
