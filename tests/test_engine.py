@@ -528,3 +528,30 @@ def test_layers_are_views_of_the_folded_weights_with_their_own_bits() -> None:
 def test_trace_of_an_empty_network_is_empty() -> None:
     found = fold(nn.Sequential(nn.ReLU()), random_images(1))
     assert (found.order, found.outputs, found.structure) == ([], {}, Structure())
+
+
+def test_a_layers_problem_is_posed_once_for_each_correction(task: CalibrationTask) -> None:
+    first, second = task.layers[:2]
+    half = task.least_squares(first.name, 0.5)
+    assert task.least_squares(first.name, 0.5) is half
+    assert task.least_squares(first.name, 0.0).weight is not half.weight
+    task.commit(first.name, rounded(task, first))
+    assert task.least_squares(second.name, 0.5).weight.shape == second.weight.shape
+
+
+def test_the_cross_gram_and_the_reported_errors_are_those_of_the_patches(task: CalibrationTask) -> None:
+    """With all positions of few images: the definitions, in float64."""
+    first, second = task.layers[:2]
+    task.commit(first.name, rounded(task, first))
+    stats = task.stats(second.name)
+    x, y = (rows.double() for rows in stats.paired)
+    assert not torch.allclose(x, y)
+    torch.testing.assert_close(stats.cross_gram, x.mT @ y / x.shape[1], rtol=1e-4, atol=1e-5)
+    layer = rounded(task, second)
+    task.commit(second.name, layer)
+    committed, numbers = task.committed[second.name]
+    bias = [torch.zeros(1) if b is None else b for b in (second.bias, committed.bias)]
+    wanted = x @ second.weight.double().mT + bias[0].double().reshape(len(x), 1, -1)
+    found = y @ committed.dequantize().double().mT + bias[1].double().reshape(len(x), 1, -1)
+    assert numbers["output_error"] == pytest.approx(float((found - wanted).norm() / wanted.norm()), rel=1e-4)
+    assert numbers["input_error"] == pytest.approx(float((y - x).norm() / x.norm()), rel=1e-4)

@@ -89,6 +89,7 @@ class CalibrationTask:
         self._stats: LayerStats | None = None
         self._at: str | None = None
         self._arrival: Arrival | None = None
+        self._squares: dict[float, LeastSquares] = {}  # of the layer that the engine stands at, by correction
         self._passed: set[str] = set()
         self._blocks: dict[str, int] = {}  # of each layer whose Gram is taken in several
         for name, (layer, metrics) in (done or {}).items():
@@ -285,6 +286,7 @@ class CalibrationTask:
         if self._stats is not None:
             self._stats.current = False
         self._stats = None
+        self._squares.clear()
         marks = [time.perf_counter()]
         arrival = self._engine.advance(lambda stream: marks.append(time.perf_counter()))
         self.clock["float pass"] += marks[1] - marks[0]
@@ -315,13 +317,19 @@ class CalibrationTask:
     @torch.no_grad()
     def least_squares(self, name: str, correction: float = 0.5) -> LeastSquares:
         """See `coraq.api.Task.least_squares`. The regression is damped by 1e-3 of the Gram's mean diagonal."""
-        stats, weight = self.stats(name), self._view(name).weight
+        stats = self.stats(name)
+        if correction not in self._squares:  # a method and the base that it asks for codes pose the same problem
+            self._squares[correction] = self._pose(stats, self._view(name).weight, correction)
+        return self._squares[correction]
+
+    def _pose(self, stats: LayerStats, weight: Tensor, correction: float) -> LeastSquares:
         centred = self.scheme.bias != "keep"
-        if correction == 0:
-            return LeastSquares(weight, stats.covariance if centred else stats.gram, stats.rows(centred))
-        drift = correction * stats.drift(weight, centred)  # before the Gram: it takes that along on its visit
+        # the drift before the Gram: it takes that along on its visit
+        drift = correction * stats.drift(weight, centred) if correction else None
         gram = stats.covariance if centred else stats.gram
         squares = LeastSquares(weight, gram, stats.rows(centred))
+        if drift is None:
+            return squares
         # W C (H + λ)⁻¹ written as a change of W, so that strong damping leads back to W
         change = squares.join(_regress(drift, gram))
         return replace(squares, weight=(weight.double() + change).float())
@@ -515,6 +523,7 @@ class CalibrationTask:
         """Leave the running pass, if any."""
         if self._stats is not None:
             self._stats.current = False
+        self._squares.clear()
         self._stats, self._at, self._arrival = None, None, None
         if self._engine is not None:
             self._engine.close()
