@@ -400,9 +400,24 @@ def _choose(geometry: Geometry, size: tuple[int, int], cross: bool, shifts: tupl
     return _Im2col(geometry, size, cross, shifts)
 
 
+def exact_cost(geometry: Geometry, size: tuple[int, int]) -> float:
+    """Multiplications per image of a Gram over all positions, by the cheapest way for images of this size."""
+    cost = _im2col_cost(geometry, size, cross=False)
+    lags = math.prod(geometry.kernel) > 1 and geometry.in_channels > geometry.groups
+    return min(cost, _Plan(geometry, size, cross=False).cost()) if lags else cost
+
+
+def sampled_cost(geometry: Geometry, positions: int) -> float:
+    """The same of a Gram over some positions, patch by patch."""
+    return _rows_cost(geometry, positions, cross=False)
+
+
 def _im2col_cost(geometry: Geometry, size: tuple[int, int], cross: bool) -> float:
-    """Multiplications per image; making an entry of a patch takes as long as about a hundred."""
-    rows = math.prod(geometry.output_size(*size))
+    return _rows_cost(geometry, math.prod(geometry.output_size(*size)), cross)
+
+
+def _rows_cost(geometry: Geometry, rows: int, cross: bool) -> float:
+    """Multiplications; making an entry of a patch takes as long as about a hundred."""
     share = 1.0 if cross or geometry.inputs < 2 * SPLIT else 0.6
     return rows * geometry.groups * (geometry.inputs**2 * share + 100.0 * geometry.inputs)
 
@@ -449,13 +464,10 @@ class _Im2col:
         ones = torch.ones(1, rows_s.shape[1], device=rows_s.device)
         self.sums[1] += (ones @ rows_s)[:, 0]
         self.sums[0] = self.sums[1] if teacher is student else self.sums[0] + (ones @ rows_t)[:, 0]
-        block = self.geometry.inputs if self.cross else SPLIT
-        for i in range(0, self.geometry.inputs, block):
-            j = i + block
-            left, right = (rows_t, rows_s) if self.cross else (rows_s[..., i:j], rows_s[..., i:])
-            if j >= self.geometry.inputs and not self.cross:
-                left = right
-            self.gram[:, i:j, 0 if self.cross else i :] += product(left, right)
+        if self.cross:
+            self.gram += product(rows_t, rows_s)
+        else:
+            add_upper(self.gram, rows_s)
 
     def totals(self) -> _Totals:
         taps = math.prod(self.geometry.kernel)
@@ -464,7 +476,7 @@ class _Im2col:
         x_s = z_s + self.count * c_s
         left, right = torch.stack((z_t, c_t), 2), torch.stack((c_s, x_s), 1)
         gram = torch.baddbmm(self.gram, left, right)  # + z_t c_sᵀ + c_t x_sᵀ
-        return _Totals(self.count, z_t + self.count * c_t, x_s, gram if self.cross else _mirrored(gram))
+        return _Totals(self.count, z_t + self.count * c_t, x_s, gram if self.cross else mirrored(gram))
 
 
 def _pieces(images: int, rows: int, row_bytes: int, limit: int) -> tuple[int, int]:
@@ -483,7 +495,15 @@ def _by_group(windows: Tensor, groups: int) -> Tensor:
     return split.permute(5, 0, 1, 2, 3, 4, 6).reshape(groups, n * rows * columns, -1)
 
 
-def _mirrored(gram: Tensor) -> Tensor:
+def add_upper(gram: Tensor, rows: Tensor) -> None:
+    """Add rowsᵀ rows of [G, K, P] to the blocks on and above the diagonal of `gram` [G, P, P]; see `mirrored`."""
+    for i in range(0, rows.shape[2], SPLIT):
+        right = rows[..., i:]
+        left = right if right.shape[2] <= SPLIT else right[..., :SPLIT]
+        gram[:, i : i + SPLIT, i:] += product(left, right)
+
+
+def mirrored(gram: Tensor) -> Tensor:
     """The symmetric matrices of which the upper triangle is given."""
     return gram.triu().add_(gram.triu(1).transpose(1, 2))
 
@@ -781,7 +801,7 @@ class _Lags:
         for o1 in range(taps):
             for o2 in range(0 if plan.cross else o1, taps):
                 block = restore.add(self._block(*divmod(o1, kw), *divmod(o2, kw)), o1, o2)
-                gram[:, o1, :, o2] = _mirrored(block) if not plan.cross and o1 == o2 else block
+                gram[:, o1, :, o2] = mirrored(block) if not plan.cross and o1 == o2 else block
                 if not plan.cross and o1 != o2:
                     gram[:, o2, :, o1] = block.transpose(1, 2)
         sums = [mean.patch_sum().reshape(taps, groups, channels).transpose(0, 1).flatten(1) for mean in self.means]

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from coraq.core.gram import Geometry, Moments, product
+from coraq.core.gram import Geometry, Moments, add_upper, mirrored, product
 
 MIN_ROWS = 4096  # for layers with few inputs: a depthwise 3×3 has nine, and they matter
 # Of a layer's Gram: 0.5 GiB in float64, or 8,192 inputs in one piece; a solver needs six to eight of that size. No
@@ -86,7 +86,7 @@ class SampledMoments:
         rows.sub_(self._shift)
         self._sum += rows.sum(1, dtype=torch.float64)
         if self._gram.numel():
-            self._gram += product(rows, rows)
+            add_upper(self._gram, rows)
         if difference is not None:
             self._drift_sum += difference.sum(1, dtype=torch.float64)
             self._drift += product(difference, rows)
@@ -99,8 +99,8 @@ class SampledMoments:
     def result(self) -> Moments:
         """Moments of the student's patches."""
         mean, centred = self._means()
-        gram = self._gram / self.count - _outer(centred, centred)
-        return Moments(self.count, mean, (gram + gram.transpose(1, 2)) / 2 + _outer(mean, mean))
+        gram = mirrored(self._gram) / self.count - _outer(centred, centred) + _outer(mean, mean)
+        return Moments(self.count, mean, gram)
 
     def rows(self) -> Tensor | None:
         """The first of the student's patches, float32 [groups, rows, in], if there are several blocks."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from coraq.core.gram import Geometry, GramAccumulator, MeanAccumulator, Moments
+from coraq.core.gram import Geometry, GramAccumulator, MeanAccumulator, Moments, exact_cost, sampled_cost
 from coraq.core.sampling import SampledMoments, blocks_needed, paired_positions, positions_needed, sampled_patches
 from coraq.errors import CoraqError
 from coraq.model.engine import Arrival
@@ -106,7 +106,7 @@ class LayerStats:
     They can be read while the engine stands at the layer: until the next layer is asked for. What has been read
     stays. Rows are im2col patches (output positions of all images). Means are over all rows. Second moments are
     over some positions of each image where there are many more than `rows_per_input` rows for every input (0: over
-    all), the same in both networks; they are centred with those rows' own means.
+    all) and some cost less than all; they are centred with those rows' own means.
 
     A layer of very many inputs has its second moments in blocks of consecutive inputs; `on_blocks` is told how many.
     """
@@ -156,11 +156,16 @@ class LayerStats:
                 self._on_blocks(blocks)
             every = math.prod(geometry.output_size(images.shape[2], images.shape[3]))
             needed = self._arrival.batch_size * positions_needed(geometry, self._arrival.images, self._rows_per_input)
-            if self._rows_per_input and 2 * needed < every * images.shape[0]:
-                # by the leading axis and not by image: a Linear layer's inputs come as one image of many rows
-                return _Plan(geometry, -(-needed // images.shape[0]), blocks, images.shape[0], sampled=True)
-            at_once = max(1, PATCHES // (every * geometry.groups * geometry.inputs))
-            return _Plan(geometry, every, blocks, at_once, sampled=blocks > 1)
+            # by the leading axis and not by image: a Linear layer's inputs come as one image of many rows
+            wanted = -(-needed // images.shape[0])
+            positions = wanted if self._rows_per_input and 2 * wanted < every else every
+            # all positions of a large kernel cost less than some: patches overlap, and the exact way uses that
+            sampled = blocks > 1 or (
+                positions < every
+                and sampled_cost(geometry, positions) < exact_cost(geometry, (images.shape[2], images.shape[3]))
+            )
+            at_once = max(1, PATCHES // (positions * geometry.groups * geometry.inputs))
+            return _Plan(geometry, positions, blocks, at_once, sampled)
         raise AssertionError("a pass has at least one micro-batch")
 
     def _look(self, project: Tensor | None) -> SampledMoments | None:
