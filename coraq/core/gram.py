@@ -97,38 +97,6 @@ class Moments:
     gram: Tensor
 
 
-@dataclass(frozen=True)
-class CrossMoments:
-    """Uncentred joint moments of the teacher's and the student's patches at the same positions.
-
-    Attributes:
-        count: number of rows they are the mean of.
-        teacher_mean, student_mean: float64 [groups, in].
-        gram: float64 [groups, in, in], the mean of x_teacher x_studentᵀ.
-    """
-
-    count: int
-    teacher_mean: Tensor
-    student_mean: Tensor
-    gram: Tensor
-
-
-def linear_input(x: Tensor) -> Tensor:
-    """View inputs [..., in] of a Linear layer as images [N, in, H, W] in channels-last memory, without a copy."""
-    if x.dim() == 2:
-        return x[:, :, None, None]
-    if x.dim() == 3:
-        return x.permute(0, 2, 1)[:, :, None, :]
-    if x.dim() == 4:
-        return x.permute(0, 3, 1, 2)
-    return x.reshape(-1, x.shape[-1])[:, :, None, None]
-
-
-def conv1d_input(x: Tensor) -> Tensor:
-    """View inputs [N, C, L] of a Conv1d as images [N, C, 1, L]."""
-    return x[:, :, None, :]
-
-
 def patches(x: Tensor, geometry: Geometry) -> Tensor:
     """All patches of images [N, C, H, W] as [groups, rows, in], in the order of `weight.reshape(groups, out, in)`.
 
@@ -276,16 +244,15 @@ class _Totals:
     """Sums over all rows, float64, taps before channels: [G, taps · C/G] and [G, taps · C/G, taps · C/G]."""
 
     count: int
-    teacher: Tensor
-    student: Tensor
+    sum: Tensor
     gram: Tensor
 
 
 class _Way(Protocol):
-    """One way of summing x_t x_sᵀ over the patches of images of one size."""
+    """One way of summing x xᵀ over the patches of images of one size."""
 
-    def add(self, teacher: Tensor, student: Tensor) -> None:
-        """Take in frames [N, H, W, C]; the same tensor twice for a plain Gram."""
+    def add(self, frame: Tensor) -> None:
+        """Take in images [N, H, W, C]."""
 
     def totals(self) -> _Totals:
         """What everything added comes to, its shift undone."""
@@ -308,75 +275,33 @@ class GramAccumulator:
     """
 
     def __init__(self, geometry: Geometry, device: torch.device | str = "cpu") -> None:
-        self._joint = _Joint(geometry, torch.device(device))
+        self.geometry = geometry
+        self.device = torch.device(device)
+        self._shift: Tensor | None = None
+        self._ways: dict[tuple[int, int], _Way] = {}  # one for each image size
 
     def add(self, x: Tensor) -> None:
         """Take in images [N, C, H, W] float32; fastest when channels-last in memory."""
-        self._joint.add(x, x)
+        _check(x, self.geometry)
+        if not x.shape[0]:
+            return
+        frame = x.detach().to(self.device, torch.float32).permute(0, 2, 3, 1)
+        if self._shift is None:
+            self._shift = frame.mean((0, 1, 2))
+        size = (frame.shape[1], frame.shape[2])
+        if size not in self._ways:
+            self._ways[size] = _choose(self.geometry, size, self._shift)
+        self._ways[size].add(frame)
 
     def result(self) -> Moments:
-        """The moments of everything added so far."""
-        count, _, mean, gram = self._joint.result()
-        return Moments(count, mean, gram)
-
-
-class CrossGramAccumulator:
-    """Means and cross-Gram of the teacher's and the student's patches at the same positions.
-
-    As `GramAccumulator`, with two inputs; there is no symmetry to use, so it takes about twice as long.
-    """
-
-    def __init__(self, geometry: Geometry, device: torch.device | str = "cpu") -> None:
-        self._joint = _Joint(geometry, torch.device(device))
-
-    def add(self, teacher: Tensor, student: Tensor) -> None:
-        """Take in images [N, C, H, W] float32 of both networks, in the same order."""
-        if teacher.shape != student.shape:
-            raise ValueError(f"teacher's inputs have shape {list(teacher.shape)}, student's {list(student.shape)}")
-        self._joint.add(teacher, student)
-
-    def result(self) -> CrossMoments:
-        """The moments of everything added so far."""
-        return CrossMoments(*self._joint.result())
-
-
-class _Joint:
-    """What both accumulators share: it chooses a way for each image size, and adds up the results."""
-
-    def __init__(self, geometry: Geometry, device: torch.device) -> None:
-        self.geometry = geometry
-        self.device = device
-        self._shifts: tuple[Tensor, Tensor] | None = None
-        self._ways: dict[tuple[int, int], _Way] = {}
-
-    def add(self, teacher: Tensor, student: Tensor) -> None:
-        _check(student, self.geometry)
-        if not student.shape[0]:
-            return
-        same = teacher is student
-        student = self._frame(student)
-        teacher = student if same else self._frame(teacher)
-        if self._shifts is None:
-            shift = student.mean((0, 1, 2))
-            self._shifts = (shift if same else teacher.mean((0, 1, 2)), shift)
-        size = (student.shape[1], student.shape[2])
-        if size not in self._ways:
-            self._ways[size] = _choose(self.geometry, size, not same, self._shifts)
-        self._ways[size].add(teacher, student)
-
-    def _frame(self, x: Tensor) -> Tensor:
-        return x.detach().to(self.device, torch.float32).permute(0, 2, 3, 1)
-
-    def result(self) -> tuple[int, Tensor, Tensor, Tensor]:
-        """Count, teacher's mean, student's mean, and E[x_t x_sᵀ], channels before taps as in a weight."""
+        """The moments of everything added so far, channels before taps as in a weight."""
         if not self._ways:
             raise ValueError("no inputs were added")
         parts = [way.totals() for way in self._ways.values()]
-        count = sum(part.count for part in parts)
-        teacher, student, gram = parts[0].teacher, parts[0].student, parts[0].gram
+        count, total, gram = sum(part.count for part in parts), parts[0].sum, parts[0].gram
         for part in parts[1:]:
-            teacher, student, gram = teacher + part.teacher, student + part.student, gram.add_(part.gram)
-        return count, self._order(teacher) / count, self._order(student) / count, self._order_gram(gram).div_(count)
+            total, gram = total + part.sum, gram.add_(part.gram)
+        return Moments(count, self._order(total) / count, self._order_gram(gram).div_(count))
 
     def _order(self, total: Tensor) -> Tensor:
         taps = math.prod(self.geometry.kernel)
@@ -389,37 +314,32 @@ class _Joint:
         return blocks.permute(0, 2, 1, 4, 3).reshape(gram.shape)
 
 
-def _choose(geometry: Geometry, size: tuple[int, int], cross: bool, shifts: tuple[Tensor, Tensor]) -> _Way:
+def _choose(geometry: Geometry, size: tuple[int, int], shift: Tensor) -> _Way:
     """The cheapest way for images of this size."""
     if math.prod(geometry.kernel) > 1:
         if geometry.in_channels == geometry.groups:
-            return _Depthwise(geometry, size, cross, shifts[0].device)
-        plan = _Plan(geometry, size, cross)
-        if plan.cost() < _im2col_cost(geometry, size, cross):
-            return _Lags(plan, shifts)
-    return _Im2col(geometry, size, cross, shifts)
+            return _Depthwise(geometry, size, shift.device)
+        plan = _Plan(geometry, size)
+        if plan.cost() < _im2col_cost(geometry, size):
+            return _Lags(plan, shift)
+    return _Im2col(geometry, size, shift)
 
 
 def exact_cost(geometry: Geometry, size: tuple[int, int]) -> float:
     """Multiplications per image of a Gram over all positions, by the cheapest way for images of this size."""
-    cost = _im2col_cost(geometry, size, cross=False)
+    cost = _im2col_cost(geometry, size)
     lags = math.prod(geometry.kernel) > 1 and geometry.in_channels > geometry.groups
-    return min(cost, _Plan(geometry, size, cross=False).cost()) if lags else cost
+    return min(cost, _Plan(geometry, size).cost()) if lags else cost
 
 
 def sampled_cost(geometry: Geometry, positions: int) -> float:
-    """The same of a Gram over some positions, patch by patch."""
-    return _rows_cost(geometry, positions, cross=False)
+    """The same of a Gram over some positions, patch by patch; an entry of a patch is worth about a hundred."""
+    share = 1.0 if geometry.inputs < 2 * SPLIT else 0.6
+    return positions * geometry.groups * (geometry.inputs**2 * share + 100.0 * geometry.inputs)
 
 
-def _im2col_cost(geometry: Geometry, size: tuple[int, int], cross: bool) -> float:
-    return _rows_cost(geometry, math.prod(geometry.output_size(*size)), cross)
-
-
-def _rows_cost(geometry: Geometry, rows: int, cross: bool) -> float:
-    """Multiplications; making an entry of a patch takes as long as about a hundred."""
-    share = 1.0 if cross or geometry.inputs < 2 * SPLIT else 0.6
-    return rows * geometry.groups * (geometry.inputs**2 * share + 100.0 * geometry.inputs)
+def _im2col_cost(geometry: Geometry, size: tuple[int, int]) -> float:
+    return sampled_cost(geometry, math.prod(geometry.output_size(*size)))
 
 
 class _Im2col:
@@ -428,22 +348,20 @@ class _Im2col:
     Patches are taken of x − shift with the padding shifted too, so undoing it is `(z + c)(z + c)ᵀ` expanded.
     """
 
-    def __init__(self, geometry: Geometry, size: tuple[int, int], cross: bool, shifts: tuple[Tensor, Tensor]) -> None:
-        self.geometry, self.size, self.cross, self.shifts = geometry, size, cross, shifts
+    def __init__(self, geometry: Geometry, size: tuple[int, int], shift: Tensor) -> None:
+        self.geometry, self.shift = geometry, shift
         self.out = geometry.output_size(*size)
         shape = (geometry.groups, geometry.inputs)
-        self.gram = torch.zeros(*shape, geometry.inputs, dtype=torch.float64, device=shifts[0].device)
-        self.sums = torch.zeros(2, *shape, dtype=torch.float64, device=shifts[0].device)
+        self.gram = torch.zeros(*shape, geometry.inputs, dtype=torch.float64, device=shift.device)
+        self.sum = torch.zeros(*shape, dtype=torch.float64, device=shift.device)
         self.count = 0
 
-    def add(self, teacher: Tensor, student: Tensor) -> None:
-        images, rows = _pieces(student.shape[0], self.out[0], 4 * self._row_entries(), self._limit())
-        for i in range(0, student.shape[0], images):
-            t, s = teacher[i : i + images], student[i : i + images]
-            windows_s = self._windows(s, self.shifts[1])
-            windows_t = windows_s if teacher is student else self._windows(t, self.shifts[0])
+    def add(self, frame: Tensor) -> None:
+        images, rows = _pieces(frame.shape[0], self.out[0], 4 * self._row_entries(), self._limit())
+        for i in range(0, frame.shape[0], images):
+            windows = self._windows(frame[i : i + images])
             for y in range(0, self.out[0], rows):
-                self._add_rows(windows_t, windows_s, y, y + rows)
+                self._add_rows(_by_group(windows[:, y : y + rows], self.geometry.groups))
 
     def _limit(self) -> int:
         """Bytes of patches to make at once: small enough for the cache, but many rows for each update of the Gram."""
@@ -452,31 +370,22 @@ class _Im2col:
     def _row_entries(self) -> int:
         return self.out[1] * self.geometry.inputs * self.geometry.groups
 
-    def _windows(self, frame: Tensor, shift: Tensor) -> Tensor:
+    def _windows(self, frame: Tensor) -> Tensor:
         if any(self.geometry.padding):
-            return _windows(_pad(frame, self.geometry).sub_(shift), self.geometry)
-        return _windows(frame - shift, self.geometry)
+            return _windows(_pad(frame, self.geometry).sub_(self.shift), self.geometry)
+        return _windows(frame - self.shift, self.geometry)
 
-    def _add_rows(self, teacher: Tensor, student: Tensor, first: int, last: int) -> None:
-        rows_s = _by_group(student[:, first:last], self.geometry.groups)
-        rows_t = rows_s if teacher is student else _by_group(teacher[:, first:last], self.geometry.groups)
-        self.count += rows_s.shape[1]
-        ones = torch.ones(1, rows_s.shape[1], device=rows_s.device)
-        self.sums[1] += (ones @ rows_s)[:, 0]
-        self.sums[0] = self.sums[1] if teacher is student else self.sums[0] + (ones @ rows_t)[:, 0]
-        if self.cross:
-            self.gram += product(rows_t, rows_s)
-        else:
-            add_upper(self.gram, rows_s)
+    def _add_rows(self, rows: Tensor) -> None:
+        self.count += rows.shape[1]
+        self.sum += (torch.ones(1, rows.shape[1], device=rows.device) @ rows)[:, 0]
+        add_upper(self.gram, rows)
 
     def totals(self) -> _Totals:
         taps = math.prod(self.geometry.kernel)
-        c_t, c_s = (c.double().reshape(self.geometry.groups, 1, -1).repeat(1, taps, 1).flatten(1) for c in self.shifts)
-        z_t, z_s = self.sums
-        x_s = z_s + self.count * c_s
-        left, right = torch.stack((z_t, c_t), 2), torch.stack((c_s, x_s), 1)
-        gram = torch.baddbmm(self.gram, left, right)  # + z_t c_sᵀ + c_t x_sᵀ
-        return _Totals(self.count, z_t + self.count * c_t, x_s, gram if self.cross else mirrored(gram))
+        c = self.shift.double().reshape(self.geometry.groups, 1, -1).repeat(1, taps, 1).flatten(1)
+        total = self.sum + self.count * c
+        left, right = torch.stack((self.sum, c), 2), torch.stack((c, total), 1)
+        return _Totals(self.count, total, mirrored(torch.baddbmm(self.gram, left, right)))  # + z cᵀ + c xᵀ
 
 
 def _pieces(images: int, rows: int, row_bytes: int, limit: int) -> tuple[int, int]:
@@ -559,38 +468,34 @@ class _Depthwise:
     Pairs with the same shift share the product and differ in what their windows leave out.
     """
 
-    def __init__(self, geometry: Geometry, size: tuple[int, int], cross: bool, device: torch.device) -> None:
-        self.geometry, self.cross = geometry, cross
+    def __init__(self, geometry: Geometry, size: tuple[int, int], device: torch.device) -> None:
+        self.geometry = geometry
         self.out = geometry.output_size(*size)
         axes = [
             _pair_classes(*axis)
             for axis in zip(geometry.kernel, geometry.stride, geometry.dilation, self.out, strict=True)
         ]
-        self.classes = [
-            (y, x) for y in axes[0] for x in axes[1] if cross or y.shift > 0 or (y.shift == 0 and x.shift >= 0)
-        ]
+        self.classes = [(y, x) for y in axes[0] for x in axes[1] if y.shift > 0 or (y.shift == 0 and x.shift >= 0)]
         self.sums: list[Tensor] = []  # of each class float64 [pairs of x, extent of y, C]
-        self.means = (MeanAccumulator(geometry, device), MeanAccumulator(geometry, device))
+        self.mean = MeanAccumulator(geometry, device)
 
-    def add(self, teacher: Tensor, student: Tensor) -> None:
+    def add(self, frame: Tensor) -> None:
         top, bottom, left, right = self.geometry.padding
-        n, height, width, channels = student.shape
+        n, height, width, channels = frame.shape
         height, width = height + top + bottom, width + left + right
         images, rows = _pieces(n, height, 4 * width * channels, CACHE_BYTES)
-        frames = student.new_zeros(1 if teacher is student else 2, height, images, width, channels)
-        scratch = student.new_empty(rows * images * width * channels)
+        padded = frame.new_zeros(height, images, width, channels)
+        scratch = frame.new_empty(rows * images * width * channels)
         sums: list[Tensor] = []
         for i in range(0, n, images):
-            s = self._embed(student[i : i + images], frames[0])
-            t = s if teacher is student else self._embed(teacher[i : i + images], frames[-1])
-            parts = [self._class_sums(t, s, y, x, rows, scratch) for y, x in self.classes]
+            z = self._embed(frame[i : i + images], padded)
+            parts = [self._class_sums(z, y, x, rows, scratch) for y, x in self.classes]
             sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)] if sums else parts
         if not self.sums:
             self.sums = [torch.zeros_like(total, dtype=torch.float64) for total in sums]
         for total, part in zip(self.sums, sums, strict=True):
             total += part
-        self.means[1].add_frame(student)
-        self.means[0].add_frame(teacher)
+        self.mean.add_frame(frame)
 
     def _embed(self, frame: Tensor, padded: Tensor) -> Tensor:
         """Copy a frame into one padded with zeros whose rows come first: [H + padding, N, W + padding, C]."""
@@ -599,10 +504,10 @@ class _Depthwise:
         padded[top : top + height, :n, left : left + width] = frame.transpose(0, 1)
         return padded[:, :n]
 
-    def _class_sums(self, t: Tensor, s: Tensor, y: _PairClass, x: _PairClass, rows: int, scratch: Tensor) -> Tensor:
+    def _class_sums(self, z: Tensor, y: _PairClass, x: _PairClass, rows: int, scratch: Tensor) -> Tensor:
         """Products of one class of pairs, some rows at a time so that they stay in the cache: [pairs, rows, C]."""
-        a = self._view(t, y.first, x.first, y.extent, x.extent)
-        b = self._view(s, y.first + y.shift, x.first + x.shift, y.extent, x.extent)
+        a = self._view(z, y.first, x.first, y.extent, x.extent)
+        b = self._view(z, y.first + y.shift, x.first + x.shift, y.extent, x.extent)
         starts = [start for _, _, start in x.pairs]
         bands = []
         for r in range(0, y.extent, rows):
@@ -618,17 +523,15 @@ class _Depthwise:
     def totals(self) -> _Totals:
         kw = self.geometry.kernel[1]
         taps = self.geometry.inputs
-        count, teacher = self.means[0].result()
-        _, student = self.means[1].result()
-        gram = torch.zeros(self.geometry.groups, taps, taps, dtype=torch.float64, device=teacher.device)
+        count, mean = self.mean.result()
+        gram = torch.zeros(self.geometry.groups, taps, taps, dtype=torch.float64, device=mean.device)
         for (y, x), sums in zip(self.classes, self.sums, strict=True):
             for i1, i2, start in y.pairs:
                 blocks = sums[:, start : start + self.out[0]].sum(1)
                 for (j1, j2, _), block in zip(x.pairs, blocks, strict=True):
                     gram[:, i1 * kw + j1, i2 * kw + j2] = block
-                    if not self.cross:
-                        gram[:, i2 * kw + j2, i1 * kw + j1] = block
-        return _Totals(count, teacher * count, student * count, gram)
+                    gram[:, i2 * kw + j2, i1 * kw + j1] = block
+        return _Totals(count, mean * count, gram)
 
 
 class _Axis:
@@ -687,15 +590,14 @@ def _transform_length(length: int, shift: int) -> int:
 class _Plan:
     """What `_Lags` will do for images of one size: shifts, border strips, and its cost."""
 
-    def __init__(self, geometry: Geometry, size: tuple[int, int], cross: bool) -> None:
-        self.geometry, self.size, self.cross = geometry, size, cross
+    def __init__(self, geometry: Geometry, size: tuple[int, int]) -> None:
+        self.geometry, self.size = geometry, size
         top, _, left, _ = geometry.padding
         out = geometry.output_size(*size)
         self.y = _Axis(size[0], geometry.kernel[0], geometry.stride[0], geometry.dilation[0], top, out[0])
         self.x = _Axis(size[1], geometry.kernel[1], geometry.stride[1], geometry.dilation[1], left, out[1])
-        self.shifts = [
-            (sy, sx) for sy in self.y.shifts for sx in self.x.shifts if cross or sy > 0 or (sy == 0 and sx >= 0)
-        ]
+        # the others are these, transposed
+        self.shifts = [(sy, sx) for sy in self.y.shifts for sx in self.x.shifts if sy > 0 or (sy == 0 and sx >= 0)]
         self.channels = geometry.in_channels // geometry.groups
         self.phases = len(self.y.phases) * len(self.x.phases)
         rows, columns = self.y.transform // 2, self.x.transform // 2
@@ -703,12 +605,12 @@ class _Plan:
         self.width = self.phases * self.channels
 
     def line_shifts(self, axis: _Axis) -> list[int]:
-        """Shifts along a strip; a plain Gram gets the negative ones by transposing."""
-        return [shift for shift in axis.shifts if self.cross or shift >= 0]
+        """Shifts along a strip; the negative ones are these, transposed."""
+        return [shift for shift in axis.shifts if shift >= 0]
 
     def cost(self) -> float:
         """Multiplications per image, in the units of `_im2col_cost`; the constants are fitted to measured times."""
-        per_frequency = (4 if self.cross else 3) + len(self.shifts) * 2.0 / SPECTRA_IMAGES
+        per_frequency = 3 + len(self.shifts) * 2.0 / SPECTRA_IMAGES
         total = self.frequencies * (per_frequency * max(self.width, 48) ** 2 + 700.0 * self.width)
         for across, along in ((self.y, self.x), (self.x, self.y)):
             for edge in across.edges:
@@ -728,66 +630,62 @@ class _Lags:
     autocorrelations along the border are summed too; where a row and a column cross, they were taken off twice.
     """
 
-    def __init__(self, plan: _Plan, shifts: tuple[Tensor, Tensor]) -> None:
-        self.plan, self.shifts = plan, shifts
-        self.device = shifts[0].device
-        self.means = (MeanAccumulator(plan.geometry, self.device), MeanAccumulator(plan.geometry, self.device))
+    def __init__(self, plan: _Plan, shift: Tensor) -> None:
+        self.plan, self.shift = plan, shift
+        self.device = shift.device
+        self.mean = MeanAccumulator(plan.geometry, self.device)
         self.spectra = _Spectra(plan, self.device)
         self.strips: dict[tuple[str, int], Tensor] = {}  # (axis across, side): float64 [shifts along, G, P, P]
         self.lags = torch.empty(0)  # S[s] of everything added, from `totals` on
         self.corners: dict[tuple[int, int], Tensor] = {}  # (side of y, side of x): float64 [G, P, P]
 
-    def add(self, teacher: Tensor, student: Tensor) -> None:
+    def add(self, frame: Tensor) -> None:
         limit = max(1, SPECTRA_BYTES // (16 * self.plan.frequencies * self.plan.width * self.plan.geometry.groups))
-        for i in range(0, student.shape[0], limit):
-            s = self._embed(student[i : i + limit], self.shifts[1])
-            t = s if teacher is student else self._embed(teacher[i : i + limit], self.shifts[0])
-            self.spectra.add(t, s)
-            self._add_borders(t, s)
-        self.means[1].add_frame(student)
-        self.means[0].add_frame(teacher)
+        for part in frame.split(limit):
+            z = self._embed(part)
+            self.spectra.add(z)
+            self._add_borders(z)
+        self.mean.add_frame(frame)
 
-    def _embed(self, frame: Tensor, shift: Tensor) -> Tensor:
+    def _embed(self, frame: Tensor) -> Tensor:
         """Frame [N, H, W, C] less the shift, as [G, N, y, x, phases of y, phases of x, C/G]."""
         plan = self.plan
         groups, y, x = plan.geometry.groups, plan.y, plan.x
         if plan.phases == 1 and groups == 1 and not plan.y.phases[0] and not plan.x.phases[0]:
-            return (frame[:, y.embed(0), x.embed(0)] - shift)[None, :, :, :, None, None]
+            return (frame[:, y.embed(0), x.embed(0)] - self.shift)[None, :, :, :, None, None]
         shape = (groups, frame.shape[0], y.length, x.length, len(y.phases), len(x.phases), plan.channels)
         out = torch.zeros(shape, device=self.device)
         split = frame.unflatten(3, (groups, plan.channels)).permute(3, 0, 1, 2, 4)
-        by_group = shift.reshape(groups, 1, 1, 1, plan.channels)
+        by_group = self.shift.reshape(groups, 1, 1, 1, plan.channels)
         for p, rows in enumerate(y.lengths):
             for q, columns in enumerate(x.lengths):
                 if rows and columns:
                     torch.sub(split[:, :, y.embed(p), x.embed(q)], by_group, out=out[:, :, :rows, :columns, p, q])
         return out
 
-    def _add_borders(self, t: Tensor, s: Tensor) -> None:
+    def _add_borders(self, z: Tensor) -> None:
         plan = self.plan
         for name, across, along in (("y", plan.y, plan.x), ("x", plan.x, plan.y)):
             for side in range(2):
                 if across.edges[side]:
-                    part = self._strip(t, s, name, across.edges[side], plan.line_shifts(along))
+                    part = self._strip(z, name, across.edges[side], plan.line_shifts(along))
                     _accumulate(self.strips, (name, side), part)
         for i, edge_y in enumerate(plan.y.edges):
             for j, edge_x in enumerate(plan.x.edges):
                 if edge_y and edge_x:
-                    a = _corner(t, edge_y, edge_x)
-                    _accumulate(self.corners, (i, j), product(a, a if t is s else _corner(s, edge_y, edge_x)))
+                    pixels = _corner(z, edge_y, edge_x)
+                    _accumulate(self.corners, (i, j), product(pixels, pixels))
 
-    def _strip(self, t: Tensor, s: Tensor, name: str, edge: list[tuple[int, int]], shifts: list[int]) -> Tensor:
+    def _strip(self, z: Tensor, name: str, edge: list[tuple[int, int]], shifts: list[int]) -> Tensor:
         """Autocorrelation along a strip: [shifts, G, P, P] with P = entries · phases along · C/G."""
-        a = _lines(t, name, edge)
-        b = a if t is s else _lines(s, name, edge)
-        length, products = a.shape[2], []
+        lines = _lines(z, name, edge)
+        length, products = lines.shape[2], []
         for shift in shifts:
-            low, high = max(0, -shift), min(length, length - shift)
-            if low >= high:
-                products.append(torch.zeros(a.shape[0], a.shape[3], a.shape[3], device=a.device))
+            if shift >= length:
+                products.append(torch.zeros(lines.shape[0], lines.shape[3], lines.shape[3], device=lines.device))
                 continue
-            left = a[:, :, low:high].flatten(1, 2)
-            right = left if a is b and not shift else b[:, :, low + shift : high + shift].flatten(1, 2)
+            left = lines[:, :, : length - shift].flatten(1, 2)
+            right = lines[:, :, shift:].flatten(1, 2) if shift else left
             products.append(product(left, right))
         return torch.stack(products)
 
@@ -796,16 +694,16 @@ class _Lags:
         groups, kw = plan.geometry.groups, plan.geometry.kernel[1]
         taps, channels = math.prod(plan.geometry.kernel), plan.channels
         self.lags = self.spectra.lags()
-        restore = _Restore(plan.geometry, plan.size, self.means, self.shifts)
+        restore = _Restore(plan.geometry, plan.size, self.mean, self.shift)
         gram = torch.empty(groups, taps, channels, taps, channels, dtype=torch.float64, device=self.device)
         for o1 in range(taps):
-            for o2 in range(0 if plan.cross else o1, taps):
+            for o2 in range(o1, taps):
                 block = restore.add(self._block(*divmod(o1, kw), *divmod(o2, kw)), o1, o2)
-                gram[:, o1, :, o2] = mirrored(block) if not plan.cross and o1 == o2 else block
-                if not plan.cross and o1 != o2:
+                gram[:, o1, :, o2] = mirrored(block) if o1 == o2 else block
+                if o1 != o2:
                     gram[:, o2, :, o1] = block.transpose(1, 2)
-        sums = [mean.patch_sum().reshape(taps, groups, channels).transpose(0, 1).flatten(1) for mean in self.means]
-        return _Totals(self.means[0].count, sums[0], sums[1], gram.reshape(groups, taps * channels, taps * channels))
+        total = self.mean.patch_sum().reshape(taps, groups, channels).transpose(0, 1).flatten(1)
+        return _Totals(self.mean.count, total, gram.reshape(groups, taps * channels, taps * channels))
 
     def _block(self, i1: int, j1: int, i2: int, j2: int) -> Tensor:
         """The block of z of taps (i1, j1) and (i2, j2): [G, C/G, C/G]."""
@@ -875,7 +773,7 @@ def _corner(z: Tensor, edge_y: list[tuple[int, int]], edge_x: list[tuple[int, in
 
 
 class _Spectra:
-    """Autocorrelations S[s] of whole images through their Fourier transforms: S[s] = Re Σ_f conj(Z_t) Z_sᵀ e^{−ifs}.
+    """Autocorrelations S[s] of whole images through their Fourier transforms: S[s] = Re Σ_f conj(Z) Zᵀ e^{−ifs}.
 
     The transform is a product with cosines and sines along each axis, which at the sizes of feature maps is
     quicker than a fast one. It is longer than the image by the largest shift, so that nothing wraps round; images
@@ -889,7 +787,7 @@ class _Spectra:
         self.capacity = max(1, min(SPECTRA_IMAGES, SPECTRA_BYTES // (8 * plan.frequencies * groups * width)))
         self.along_y, self.along_x = _transform(plan.y, device), _transform(plan.x, device)
         self.cosines, self.sines = _waves(plan, device)
-        self.waiting: list[Tensor] = []  # of each stream: real and imaginary parts [F, G, 2, capacity, width]
+        self.waiting: Tensor | None = None  # real and imaginary parts [F, G, 2, capacity, width]
         self.filled = 0
         self.flushes = 0
         self.step = min(plan.frequencies, max(8, CACHE_BYTES // (4 * groups * width**2)))
@@ -897,17 +795,17 @@ class _Spectra:
         self.recent = torch.zeros(2, len(plan.shifts), groups * width**2, device=device)
         self.sums: Tensor | None = None
 
-    def add(self, t: Tensor, s: Tensor) -> None:
+    def add(self, z: Tensor) -> None:
         """Take in embedded images [G, N, y, x, …]."""
-        streams = [s] if t is s else [s, t]
-        if not self.waiting:
-            shape = (self.plan.frequencies, self.plan.geometry.groups, 2, self.capacity, self.plan.width)
-            self.waiting = [torch.empty(shape, device=self.device) for _ in streams]
-        done, piece = 0, max(1, CACHE_BYTES // (8 * self.plan.frequencies * self.waiting[0].shape[1] * self.plan.width))
-        while done < s.shape[1]:
-            take = min(self.capacity - self.filled, s.shape[1] - done, piece)
-            for buffer, z in zip(self.waiting, streams, strict=True):
-                self._transform(z[:, done : done + take].flatten(4), buffer[:, :, :, self.filled : self.filled + take])
+        groups = self.plan.geometry.groups
+        if self.waiting is None:
+            shape = (self.plan.frequencies, groups, 2, self.capacity, self.plan.width)
+            self.waiting = torch.empty(shape, device=self.device)
+        done, piece = 0, max(1, CACHE_BYTES // (8 * self.plan.frequencies * groups * self.plan.width))
+        while done < z.shape[1]:
+            take = min(self.capacity - self.filled, z.shape[1] - done, piece)
+            into = self.waiting[:, :, :, self.filled : self.filled + take]
+            self._transform(z[:, done : done + take].flatten(4), into)
             self.filled += take
             done += take
             if self.filled == self.capacity:
@@ -930,18 +828,15 @@ class _Spectra:
 
     def flush(self) -> None:
         """Turn the waiting spectra into products, and these back into shifts, some frequencies at a time."""
-        if not self.filled:
+        if self.waiting is None or not self.filled:
             return
-        images = [buffer[:, :, :, : self.filled].contiguous() for buffer in self.waiting]
+        images = self.waiting[:, :, :, : self.filled].contiguous()
         groups, width = self.plan.geometry.groups, self.plan.width
         scratch = torch.empty(2, self.step, groups, width, width, device=self.device)
         for f in range(0, self.plan.frequencies, self.step):
-            piece = [image[f : f + self.step] for image in images]
-            products = scratch[:, : piece[0].shape[0]]
-            if len(piece) == 2:
-                _cross_spectrum(piece[1], piece[0], products)
-            else:
-                _power_spectrum(piece[0], products)
+            piece = images[f : f + self.step]
+            products = scratch[:, : piece.shape[0]]
+            _power_spectrum(piece, products)
             flat = products.flatten(2)
             self.recent[0].addmm_(self.cosines[:, f : f + self.step], flat[0])
             self.recent[1].addmm_(self.sines[:, f : f + self.step], flat[1])
@@ -959,8 +854,7 @@ class _Spectra:
         self.flush()
         sums = self.recent.double() if self.sums is None else self.sums + self.recent
         even, odd = sums.unflatten(2, (self.plan.geometry.groups, self.plan.width, self.plan.width))
-        even += odd
-        return even if self.plan.cross else even.sub_(odd.transpose(2, 3))
+        return (even + odd).sub_(odd.transpose(2, 3))
 
 
 def _power_spectrum(z: Tensor, out: Tensor) -> None:
@@ -968,14 +862,6 @@ def _power_spectrum(z: Tensor, out: Tensor) -> None:
     both = z.flatten(2, 3)
     _products(both, both, out[0])
     _products(z[:, :, 0], z[:, :, 1], out[1])
-
-
-def _cross_spectrum(teacher: Tensor, student: Tensor, out: Tensor) -> None:
-    """Real and imaginary part of Σ conj(teacher) studentᵀ."""
-    turned = torch.stack((student[:, :, 1], -student[:, :, 0]), 2)
-    left = teacher.flatten(2, 3)
-    _products(left, student.flatten(2, 3), out[0])
-    _products(left, turned.flatten(2, 3), out[1])
 
 
 def _transform(axis: _Axis, device: torch.device) -> Tensor:
@@ -1004,30 +890,19 @@ class _Restore:
     With m(o) = 1 where tap o is inside the image: x_o1 x_o2ᵀ = z_o1 z_o2ᵀ + z_o1 m(o2) cᵀ + c m(o1) z_o2ᵀ + m m c cᵀ.
     """
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        size: tuple[int, int],
-        means: tuple[MeanAccumulator, MeanAccumulator],
-        shifts: tuple[Tensor, Tensor],
-    ) -> None:
-        self.shifts = [shift.double().reshape(geometry.groups, -1) for shift in shifts]
-        inside = _windows(
-            _pad(torch.ones(1, *size, 1, dtype=torch.float64, device=shifts[0].device), geometry), geometry
-        )
-        masks = inside.flatten(0, 2).flatten(1)  # rows, taps
-        images = means[0].images(size)
+    def __init__(self, geometry: Geometry, size: tuple[int, int], mean: MeanAccumulator, shift: Tensor) -> None:
+        self.shift = shift.double().reshape(geometry.groups, -1)
+        ones = torch.ones(1, *size, 1, dtype=torch.float64, device=shift.device)
+        masks = _windows(_pad(ones, geometry), geometry).flatten(0, 2).flatten(1)  # rows, taps
+        images = mean.images(size)
         self.both_inside = images * (masks.T @ masks)
-        self.partial = [
-            _masked_sums(mean.sum_of(size) - images * shift.double(), masks, geometry)
-            for mean, shift in zip(means, shifts, strict=True)
-        ]
+        self.partial = _masked_sums(mean.sum_of(size) - images * shift.double(), masks, geometry)
 
     def add(self, block: Tensor, o1: int, o2: int) -> Tensor:
         """The block of x, given that of z: [G, C/G, C/G]."""
-        c_t, c_s = self.shifts
-        left = torch.stack((self.partial[0][o1, o2] + self.both_inside[o1, o2] * c_t, c_t), 2)
-        return torch.baddbmm(block, left, torch.stack((c_s, self.partial[1][o2, o1]), 1))
+        c = self.shift
+        left = torch.stack((self.partial[o1, o2] + self.both_inside[o1, o2] * c, c), 2)
+        return torch.baddbmm(block, left, torch.stack((c, self.partial[o2, o1]), 1))
 
 
 def _masked_sums(image: Tensor, masks: Tensor, geometry: Geometry) -> Tensor:
