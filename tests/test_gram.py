@@ -11,13 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from coraq.core import gram as module
-from coraq.core.gram import (
-    Geometry,
-    GramAccumulator,
-    MeanAccumulator,
-    patches,
-)
+from coraq.core import gram, lags
+from coraq.core import patches as module
+from coraq.core.gram import GramAccumulator
+from coraq.core.patches import Geometry, MeanAccumulator, patches
 
 # float32 products of up to a few hundred rows, with entries of about 1: a few units of rounding (6e-8) an entry,
 # growing with the root of the rows, and relative to the norm of the whole Gram
@@ -54,18 +51,18 @@ def close(found: Tensor, wanted: Tensor, scale: float = 1.0) -> bool:
 
 def force(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """Make the accumulators use one way for everything that it can do."""
-    automatic = module._choose
+    automatic = gram._choose
 
     def choose(geometry: Geometry, size: tuple[int, int], shift: Tensor) -> object:
         if way == "im2col":
-            return module._Im2col(geometry, size, shift)
+            return gram._Im2col(geometry, size, shift)
         if way == "lags":
-            return module._Lags(module._Plan(geometry, size), shift)
+            return lags.Lags(lags.Plan(geometry, size), shift)
         if way == "depthwise" and geometry.groups == geometry.in_channels:
-            return module._Depthwise(geometry, size, shift.device)
+            return gram._Depthwise(geometry, size, shift.device)
         return automatic(geometry, size, shift)
 
-    monkeypatch.setattr(module, "_choose", choose)
+    monkeypatch.setattr(gram, "_choose", choose)
 
 
 def agree(geometry: Geometry, batches: list[Tensor]) -> bool:
@@ -186,8 +183,8 @@ def test_the_mean_alone() -> None:
 @pytest.mark.parametrize("limit", [1, 3000])
 def test_small_chunks_change_nothing(way: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     force(monkeypatch, way)
-    for name in ("PATCH_BYTES", "CACHE_BYTES", "SPECTRA_BYTES"):
-        monkeypatch.setattr(module, name, limit)
+    for where, name in ((gram, "PATCH_BYTES"), (gram, "CACHE_BYTES"), (lags, "CACHE_BYTES"), (lags, "SPECTRA_BYTES")):
+        monkeypatch.setattr(where, name, limit)
     monkeypatch.setattr(module, "SPLIT", 16)
     geometry = Geometry((3, 3), padding=SAME_3, in_channels=6)
     assert agree(geometry, [images(5, 6, 7, 8), images(4, 6, 7, 8, seed=1)])
@@ -267,19 +264,18 @@ def test_planted_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -
     batches = [images(3, 4, 7, 8)]
     geometry = Geometry((3, 3), padding=SAME_3, in_channels=4)
     assert agree(geometry, batches)
-    lags = module._Lags
     if fault == "borders":
-        monkeypatch.setattr(module._Axis, "left_out", lambda *_: [[], []])
+        monkeypatch.setattr(lags._Axis, "left_out", lambda *_: [[], []])
     elif fault == "corners":
-        monkeypatch.setattr(lags, "_corner", lambda *_: torch.zeros(1, 4, 4, dtype=torch.float64))
+        monkeypatch.setattr(lags.Lags, "_corner", lambda *_: torch.zeros(1, 4, 4, dtype=torch.float64))
     elif fault == "wrap":
-        monkeypatch.setattr(module, "_transform_length", lambda length, shift: length // 2 * 2 + 1)
+        monkeypatch.setattr(lags, "_transform_length", lambda length, shift: length // 2 * 2 + 1)
     elif fault == "transpose":
-        right = lags._lag
-        monkeypatch.setattr(lags, "_lag", lambda self, s, p, q: right(self, s, p, q).transpose(1, 2))
+        right = lags.Lags._lag
+        monkeypatch.setattr(lags.Lags, "_lag", lambda self, s, p, q: right(self, s, p, q).transpose(1, 2))
     elif fault == "shift":
-        monkeypatch.setattr(module._Restore, "add", lambda self, block, o1, o2: block)
+        monkeypatch.setattr(lags._Restore, "add", lambda self, block, o1, o2: block)
     else:
-        waves = module._waves
-        monkeypatch.setattr(module, "_waves", lambda plan, device: (waves(plan, device)[0], -waves(plan, device)[1]))
+        waves = lags._waves
+        monkeypatch.setattr(lags, "_waves", lambda plan, device: (waves(plan, device)[0], -waves(plan, device)[1]))
     assert not agree(geometry, batches)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coraq.core.gram import Geometry, GramAccumulator, patches
+from coraq.core.gram import GramAccumulator
+from coraq.core.patches import Geometry, patches
 from coraq.core.sampling import MIN_ROWS, SampledMoments, grid_step, positions_needed, sampled_patches
 
 GEOMETRIES = [

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coraq.api import LayerView, LeastSquares, Quantizer, Scheme, mse_grid
 from coraq.core import sampling
-from coraq.core.gram import Geometry
+from coraq.core.patches import Geometry
 from coraq.core.rounding import descend, factorise, feedback, nearest, pack, prepare, reassess
 from coraq.core.sampling import SampledMoments, blocks_needed
 from coraq.core.tensors import QuantizedLayer

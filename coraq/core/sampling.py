@@ -16,7 +16,8 @@ import math
 import torch
 from torch import Tensor
 
-from coraq.core.gram import Geometry, Moments, add_upper, mirrored, product
+from coraq.core.gram import Moments
+from coraq.core.patches import Geometry, add_upper, mirrored, product
 
 MIN_ROWS = 4096  # for layers with few inputs: a depthwise 3×3 has nine, and they matter
 # Of a layer's Gram: 0.5 GiB in float64, or 8,192 inputs in one piece; a solver needs six to eight of that size. No

@@ -11,7 +11,7 @@ from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
 from torch.nn import functional
 
-from coraq.core.gram import Geometry
+from coraq.core.patches import Geometry
 
 QUANTIZABLE = (nn.Conv2d, nn.Conv1d, nn.Linear)
 

@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from coraq.core.gram import Geometry, GramAccumulator, MeanAccumulator, Moments, exact_cost, sampled_cost
+from coraq.core.gram import GramAccumulator, Moments, exact_cost, sampled_cost
+from coraq.core.patches import Geometry, MeanAccumulator
 from coraq.core.sampling import SampledMoments, blocks_needed, paired_positions, positions_needed, sampled_patches
 from coraq.errors import CoraqError
 from coraq.model.engine import Arrival

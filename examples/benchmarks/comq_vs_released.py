@@ -31,7 +31,8 @@ from torch.nn.functional import avg_pool2d, unfold
 
 from coraq.api import LayerView, LeastSquares
 from coraq.config import Scheme
-from coraq.core.gram import Geometry, GramAccumulator
+from coraq.core.gram import GramAccumulator
+from coraq.core.patches import Geometry
 from coraq.methods.comq import COMQ
 
 CHANNELS, OUT, SIDE = 128, 256, 28

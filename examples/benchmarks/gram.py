@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coraq.core.gram import Geometry, GramAccumulator, MeanAccumulator, patches
+from coraq.core.gram import GramAccumulator
+from coraq.core.patches import Geometry, MeanAccumulator, patches
 
 CALLS = 4
 
