@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from coraq.core.lowrank import ORDER, Directions, butterworth
 
+NEGLIGIBLE = 1e-4  # a gain: its direction would change the layer's output by less than rounding A and B does
+
 
 @dataclass(frozen=True)
 class SearchLayer:
@@ -38,7 +40,8 @@ class SearchLayer:
     def effective(self, cutoff: Tensor, order: int, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
         """Weight in the module's own shape, and bias, at a cutoff (differentiable)."""
         gains = butterworth(cutoff, self.found.basis.shape[-1], order)
-        added = self.found.keep(gains)
+        # gains fall with the rank, and at a budget of some percent nearly all of them are nothing
+        added = self.found.keep(gains[: max(1, int((gains.detach() > NEGLIGIBLE).sum()))])
         bias = self.bias
         if bias is not None:
             bias = bias - (added @ self.mean[..., None]).reshape(-1)

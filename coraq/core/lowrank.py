@@ -46,8 +46,9 @@ class Directions:
         return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
 
     def keep(self, gains: Tensor) -> Tensor:
-        """`U diag(gains) Uᵀ D` [groups, out, in]; gains [k], differentiable."""
-        return (self.basis * gains) @ self.rows
+        """`U diag(gains) Uᵀ D` [groups, out, in] of the first `gains` [≤ k], differentiable."""
+        count = len(gains)
+        return (self.basis[..., :count] * gains) @ self.rows[:, :count]
 
     def truncate(self, rank: int) -> Tensor:
         """The optimum of a rank, float32 [groups, out, in]."""

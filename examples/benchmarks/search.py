@@ -1,6 +1,6 @@
 """CoRa's search: one step over one forward and backward pass of the float network, on the same images.
 
-    python examples/benchmarks/search.py local-dir:FOLDER [--batch 32] [--repeats 5] [--plugins-dir FOLDER]
+    python examples/benchmarks/search.py local-dir:FOLDER [--batch 32] [--budget 0.05] [--repeats 5]
 
 A step is all that the search does for one batch: building every layer's effective weight from its cutoff, the forward
 pass, the KL to the float logits, the backward pass to the cutoffs, Adam and the projection. The float network's pass
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=0.05, help="adapter parameters for each weight")
     parser.add_argument("--plugins-dir", action="append", default=[])
     arguments = parser.parse_args()
     registry.import_plugins(arguments.plugins_dir)
@@ -55,8 +56,11 @@ def main() -> None:
     for parameter in task.teacher.parameters():
         parameter.requires_grad_(True)
 
+    # as the search has them: all together at the budget
+    cutoffs = [arguments.budget / sum(layer.price for layer in layers.values())] * len(layers)
+
     def step() -> None:
-        search_cutoffs(task.student, layers, [0.3] * len(layers), [(images, target)], 1, budget=0.05)
+        search_cutoffs(task.student, layers, cutoffs, [(images, target)], 1, budget=arguments.budget)
 
     def float_step() -> None:
         logits = task.teacher(images)
@@ -71,7 +75,10 @@ def main() -> None:
             if repeat:  # the first is a warm-up
                 times[name].append(time.perf_counter() - start)
     search, plain = (statistics.median(times[name]) for name in ("search", "float"))
-    print(f"{arguments.model}: batch {arguments.batch}, {torch.get_num_threads()} threads, {len(layers)} cutoffs")
+    print(
+        f"{arguments.model}: batch {arguments.batch}, {torch.get_num_threads()} threads, {len(layers)} cutoffs of "
+        f"{cutoffs[0]:.3f}"
+    )
     print(f"search step {search:.2f} s, float forward and backward {plain:.2f} s: ratio {search / plain:.2f}")
 
 
