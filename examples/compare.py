@@ -1,18 +1,25 @@
-"""Do low-rank adapters pay at equal bytes? Networks × bits × methods, by one `coraq compare` for each network.
+"""Every method on the real networks at equal bytes, and whether adapters pay: one `coraq compare` for each network.
 
-    python examples/adapters.py [--assets ../shared/assets] [--networks a,b] [--bits 4,3,2] [--calib-size 256]
+    python examples/compare.py [--assets ../shared/assets] [--networks a,b] [--bits 4,3,2] [--calib-size 256]
+        [--groups same,more,search,blocks]
 
-Two groups of rows share their bytes: those of uniform codes (rtn, comq, cora), and 0.05 bytes a weight more (`more`),
-spent on adapters in closed form (qera, cora with spend=ranks), on adapters of searched ranks (`--search STEPS`), on
-more bits for the most sensitive layers without adapters (the control), or on whichever saves more (cora). Finished
-cells are reused. Results: examples/results/adapters/NETWORK.csv and examples/results/adapters.md.
+The groups of methods:
+- same: the bytes of uniform codes. rtn, gptq, npot, comq, cora.
+- more: 0.05 bytes a weight more, spent on adapters in closed form (qera, cora with spend=ranks), on more bits for the
+  most sensitive layers without adapters (the control, spend=bits), or on whichever saves more (cora).
+- search: the same bytes as `more`, for adapters of searched ranks (100 steps); and the paper's form.
+- blocks: the bytes of uniform codes again, block by block: brecq. Slow.
+
+Finished cells are reused, so groups may be added one by one. Results: examples/results/compare/NETWORK/ (the
+comparison's compare.json, compare.csv and report.html, each number from a run's metrics.json) and
+examples/results/compare.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,32 +27,28 @@ from typing import Any
 
 from accuracy import NETWORKS, RESULTS
 
-SAME = ["rtn", "comq", "cora"]
+SAME = ["rtn", "gptq", "npot", "comq", "cora"]
 MORE = [
     "qera:budget=0.05",
     "cora:budget=0.05:spend=ranks:edges=keep",
     "cora:budget=0.05:spend=bits:edges=keep",
     "cora:budget=0.05",
 ]
-PAPER = "cora:preset=paper:iterations={steps}"
-SEARCH = "cora:budget=0.05:spend=ranks:edges=keep:iterations={steps}"
+SEARCH = ["cora:budget=0.05:spend=ranks:edges=keep:iterations=100", "cora:preset=paper:iterations=100"]
+PLUGINS = Path(__file__).parent.parent / "plugins"
+KEPT = ["compare.json", "compare.csv", "report.html"]
+GROUPS = {"same": SAME, "more": MORE, "search": SEARCH, "blocks": ["brecq"]}
 COLUMNS = ["network", "bits", "method", "top-1 %", "agree %", "KL", "bits a weight", "file MB", "s"]
 
 
 def compare(network: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole result of one `coraq compare`."""
-    data = [part.format(assets=arguments.assets) for part in NETWORKS[network]]
-    methods = [*SAME, *MORE]
-    if arguments.search:
-        methods += [SEARCH.format(steps=arguments.search), PAPER.format(steps=arguments.search)]
-    line = [
-        "coraq",
-        "compare",
-        f"local-dir:{arguments.assets}/models/{network}",
-        "--plugins-dir",
-        str(arguments.assets),
-    ]
-    line += [*data, "--calib-size", str(arguments.calib_size), "--bits", arguments.bits]
+    methods = [method for group in arguments.groups.split(",") for method in GROUPS[group]]
+    line = ["coraq", "compare", f"local-dir:{arguments.assets}/models/{network}"]
+    # plugins/ has gptq and npot; the networks' folder registers mobilenetv1_075 with timm
+    line += ["--plugins-dir", str(PLUGINS), "--plugins-dir", str(arguments.assets)]
+    line += [part.format(assets=arguments.assets) for part in NETWORKS[network]]
+    line += ["--calib-size", str(arguments.calib_size), "--bits", arguments.bits]
     done = subprocess.run(
         [*line, "--methods", ",".join(methods), "--json"], stdout=subprocess.PIPE, text=True, check=False
     )
@@ -84,31 +87,29 @@ def main() -> int:
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--calib-size", type=int, default=256)
-    parser.add_argument(
-        "--search", type=int, default=0, metavar="STEPS", help="also with searched ranks, and the paper"
-    )
+    parser.add_argument("--groups", default="same,more")
     arguments = parser.parse_args()
-    folder = RESULTS / "adapters"
-    folder.mkdir(parents=True, exist_ok=True)
     for network in arguments.networks.split(","):
-        lines = rows_of(network, compare(network, arguments)["cells"])
-        with (folder / f"{network}.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *lines])
-    write_table(folder)
+        result = compare(network, arguments)
+        folder = RESULTS / "compare" / network
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            shutil.copyfile(Path(result["folder"]) / name, folder / name)
+    write_table(RESULTS / "compare")
     return 0
 
 
 def write_table(folder: Path) -> None:
     """The table of every network that has been measured."""
-    lines = []
+    lines: list[list[str]] = []
     for network in NETWORKS:
-        path = folder / f"{network}.csv"
+        path = folder / network / "compare.json"
         if path.exists():
-            lines += list(csv.reader(path.open()))[1:]
+            lines += rows_of(network, json.loads(path.read_text())["cells"])
     text = [
-        "# Adapters, bits and bytes",
+        "# Every method at equal bytes",
         "",
-        "Written by `python examples/adapters.py`. Weights only, affine grid per channel, first and last layer at 8",
+        "Written by `python examples/compare.py`. Weights only, affine grid per channel, first and last layer at 8",
         "bits where a method does not choose, seed 0, the same calibration images for all. Top-1 with 95 % intervals;",
         "`agree` is the share of images with the float network's first choice; KL in nats. Compare rows of the same",
         "bits a weight.",
@@ -118,7 +119,7 @@ def write_table(folder: Path) -> None:
         *(f"| {' | '.join(line)} |" for line in lines),
         "",
     ]
-    (folder.parent / "adapters.md").write_text("\n".join(text))
+    (folder.parent / "compare.md").write_text("\n".join(text))
 
 
 if __name__ == "__main__":
