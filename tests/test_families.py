@@ -61,14 +61,14 @@ def quantized(family: Any, methods: Sequence[str]) -> None:
 
 @pytest.mark.parametrize("family", LIGHT)
 def test_a_network_is_quantized_written_and_read_back_bit_for_bit(family: Any) -> None:
-    quantized(family, families.METHODS)
+    quantized(family, ("rtn", "comq"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("family", HEAVY)
 def test_a_large_network_is_quantized_written_and_read_back_bit_for_bit(family: Any) -> None:
-    quantized(family, families.METHODS)
+    quantized(family, ("rtn", "comq"))
 
 
 @pytest.mark.parametrize("family", HEAVY)
