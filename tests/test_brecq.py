@@ -208,7 +208,7 @@ class OneLinear(nn.Module):
 
 @pytest.mark.parametrize(("start", "exact"), [("nearest", 4), ("comq", 6)])
 def test_a_single_linear_layer_is_solved_as_by_enumeration(start: str, exact: int) -> None:
-    """Against all 4⁶ codes of each of six channels: all from comq's codes, most from the nearest (the paper's start)."""
+    """Against all 4⁶ codes of six channels: all of them from comq's codes, most from the nearest (the paper's)."""
     found_exactly = 0
     for seed in range(3):
         model = OneLinear().eval()
