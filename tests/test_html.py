@@ -266,26 +266,48 @@ def browser() -> Iterator[Any]:
         launched.close()
 
 
+def looked_at(browser: Any, file: Path, width: int, scheme: str) -> dict[str, Any]:
+    """What a browser has to say of a page with everything opened: requests, complaints, overlaps, overflow."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    requests: list[str] = []
+    complaints: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(file.as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    seen: dict[str, Any] = page.evaluate(OVERLAPS)
+    page.close()
+    others = [url for url in requests if not url.startswith("data:") and url != file.as_uri()]
+    return {**seen, "requests": others, "complaints": complaints}
+
+
 @pytest.mark.parametrize("name", ["run", "unmeasured", "compare"])
 def test_a_browser_finds_no_request_no_error_and_no_overlapping_text(browser: Any, tmp_path: Path, name: str) -> None:
     file = tmp_path / "report.html"
     file.write_text(pages()[name], encoding="utf-8")
     for width, scheme in ((360, "light"), (800, "dark"), (1400, "light")):
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        requests: list[str] = []
-        complaints: list[str] = []
-        page.on("request", lambda request, seen=requests: seen.append(request.url))
-        page.on("console", lambda message, seen=complaints: seen.append(message.text))
-        page.on("pageerror", lambda error, seen=complaints: seen.append(str(error)))
-        page.goto(file.as_uri())
-        page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-        seen = page.evaluate(OVERLAPS)
-        assert [url for url in requests if not url.startswith("data:")] == [file.as_uri()]
-        assert complaints == []
+        seen = looked_at(browser, file, width, scheme)
+        assert seen["requests"] == seen["complaints"] == []
         assert seen["texts"] > 50
         assert seen["bad"] == [], f"at {width} px"
         assert seen["overflow"] <= 0, f"the page is wider than {width} px"
-        page.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        ("<script>document.querySelectorAll('svg text').forEach((t) => t.setAttribute('y', 9));</script>", "bad"),
+        ("<style>h2 { margin-bottom: -3rem !important; }</style>", "bad"),
+        ("<div style='width: 500px'>wide</div>", "overflow"),
+        ("<img src='file:///elsewhere.png'>", "requests"),
+        ("<script>nowhere();</script>", "complaints"),
+    ],
+)
+def test_the_browser_s_checks_can_fail(browser: Any, tmp_path: Path, fault: str, found: str) -> None:
+    file = tmp_path / "report.html"
+    file.write_text(run_page().replace("</body>", f"{fault}</body>"), encoding="utf-8")
+    assert looked_at(browser, file, 360, "light")[found]
 
 
 def test_a_browser_sorts_layers_and_turns_dark(browser: Any, tmp_path: Path) -> None:
