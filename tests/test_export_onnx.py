@@ -22,10 +22,11 @@ from coraq.core.tensors import LowRank, QTensor, QuantizedLayer
 from coraq.data import tensor_images
 from coraq.errors import CoraqError
 from coraq.export import verify
+from coraq.export.blob import bit_weights, from_blob, to_blob
 from coraq.export.onnx_file import OnnxExport, build_onnx, read_metadata
 from coraq.export.requirements import require
 from coraq.export.run import Request, export_checkpoint
-from coraq.export.weights import Form, bit_planes, unplane
+from coraq.export.weights import Form
 from coraq.testing import random_images, small_network
 
 onnx = pytest.importorskip("onnx", reason="needs coraq[onnx]")
@@ -96,17 +97,17 @@ def test_every_code_comes_back_from_the_file_and_every_weight_from_the_runtime(
     assert found.agreeing == found.count == 16
 
 
-def test_codes_take_their_bits_in_the_file(tmp_path: Path) -> None:
-    kinds = {4: {"INT4"}, 3: {"INT4"}, 2: {"INT2", "INT4"}}
-    for bits, expected in kinds.items():
-        export = build_onnx(checkpoint_of(tmp_path, bits, symmetric=True))
-        stored = {i.name: i for i in onnx.load_from_string(export.content).graph.initializer}
-        codes = stored["dense.weight_codes"]
-        name = onnx.TensorProto.DataType.Name(codes.data_type)
-        assert name in expected
-        width = {"INT4": 4, "INT2": 2}[name]
-        assert len(codes.raw_data) == -(-24 * 16 * 9 * width // 8)
-        assert "dense.weight" not in stored
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_codes_take_their_bits_in_the_file_and_no_operator_at_run_time(tmp_path: Path, bits: int) -> None:
+    checkpoint = checkpoint_of(tmp_path, bits, symmetric=True)
+    export = build_onnx(checkpoint)
+    stored = {i.name: i for i in onnx.load_from_string(export.content).graph.initializer}
+    assert len(stored["dense.weight_codes"].raw_data) == 24 * 16 * 9 * bits // 8
+    assert "dense.weight" not in stored
+    from coraq.export.runtimes import OnnxRuntime
+
+    ours, plain = (OnnxRuntime(content, 1).kernels() for content in (export.content, export.float_content))
+    assert ours == plain
 
 
 def test_adapters_are_codes_on_disk_and_folded_at_load(tmp_path: Path) -> None:
@@ -207,11 +208,17 @@ def test_out_of_tolerance_keeps_the_name_unverified(tmp_path: Path, monkeypatch:
     assert not Path(good.path).exists()  # the older one would be taken for the new
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_bit_planes_invert(bits: int, interleaved: bool) -> None:
-    codes = np.random.default_rng(0).integers(0, 2**bits, 37).astype(np.uint8)
-    assert np.array_equal(unplane(bit_planes(codes, bits, interleaved), bits, 37, interleaved), codes)
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("count", [37, 40])
+def test_a_blob_holds_the_bits_and_nothing_else(bits: int, count: int, signed: bool) -> None:
+    low = -(2 ** (bits - 1)) if signed else 0
+    values = np.random.default_rng(0).integers(low, low + 2**bits, count)
+    blob = to_blob(values, bits)
+    assert blob.nbytes == -(-count // 8) * bits
+    assert np.array_equal(from_blob(blob, count), values & (2**bits - 1))
+    lanes = (blob >> np.arange(8, dtype=np.uint8).reshape(-1, 1, 1)) & 1  # what the operators do
+    assert np.array_equal((lanes @ bit_weights(bits, signed).astype(np.int32)).reshape(-1)[:count], values)
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

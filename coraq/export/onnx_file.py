@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from coraq.artifact import Checkpoint
+from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.export.complete import complete_grids
 from coraq.export.float_graph import FloatGraph, export_float
 from coraq.export.graph import without_grids
 from coraq.export.integer import IntegerLayer, emit_integer_layer, find_integer_layers
 from coraq.export.requirements import require
-from coraq.export.weights import Form, Parts, emit_weight
+from coraq.export.weights import Form, Parts, emit_weight, typed_bits
 from coraq.version import __version__
 
 OPSETS: dict[Form, int] = {"cast": 21, "dq": 21, "packed": 18}
@@ -126,12 +127,9 @@ def build_onnx(
     del model.graph.value_info[:]  # a runtime infers shapes; here they would be a percent of a small file
     shorten(model, set(replaced))
     written = {name: replaced[graph.places[name].initializer] for name in layers}
-    notes += _notes(checkpoint, form, two_bits)
+    notes += _notes(checkpoint, form, two_bits, [layers[name] for name in integer])
     if raised:
-        notes.append(
-            f"{', '.join(sorted(raised))}: scales of nearly dead channels are raised so that the bias fits 32 bits; "
-            "the codes are the checkpoint's, these channels' weights are not"
-        )
+        notes.append(_raised_note(checkpoint, raised))
     if adapted := sorted(name for name in integer if layers[name].adapter is not None):
         notes.append(
             f"{', '.join(adapted)}: codes and adapter are rounded together to 8 bits, by about 0.7 % of the weight"
@@ -270,13 +268,25 @@ def read_metadata(entries: dict[str, str]) -> dict[str, Any]:
     return facts
 
 
-def _notes(checkpoint: Checkpoint, form: Form, two_bits: bool) -> list[str]:
+def _raised_note(checkpoint: Checkpoint, raised: dict[str, np.ndarray]) -> str:
+    counts = []
+    for name, scale in raised.items():
+        changed = int((scale != checkpoint.layers[name].weight.scale.numpy().reshape(-1)).sum())
+        counts.append(f"{name} ({changed} of {scale.size})")
+    return (
+        f"scales of nearly dead channels are raised so that the bias fits 32 bits: {', '.join(counts)}; "
+        "the codes are the checkpoint's, these channels' weights are not"
+    )
+
+
+def _notes(checkpoint: Checkpoint, form: Form, two_bits: bool, integer: list[QuantizedLayer]) -> list[str]:
     layers = checkpoint.layers.values()
     notes = []
-    if any(layer.weight.bits == 3 for layer in layers):
-        notes.append("3-bit codes are stored in 4 bits: ONNX has no 3-bit type")
-    if any(layer.weight.bits == 2 for layer in layers) and not two_bits and form != "packed":
-        notes.append("2-bit codes are stored in 4 bits: ONNX Runtime here does not take INT2 (opset 25)")
+    stored = {layer.weight.bits: typed_bits(layer.weight.bits, form, two_bits) for layer in layers}
+    if wider := [f"{bits} in {held}" for bits, held in sorted(stored.items()) if held is not None and held > bits]:
+        notes.append(f"codes stand in the next type that ONNX has, bits {', '.join(wider)}: --npu has no packed form")
+    if any(layer.weight.bits == 8 or layer.adapter is not None for layer in integer):
+        notes.append("8-bit weights: on x86 processors without VNNI, ONNX Runtime's integer kernels may saturate")
     if any(layer.adapter is not None for layer in layers):
         notes.append("adapters are stored as codes and folded into the weights at load, never run as a branch")
     if any(layer.weight.codebook is not None for layer in layers):

@@ -63,7 +63,10 @@ class OnnxRuntime:
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        return np.asarray(self._session.run(None, {self._input: images})[0])
+        try:
+            return np.asarray(self._session.run(None, {self._input: images})[0])
+        except Exception as error:  # the runtime's own errors, of many kinds
+            raise CoraqError(f"{self.name} does not run the file: {_first_line(error)}", "") from error
 
     def kernels(self) -> collections.Counter[str]:
         """Operators of the optimised graph."""
@@ -94,7 +97,10 @@ class OpenVino:
             ) from error
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        return np.asarray(self._model([images])[0])
+        try:
+            return np.asarray(self._model([images])[0])
+        except Exception as error:  # the runtime's own errors, of many kinds
+            raise CoraqError(f"{self.name} does not run the file: {_first_line(error)}", "") from error
 
     def precisions(self) -> dict[str, int]:
         """Convolutions by the precision that they really run in."""
