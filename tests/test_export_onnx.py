@@ -97,17 +97,44 @@ def test_every_code_comes_back_from_the_file_and_every_weight_from_the_runtime(
     assert found.agreeing == found.count == 16
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-def test_codes_take_their_bits_in_the_file_and_no_operator_at_run_time(tmp_path: Path, bits: int) -> None:
-    checkpoint = checkpoint_of(tmp_path, bits, symmetric=True)
-    export = build_onnx(checkpoint)
-    stored = {i.name: i for i in onnx.load_from_string(export.content).graph.initializer}
-    assert len(stored["dense.weight_codes"].raw_data) == 24 * 16 * 9 * bits // 8
-    assert "dense.weight" not in stored
+def of_every_width(folder: Path, symmetric: bool) -> Checkpoint:
+    """The small network's seven layers at 2, 3, … 8 bits."""
+    checkpoint = checkpoint_of(folder, 8, symmetric)
+    widths = dict(zip(checkpoint.layers, [8, 3, 5, 6, 7, 4, 2], strict=True))
+
+    def at_its_width(name: str, layer: QuantizedLayer) -> QuantizedLayer:
+        weight = layer.dequantize()
+        grid = minmax_grid(weight, widths[name], symmetric)
+        return QuantizedLayer(grid.pack(grid.codes(weight)), bias=layer.bias)
+
+    return rewritten(checkpoint, at_its_width)
+
+
+@pytest.mark.parametrize(("form", "symmetric"), [("cast", False), ("cast", True), ("packed", True)])
+def test_every_width_takes_its_bits_in_the_file_and_no_operator_at_run_time(
+    tmp_path: Path, form: Form, symmetric: bool
+) -> None:
     from coraq.export.runtimes import OnnxRuntime
 
+    checkpoint = of_every_width(tmp_path, symmetric)
+    assert {layer.weight.bits for layer in checkpoint.layers.values()} == {2, 3, 4, 5, 6, 7, 8}
+    export = build_onnx(checkpoint, form)
+    onnx.checker.check_model(onnx.load_from_string(export.content), full_check=True)
+    stored = {i.name: i for i in onnx.load_from_string(export.content).graph.initializer}
+    for name, layer in checkpoint.layers.items():
+        bits = layer.weight.codes.numel() * layer.weight.bits
+        assert (
+            len(stored[f"{name}.weight_codes"].raw_data) <= -(-bits // 8) + layer.weight.bits
+        )  # whole eights of codes
+    assert len(export.content) - export.graph_bytes <= 1.02 * export.nominal_bytes
     ours, plain = (OnnxRuntime(content, 1).kernels() for content in (export.content, export.float_content))
-    assert ours == plain
+    assert ours == plain  # all of it is folded at load
+    found = check(checkpoint, export)
+    assert found.failures == []
+    assert found.codes_exact
+    assert found.weights_exact
+    assert not found.inexact
+    assert not any("next type" in note for note in export.notes)
 
 
 def test_adapters_are_codes_on_disk_and_folded_at_load(tmp_path: Path) -> None:

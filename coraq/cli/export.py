@@ -102,6 +102,8 @@ def show_export(result: ExportResult) -> None:
         f"{bytes_text(result.size_bytes)}, float {bytes_text(result.float_bytes)}; "
         f"{share:.3f} × (codes + scales + float rest)"
     )
+    if result.graph_bytes is not None:
+        size += f", {bytes_text(result.graph_bytes)} of it are the graph"
     facts = [("file", result.path), ("label", result.label), ("size", size), ("verdict", verdict[result.verified])]
     if result.opset:
         facts.insert(2, ("form", f"{result.form}, opset {result.opset}"))

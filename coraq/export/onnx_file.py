@@ -35,6 +35,8 @@ class OnnxExport:
         label: what a runtime will do with it, for the file's metadata and for people.
         notes: what a person should know.
         nominal_bytes: packed codes, scales, zero points and the float rest: what the file cannot do without.
+        graph_bytes: of the content, what is neither codes, scales, zero points nor the float rest: operators, names,
+            shapes, metadata.
         graph: the float graph, with each layer's place in it.
         written: layer -> the layer under whose name its codes stand (another one's where both share a weight).
         integer: the layers that are written for integer kernels.
@@ -51,6 +53,7 @@ class OnnxExport:
     opset: int
     notes: list[str]
     nominal_bytes: int
+    graph_bytes: int
     graph: FloatGraph
     written: dict[str, str]
     integer: dict[str, IntegerLayer]
@@ -119,7 +122,7 @@ def build_onnx(
     gone = {i.name for i in model.graph.initializer if i.name not in read} | replaced.keys()
     kept = [initializer for initializer in model.graph.initializer if initializer.name not in gone]
     rest = [i for i in graph.model.graph.initializer if i.name not in replaced]  # biases count as float, as they were
-    nominal = sum(layer.size_bytes() for layer in layers.values()) + sum(len(_raw(i)) for i in rest)
+    nominal = sum(layer.size_bytes() for layer in layers.values()) + sum(stored_bytes(i) for i in rest)
     nodes = [*parts.nodes, *model.graph.node]
     del model.graph.initializer[:], model.graph.node[:]
     model.graph.initializer.extend([*kept, *parts.initializers])
@@ -141,14 +144,18 @@ def build_onnx(
     running = sum(layer.node.op_type == "Conv" for layer in integer.values())
     label = "integer kernels" if running and running == len(convolutions) else label_of(checkpoint)
     finish(model, checkpoint, opset, label, form, labels)
+    content = model.SerializeToString()
+    small = set(parts.constants.values())  # shapes, shifts and the like
+    graph_bytes = len(content) - sum(stored_bytes(i) for i in model.graph.initializer if i.name not in small)
     return OnnxExport(
-        content=model.SerializeToString(),
+        content=content,
         float_content=float_content,
         label=label,
         form=form,
         opset=opset,
         notes=notes,
         nominal_bytes=nominal,
+        graph_bytes=graph_bytes,
         graph=graph,
         written=written,
         integer=integer,
@@ -296,7 +303,8 @@ def _notes(checkpoint: Checkpoint, form: Form, two_bits: bool, integer: list[Qua
     return notes
 
 
-def _raw(initializer: Any) -> bytes:
+def stored_bytes(initializer: Any) -> int:
+    """Bytes of an initializer's values in the file."""
     from onnx import numpy_helper
 
-    return numpy_helper.to_array(initializer).tobytes()
+    return len(initializer.raw_data) or int(numpy_helper.to_array(initializer).nbytes)

@@ -90,6 +90,9 @@ class ExportResult(Result):
     size_bytes: int
     float_bytes: int = Field(description="the same artefact with float weights")
     nominal_bytes: int = Field(description="packed codes, scales, zero points and the float rest, nothing else")
+    graph_bytes: int | None = Field(
+        default=None, description="of an ONNX file: operators, names, shapes and metadata; the rest is what is nominal"
+    )
     opset: int | None = None
     verified: bool | None = Field(description="None: not verified, at the user's wish")
     checks: list[Check] = Field(default_factory=list)

@@ -206,6 +206,7 @@ def _export_onnx(
         size_bytes=len(export.content),
         float_bytes=len(export.float_content),
         nominal_bytes=export.nominal_bytes,
+        graph_bytes=export.graph_bytes,
         opset=export.opset,
         verified=verdict(checks),
         checks=checks,

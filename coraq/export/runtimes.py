@@ -33,7 +33,7 @@ class Runtime(Protocol):
 
 
 class OnnxRuntime:
-    """A session of ONNX Runtime on the CPU, with all its optimisations.
+    """A session of ONNX Runtime on the CPU, with all its optimisations; `optimised` is the graph that it runs.
 
     Raises:
         CoraqError: the package is missing, or the runtime refuses the file.
@@ -58,7 +58,7 @@ class OnnxRuntime:
                     f"{self.name} does not open the file: {_first_line(error)}",
                     "INT4 needs ONNX Runtime 1.23 or later; --portable writes a file for 1.17 and later.",
                 ) from error
-            self._optimised = optimised.read_bytes() if optimised.exists() else b""
+            self.optimised = optimised.read_bytes() if optimised.exists() else b""
         self._input = self._session.get_inputs()[0].name
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
 
@@ -72,7 +72,7 @@ class OnnxRuntime:
         """Operators of the optimised graph."""
         import onnx
 
-        return collections.Counter(node.op_type for node in onnx.load_from_string(self._optimised).graph.node)
+        return collections.Counter(node.op_type for node in onnx.load_from_string(self.optimised).graph.node)
 
 
 class OpenVino:
