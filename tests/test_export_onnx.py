@@ -122,10 +122,8 @@ def test_every_width_takes_its_bits_in_the_file_and_no_operator_at_run_time(
     onnx.checker.check_model(onnx.load_from_string(export.content), full_check=True)
     stored = {i.name: i for i in onnx.load_from_string(export.content).graph.initializer}
     for name, layer in checkpoint.layers.items():
-        bits = layer.weight.codes.numel() * layer.weight.bits
-        assert (
-            len(stored[f"{name}.weight_codes"].raw_data) <= -(-bits // 8) + layer.weight.bits
-        )  # whole eights of codes
+        bits, raw = layer.weight.bits, stored[f"{name}.weight_codes"].raw_data
+        assert len(raw) <= -(-layer.weight.codes.numel() // 8) * bits  # whole eights of codes
     assert len(export.content) - export.graph_bytes <= 1.02 * export.nominal_bytes
     ours, plain = (OnnxRuntime(content, 1).kernels() for content in (export.content, export.float_content))
     assert ours == plain  # all of it is folded at load
@@ -306,6 +304,25 @@ def test_a_failed_verification_is_exit_code_1(
     (folder,) = (demo_runs / "runs").iterdir()
     assert (folder / "model.npu.onnx.unverified").is_file()
     assert not (folder / "model.npu.onnx").exists()
+
+
+def test_what_a_runtime_refuses_is_recorded(
+    demo_runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise CoraqError("OpenVINO 0 does not open the file: planted", "a hint")
+
+    monkeypatch.chdir(demo_runs)
+    monkeypatch.setattr(verify, "OpenVino", refuse)
+    monkeypatch.setattr("coraq.export.run.require", lambda package: None)
+    assert run(["export", "--openvino", "-q"]) == 1
+    assert "planted (a hint)" in capsys.readouterr().out.replace("\n", " ")
+    (folder,) = (demo_runs / "runs").iterdir()
+    assert (folder / "model.onnx.unverified").is_file()
+    record = json.loads((folder / "export.json").read_text())["exports"]["model.onnx.unverified"]
+    assert record["verified"] is False
+    assert [bool(check["failures"]) for check in record["checks"]] == [False, True]
+    assert record["checks"][1]["logits_error"] is None
 
 
 def test_without_a_run_it_says_what_to_do_first(
