@@ -184,6 +184,12 @@ def test_one_wrong_number_in_the_file_is_found(tmp_path: Path, what: str) -> Non
     assert found.codes_exact == (what == "bias")
 
 
+def test_a_file_that_is_none_is_refused_in_plain_words(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path)
+    with pytest.raises(CoraqError, match="does not open the file"):
+        check(checkpoint, build_onnx(checkpoint), b"no model")
+
+
 def test_two_layers_of_one_weight_share_its_codes(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path)
 

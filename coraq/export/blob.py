@@ -5,9 +5,9 @@ make integers of it, all constant, so that a runtime folds them when it loads th
 
     BitShift(blob, 0 … 7) → BitwiseAnd 1     [8, m, bits], the bits apart
     MatMulInteger by 1, 2, 4, …              [8, m, 1], int32; the last weight is negative in two's complement
-    Reshape [→ Slice → Reshape] → Cast
+    [Reshape → Slice →] Reshape → Cast
 
-BitwiseAnd is the youngest of them: opset 18, ONNX Runtime 1.17.
+BitwiseAnd is the youngest of them: opset 18.
 """
 
 from __future__ import annotations

@@ -33,11 +33,13 @@ def check_onnx(
     Args:
         content: the file's bytes as read back from disk.
         images: what `batches` are, in words.
+
+    Raises:
+        CoraqError: the runtime refuses the file.
     """
+    exported, reference = OnnxRuntime(content, threads), OnnxRuntime(export.float_content, threads)
     exact, where = codes_exact(checkpoint, export, content)
     weights, worst = weights_exact(checkpoint, export, content)
-    exported = OnnxRuntime(content, threads)
-    reference = OnnxRuntime(export.float_content, threads)
     check = compare(checkpoint, exported, reference, batches, images, threads, export.has_grids)
     failures = [*check.failures]
     if not exact:
