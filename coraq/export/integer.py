@@ -1,9 +1,10 @@
 """The integer pattern: layers between activation grids, written so that runtimes run them on int8 kernels.
 
-Cast(INT4 → INT8) → DequantizeLinear for the weight, int32 codes on the grid x_scale·w_scale for the bias (any other
-scale loses the fusion in silence), the checkpoint's own grids around. Only a layer whose input comes from a grid and
-whose output goes into one (perhaps through a Relu or Clip) is written so; others keep the form that is multiplied out
-at load, because a runtime would requantize a float weight between grids to 8 bits per tensor without a word.
+Codes made int8 at load (Cast of an INT4, or a blob) → DequantizeLinear for the weight, int32 codes on the grid
+x_scale·w_scale for the bias (any other scale loses the fusion in silence), the checkpoint's own grids around. Only a
+layer whose input comes from a grid and whose output goes into one (perhaps through a Relu or Clip) is written so;
+others keep the form that is multiplied out at load, because a runtime would requantize a float weight between grids to
+8 bits per tensor without a word.
 """
 
 from __future__ import annotations

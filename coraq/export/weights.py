@@ -89,7 +89,8 @@ def is_centred(q: QTensor, form: Form, integer: bool) -> bool:
 
     A symmetric grid's always are. An affine grid's are where an integer kernel reads them: products of unsigned
     activations by signed weights are what x86 processors have instructions for; unsigned by unsigned takes twice the
-    time. (Unless a zero point lies so far out that it is no int8.)
+    time (resnet18 at 112 pixels on one thread with VNNI: 7.0 against 3.7 ms). Not where a zero point lies so far out
+    that it is no int8.
     """
     if q.codebook is not None:
         return False
