@@ -3,10 +3,10 @@
     python examples/export_table.py [--assets ../shared/assets] [--networks a,b] [--schemes W4A32,W4A8] [--openvino]
     python examples/export_table.py --families       # one small network of every family, W4A32
 
-The networks of the assets are quantized on their own images and measured on all evaluation images; the others have
-random weights and random BatchNorm statistics, and say nothing about accuracy. Times are medians over ONNX Runtime's
-float time in the same process: run it on a quiet machine. Results go to examples/results/export.md (families:
-export_families.md) and, whole, to examples/results/export/*.json.
+The demo and the networks of the assets are quantized on their own images and measured on all evaluation images; the
+others have random weights and random BatchNorm statistics, and say nothing about accuracy. Times are medians over
+ONNX Runtime's float time in the same process: run it on a quiet machine. Results go to examples/results/export.md
+(families: export_families.md) and, whole, to examples/results/export/*.json.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,18 @@ from coraq.testing import random_images, randomise_batchnorm
 RESULTS = Path(__file__).parent / "results"
 RANDOM = ["resnet50", "mobilenetv3_large_100", "efficientnet_b0", "convnext_tiny", "regnety_032", "densenet121"]
 SCHEMES = {"W4A32": (4, None), "W4A8": (4, 8), "W8A8": (8, 8)}
-COLUMNS = ["network", "scheme", "label", "MB", "float MB", "× packed", "codes", "logits error", "agreement %"]
-COLUMNS += ["top-1 %", "checkpoint %", "integer convolutions", "batch 1 ×", "batch 16 ×", "verdict"]
+COLUMNS = ["network", "scheme", "label", "MB", "float MB", "× packed", "graph kB", "codes", "logits error"]
+COLUMNS += ["agreement %", "top-1 %", "checkpoint %", "integer convolutions", "batch 1 ×", "batch 16 ×", "verdict"]
+DEMO = "demo"  # ships with coraq
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How networks with trained weights are quantized, and where they lie."""
+
+    assets: Path
+    method: str
+    calib_size: int
 
 
 def scheme_of(name: str) -> Scheme:
@@ -51,21 +62,22 @@ def scheme_of(name: str) -> Scheme:
     return Scheme.model_validate(values)
 
 
-def export_asset(assets: Path, network: str, name: str, request: Request, folder: Path) -> ExportResult:
+def export_asset(settings: Settings, network: str, name: str, request: Request, folder: Path) -> ExportResult:
     """Quantize and export through the command line's own functions, on all evaluation images."""
     from coraq import pipeline
     from coraq.config import DataConfig, RunConfig
     from coraq.export.run import export_run
 
-    options = [part.format(assets=assets) for part in NETWORKS[network]]
+    assets = settings.assets
+    options = [part.format(assets=assets) for part in NETWORKS.get(network, [])]
     pairs = {
         key.removeprefix("--").replace("-", "_"): value for key, value in zip(options[::2], options[1::2], strict=True)
     }
     config = RunConfig(
-        model=f"local-dir:{assets}/models/{network}",
-        method="comq",
+        model=DEMO if network == DEMO else f"local-dir:{assets}/models/{network}",
+        method=settings.method,
         scheme=scheme_of(name),
-        data=DataConfig(calib_size=512, **pairs),
+        data=DataConfig.model_validate({**pairs, "calib_size": settings.calib_size}),
     )
     result = pipeline.run(config, runs_dir=folder)
     return export_run(Path(result.run_dir), request)
@@ -103,8 +115,15 @@ def row(network: str, scheme: str, result: ExportResult) -> str:
     )
     top1 = ["–" if value is None else f"{value:.2f}" for value in (check.top1_pct, check.checkpoint_top1_pct)]
     cells = [network, scheme, result.label, f"{result.size_bytes / 1e6:.2f}", f"{result.float_bytes / 1e6:.1f}"]
-    cells += [f"{result.size_bytes / result.nominal_bytes:.3f}", "exact" if check.codes_exact else "DIFFERENT"]
-    cells += [f"{check.logits_error:.1e}", f"{check.agreement_pct:.1f}", *top1, integer, *times]
+    cells += [f"{result.size_bytes / result.nominal_bytes:.3f}", f"{(result.graph_bytes or 0) / 1e3:.0f}"]
+    cells.append("exact" if check.codes_exact else "DIFFERENT")
+    cells += [
+        "–" if check.logits_error is None else f"{check.logits_error:.1e}",
+        f"{check.agreement_pct:.1f}",
+        *top1,
+        integer,
+        *times,
+    ]
     cells.append("verified" if result.verified else "; ".join(check.failures))
     return f"| {' | '.join(cells)} |"
 
@@ -122,13 +141,18 @@ def attempt(network: str, scheme: str, work: Any) -> tuple[str, ExportResult | N
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path("../shared/assets"))
-    parser.add_argument("--networks", default=",".join([*NETWORKS, *RANDOM]))
+    parser.add_argument("--networks", default=",".join([DEMO, *NETWORKS, *RANDOM]))
     parser.add_argument("--schemes", default=",".join(SCHEMES))
+    parser.add_argument("--method", default="comq", help="of networks with trained weights")
+    parser.add_argument("--calib-size", type=int, default=512)
+    parser.add_argument("--eval-size", type=int, default=1_000_000, help="verify on at most so many images")
     parser.add_argument("--threads", type=int, default=None, help="of the runtime (default: torch's)")
     parser.add_argument("--openvino", action="store_true", help="in OpenVINO, too (in the JSON files)")
     parser.add_argument("--families", nargs="*", default=None, help="these families (none named: all) instead")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table and the JSON files")
     arguments = parser.parse_args()
-    request = Request(images=1_000_000, threads=arguments.threads, openvino=arguments.openvino)
+    settings = Settings(arguments.assets, arguments.method, arguments.calib_size)
+    request = Request(images=arguments.eval_size, threads=arguments.threads, openvino=arguments.openvino)
     jobs: list[tuple[str, str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -140,7 +164,8 @@ def main() -> int:
             import_zoo(arguments.assets)
             for network in arguments.networks.split(","):
                 for scheme in arguments.schemes.split(","):
-                    work = partial(export_asset, arguments.assets) if network in NETWORKS else export_random
+                    trained = network == DEMO or network in NETWORKS
+                    work = partial(export_asset, settings) if trained else export_random
                     jobs.append((network, scheme, partial(work, network, scheme, request, folder)))
         rows, failed = [], 0
         for network, scheme, work in jobs:
@@ -149,10 +174,11 @@ def main() -> int:
             rows.append(line)
             failed += result is None or not result.verified
             if result is not None and arguments.families is None:
-                (RESULTS / "export").mkdir(parents=True, exist_ok=True)
+                (arguments.results / "export").mkdir(parents=True, exist_ok=True)
                 text = json.dumps(json.loads(result.model_dump_json()), indent=1)
-                (RESULTS / "export" / f"{network}-{scheme}.json").write_text(text + "\n")
-    write(rows, "export" if arguments.families is None else "export_families", failed, whole=not arguments.families)
+                (arguments.results / "export" / f"{network}-{scheme}.json").write_text(text + "\n")
+    if not arguments.families:  # a choice of families is for a look
+        write(arguments.results, rows, "export" if arguments.families is None else "export_families", failed)
     return 1 if failed else 0
 
 
@@ -163,9 +189,7 @@ def import_zoo(assets: Path) -> None:
         import zoo  # noqa: F401
 
 
-def write(rows: list[str], name: str, failed: int, whole: bool) -> None:
-    if not whole:
-        return
+def write(folder: Path, rows: list[str], name: str, failed: int) -> None:
     command = "python examples/export_table.py" + (" --families" if name == "export_families" else "")
     text = [
         "# Exported files, verified",
@@ -173,6 +197,7 @@ def write(rows: list[str], name: str, failed: int, whole: bool) -> None:
         f"Written by `{command}` (coraq {coraq.__version__}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads).",
         "`× packed`: bytes of the file over bytes of packed codes, scales, zero points and the float rest.",
+        "`graph kB`: of it operators, names, shapes and metadata.",
         "`batch n ×`: time over the float export's in the same process. Rows without top-1 have random weights.",
         "",
         f"{len(rows) - failed} of {len(rows)} verified.",
@@ -182,8 +207,8 @@ def write(rows: list[str], name: str, failed: int, whole: bool) -> None:
         *rows,
         "",
     ]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text("\n".join(text))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text("\n".join(text))
 
 
 if __name__ == "__main__":

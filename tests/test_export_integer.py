@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_export_onnx import check, checkpoint_of, rewritten, with_adapter
+from test_export_onnx import check, checkpoint_of, of_every_width, rewritten, with_adapter
 from torch import Tensor, nn
 
 from coraq.artifact import Checkpoint
+from coraq.cli.export import weights_text
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.export import verify
@@ -78,6 +79,55 @@ def test_every_convolution_runs_on_integer_kernels(tmp_path: Path, form: Any, sy
     assert found.integer_convolutions == found.quantized_convolutions == len(CONVOLUTIONS)
     assert found.largest_step in (0, 1)
     assert found.logits_error < 0.1
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
+def test_weights_of_every_width_reach_signed_integer_kernels(tmp_path: Path, symmetric: bool) -> None:
+    from coraq.export.runtimes import OnnxRuntime
+
+    checkpoint = of_every_width(tmp_path, symmetric)
+    observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND))
+    export = build_onnx(checkpoint)
+    assert len(export.content) - export.graph_bytes <= 1.02 * export.nominal_bytes
+    found = check(checkpoint, export)
+    assert found.failures == []
+    assert found.codes_exact
+    assert found.weights_exact
+    assert found.integer_convolutions == len(CONVOLUTIONS)
+    # unsigned weights take twice the time on x86: no instruction multiplies unsigned by unsigned
+    optimised = onnx.load_from_string(OnnxRuntime(export.content, 1).optimised)
+    stored = {i.name: i for i in optimised.graph.initializer}
+    kinds = {stored[node.input[3]].data_type for node in optimised.graph.node if node.op_type == "QLinearConv"}
+    assert kinds == {onnx.TensorProto.INT8}
+    assert not {"BitShift", "BitwiseAnd", "MatMulInteger", "Cast"} & {node.op_type for node in optimised.graph.node}
+
+
+def test_a_nearly_dead_channel_is_counted_and_named(tmp_path: Path) -> None:
+    def dying(name: str, layer: QuantizedLayer) -> QuantizedLayer:
+        if name != "dense":
+            return layer
+        scale = layer.weight.scale.clone()
+        scale[:, 3] = 1e-14
+        return dataclasses.replace(layer, weight=dataclasses.replace(layer.weight, scale=scale))
+
+    checkpoint = rewritten(checkpoint_of(tmp_path), dying)
+    observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND))
+    export = build_onnx(checkpoint)
+    found = check(checkpoint, export)
+    assert found.failures == []
+    assert found.inexact == {"dense": "scale raised in 1 of 24 channels, nearly dead ones"}
+    assert any("dense (1 of 24)" in note for note in export.notes)
+    text = weights_text(found)
+    assert "6 of 7 layers" in text
+    assert "dense" in text
+    # the other 23 channels are held to the bit
+    model = onnx.load_from_string(export.content)
+    stored = {i.name: i for i in model.graph.initializer}
+    values = onnx.numpy_helper.to_array(stored["dense.weight_scale"]).copy()
+    values[4] *= 1.001
+    stored["dense.weight_scale"].raw_data = values.tobytes()
+    failures = check(checkpoint, export, model.SerializeToString()).failures
+    assert any("another weight of dense" in failure for failure in failures)
 
 
 def test_grids_of_fewer_bits_clip(tmp_path: Path) -> None:

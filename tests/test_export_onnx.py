@@ -22,10 +22,11 @@ from coraq.core.tensors import LowRank, QTensor, QuantizedLayer
 from coraq.data import tensor_images
 from coraq.errors import CoraqError
 from coraq.export import verify
+from coraq.export.blob import bit_weights, from_blob, to_blob
 from coraq.export.onnx_file import OnnxExport, build_onnx, read_metadata
 from coraq.export.requirements import require
 from coraq.export.run import Request, export_checkpoint
-from coraq.export.weights import Form, bit_planes, unplane
+from coraq.export.weights import Form
 from coraq.testing import random_images, small_network
 
 onnx = pytest.importorskip("onnx", reason="needs coraq[onnx]")
@@ -96,17 +97,42 @@ def test_every_code_comes_back_from_the_file_and_every_weight_from_the_runtime(
     assert found.agreeing == found.count == 16
 
 
-def test_codes_take_their_bits_in_the_file(tmp_path: Path) -> None:
-    kinds = {4: {"INT4"}, 3: {"INT4"}, 2: {"INT2", "INT4"}}
-    for bits, expected in kinds.items():
-        export = build_onnx(checkpoint_of(tmp_path, bits, symmetric=True))
-        stored = {i.name: i for i in onnx.load_from_string(export.content).graph.initializer}
-        codes = stored["dense.weight_codes"]
-        name = onnx.TensorProto.DataType.Name(codes.data_type)
-        assert name in expected
-        width = {"INT4": 4, "INT2": 2}[name]
-        assert len(codes.raw_data) == -(-24 * 16 * 9 * width // 8)
-        assert "dense.weight" not in stored
+def of_every_width(folder: Path, symmetric: bool) -> Checkpoint:
+    """The small network's seven layers at 2, 3, … 8 bits."""
+    checkpoint = checkpoint_of(folder, 8, symmetric)
+    widths = dict(zip(checkpoint.layers, [8, 3, 5, 6, 7, 4, 2], strict=True))
+
+    def at_its_width(name: str, layer: QuantizedLayer) -> QuantizedLayer:
+        weight = layer.dequantize()
+        grid = minmax_grid(weight, widths[name], symmetric)
+        return QuantizedLayer(grid.pack(grid.codes(weight)), bias=layer.bias)
+
+    return rewritten(checkpoint, at_its_width)
+
+
+@pytest.mark.parametrize(("form", "symmetric"), [("cast", False), ("cast", True), ("packed", True)])
+def test_every_width_takes_its_bits_in_the_file_and_no_operator_at_run_time(
+    tmp_path: Path, form: Form, symmetric: bool
+) -> None:
+    from coraq.export.runtimes import OnnxRuntime
+
+    checkpoint = of_every_width(tmp_path, symmetric)
+    assert {layer.weight.bits for layer in checkpoint.layers.values()} == {2, 3, 4, 5, 6, 7, 8}
+    export = build_onnx(checkpoint, form)
+    onnx.checker.check_model(onnx.load_from_string(export.content), full_check=True)
+    stored = {i.name: i for i in onnx.load_from_string(export.content).graph.initializer}
+    for name, layer in checkpoint.layers.items():
+        bits, raw = layer.weight.bits, stored[f"{name}.weight_codes"].raw_data
+        assert len(raw) <= -(-layer.weight.codes.numel() // 8) * bits  # whole eights of codes
+    assert len(export.content) - export.graph_bytes <= 1.02 * export.nominal_bytes
+    ours, plain = (OnnxRuntime(content, 1).kernels() for content in (export.content, export.float_content))
+    assert ours == plain  # all of it is folded at load
+    found = check(checkpoint, export)
+    assert found.failures == []
+    assert found.codes_exact
+    assert found.weights_exact
+    assert not found.inexact
+    assert not any("next type" in note for note in export.notes)
 
 
 def test_adapters_are_codes_on_disk_and_folded_at_load(tmp_path: Path) -> None:
@@ -158,6 +184,12 @@ def test_one_wrong_number_in_the_file_is_found(tmp_path: Path, what: str) -> Non
     assert found.codes_exact == (what == "bias")
 
 
+def test_a_file_that_is_none_is_refused_in_plain_words(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path)
+    with pytest.raises(CoraqError, match="does not open the file"):
+        check(checkpoint, build_onnx(checkpoint), b"no model")
+
+
 def test_two_layers_of_one_weight_share_its_codes(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path)
 
@@ -207,11 +239,17 @@ def test_out_of_tolerance_keeps_the_name_unverified(tmp_path: Path, monkeypatch:
     assert not Path(good.path).exists()  # the older one would be taken for the new
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_bit_planes_invert(bits: int, interleaved: bool) -> None:
-    codes = np.random.default_rng(0).integers(0, 2**bits, 37).astype(np.uint8)
-    assert np.array_equal(unplane(bit_planes(codes, bits, interleaved), bits, 37, interleaved), codes)
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("count", [37, 40])
+def test_a_blob_holds_the_bits_and_nothing_else(bits: int, count: int, signed: bool) -> None:
+    low = -(2 ** (bits - 1)) if signed else 0
+    values = np.random.default_rng(0).integers(low, low + 2**bits, count)
+    blob = to_blob(values, bits)
+    assert blob.nbytes == -(-count // 8) * bits
+    assert np.array_equal(from_blob(blob, count), values & (2**bits - 1))
+    lanes = (blob >> np.arange(8, dtype=np.uint8).reshape(-1, 1, 1)) & 1  # what the operators do
+    assert np.array_equal((lanes @ bit_weights(bits, signed).astype(np.int32)).reshape(-1)[:count], values)
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,6 +310,25 @@ def test_a_failed_verification_is_exit_code_1(
     (folder,) = (demo_runs / "runs").iterdir()
     assert (folder / "model.npu.onnx.unverified").is_file()
     assert not (folder / "model.npu.onnx").exists()
+
+
+def test_what_a_runtime_refuses_is_recorded(
+    demo_runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise CoraqError("OpenVINO 0 does not open the file: planted", "a hint")
+
+    monkeypatch.chdir(demo_runs)
+    monkeypatch.setattr(verify, "OpenVino", refuse)
+    monkeypatch.setattr("coraq.export.run.require", lambda package: None)
+    assert run(["export", "--openvino", "-q"]) == 1
+    assert "planted (a hint)" in capsys.readouterr().out.replace("\n", " ")
+    (folder,) = (demo_runs / "runs").iterdir()
+    assert (folder / "model.onnx.unverified").is_file()
+    record = json.loads((folder / "export.json").read_text())["exports"]["model.onnx.unverified"]
+    assert record["verified"] is False
+    assert [bool(check["failures"]) for check in record["checks"]] == [False, True]
+    assert record["checks"][1]["logits_error"] is None
 
 
 def test_without_a_run_it_says_what_to_do_first(

@@ -102,6 +102,8 @@ def show_export(result: ExportResult) -> None:
         f"{bytes_text(result.size_bytes)}, float {bytes_text(result.float_bytes)}; "
         f"{share:.3f} × (codes + scales + float rest)"
     )
+    if result.graph_bytes is not None:
+        size += f", {bytes_text(result.graph_bytes)} of it are the graph"
     facts = [("file", result.path), ("label", result.label), ("size", size), ("verdict", verdict[result.verified])]
     if result.opset:
         facts.insert(2, ("form", f"{result.form}, opset {result.opset}"))
@@ -118,6 +120,8 @@ def show_export(result: ExportResult) -> None:
 
 def check_facts(check: Check) -> list[tuple[str, str]]:
     """One check in labels and texts."""
+    if check.logits_error is None:
+        return []
     control = "" if check.float_error is None else f" (float export {check.float_error:.1e})"
     facts = [
         ("images", f"{check.count} of {check.images}"),
@@ -129,7 +133,7 @@ def check_facts(check: Check) -> list[tuple[str, str]]:
     if check.codes_exact is not None:
         facts.append(("codes", "bit-exact as read back" if check.codes_exact else "DIFFERENT"))
     if check.weights_exact is not None:
-        facts.append(("weights", "as the checkpoint's in the runtime" if check.weights_exact else "DIFFERENT"))
+        facts.append(("weights", weights_text(check) if check.weights_exact else "DIFFERENT"))
     if check.quantized_convolutions is not None:
         facts.append(
             ("integer kernels", f"{check.integer_convolutions} of {check.quantized_convolutions} convolutions")
@@ -147,3 +151,15 @@ def check_facts(check: Check) -> list[tuple[str, str]]:
             )
         )
     return facts
+
+
+def weights_text(check: Check) -> str:
+    """How far the claim goes: all layers, or all but those that are named."""
+    same = "as the checkpoint's in the runtime, bit for bit"
+    if check.layers is None or not check.inexact:
+        return same
+    reasons: dict[str, list[str]] = {}
+    for name, reason in check.inexact.items():
+        reasons.setdefault(reason, []).append(name)
+    others = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+    return f"{same}, in {check.layers - len(check.inexact)} of {check.layers} layers; not in {others}"

@@ -1,9 +1,10 @@
 """The integer pattern: layers between activation grids, written so that runtimes run them on int8 kernels.
 
-Cast(INT4 → INT8) → DequantizeLinear for the weight, int32 codes on the grid x_scale·w_scale for the bias (any other
-scale loses the fusion in silence), the checkpoint's own grids around. Only a layer whose input comes from a grid and
-whose output goes into one (perhaps through a Relu or Clip) is written so; others keep the form that is multiplied out
-at load, because a runtime would requantize a float weight between grids to 8 bits per tensor without a word.
+Codes made int8 at load (Cast of an INT4, or a blob) → DequantizeLinear for the weight, int32 codes on the grid
+x_scale·w_scale for the bias (any other scale loses the fusion in silence), the checkpoint's own grids around. Only a
+layer whose input comes from a grid and whose output goes into one (perhaps through a Relu or Clip) is written so;
+others keep the form that is multiplied out at load, because a runtime would requantize a float weight between grids to
+8 bits per tensor without a word.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from coraq.export.graph import Walk
 from coraq.export.weights import (
     Form,
     Parts,
+    adapter_form,
     codes_of,
     emit_adapter,
     emit_codes,
     emit_qtensor,
+    is_centred,
+    middle,
     signed_codes,
-    stored_bits,
+    typed_bits,
 )
 
 Style = tuple[Form, bool]  # and whether 2-bit codes may stand in 2 bits
@@ -102,7 +106,7 @@ def emit_integer_layer(
     out, axis = shape[0], 1 if place.transposed else 0
     raised = None
     if q.adapter is not None:
-        scales = _emit_with_adapter(parts, layer.name, q, shape, place, axis)
+        scales = _emit_with_adapter(parts, layer.name, q, shape, place, axis, style)
     else:
         written = q.weight.scale.numpy().reshape(-1)
         if bias is not None:
@@ -143,32 +147,32 @@ def _emit_codes(
 ) -> tuple[str, list[str]]:
     """What DequantizeLinear takes beside the scales: codes, and a zero point unless they are signed.
 
-    They are 8-bit integers, cast from the bits in which they are stored; in the form "dq" they stay as stored.
+    They are 8-bit integers, made at load of the bits in which they are stored; in the form "dq" they stay as stored.
     """
     form, two_bits = style
-    affine = q.zero_point is not None or form == "packed"
-    zero = np.full(q.scale.numel(), 2 ** (q.bits - 1)) if q.zero_point is None else q.zero_point.numpy()
+    centred = is_centred(q, form, True)
+    zero = np.full(q.scale.numel(), middle(q)) if q.zero_point is None else q.zero_point.numpy().astype(np.int64)
     zero = zero.reshape(-1) if zero.size > 1 else zero.reshape(())
     if form == "dq":
-        bits = stored_bits(q.bits, form, two_bits)
-        values = codes_of(q, shape) if affine else signed_codes(q, shape)
-        codes = parts.integers(f"{prefix}_codes", values.T if transposed else values, bits, not affine)
-        return codes, [parts.integers(f"{prefix}_zero_point", zero, bits, False)] if affine else []
-    codes = emit_codes(parts, prefix, q, shape, form, two_bits, "UINT8" if affine else "INT8", transposed)
-    if not affine:
+        bits = typed_bits(q.bits, form, two_bits) or q.bits
+        values = signed_codes(q, shape) if centred else codes_of(q, shape)
+        codes = parts.integers(f"{prefix}_codes", values.T if transposed else values, bits, centred)
+        return codes, [] if centred else [parts.integers(f"{prefix}_zero_point", zero, bits, False)]
+    kind = "INT8" if centred else "UINT8"
+    codes = emit_codes(parts, prefix, q, shape, form, two_bits, kind, transposed, integer=True)
+    if q.zero_point is None:
         return codes, []
-    if q.zero_point is None and zero.size > 1:  # the middle code for every channel: expanded at load
-        one, count = parts.constant(zero[:1].astype(np.uint8)), parts.constant(np.array([zero.size], np.int64))
-        return codes, [parts.node("Expand", [one, count])]
-    return codes, [parts.array(f"{prefix}_zero_point", zero.astype(np.uint8))]
+    stored = (zero - middle(q)).astype(np.int8) if centred else zero.astype(np.uint8)
+    return codes, [parts.array(f"{prefix}_zero_point", stored)]
 
 
 def _emit_with_adapter(
-    parts: Parts, name: str, q: QuantizedLayer, shape: tuple[int, ...], place: Place, axis: int
+    parts: Parts, name: str, q: QuantizedLayer, shape: tuple[int, ...], place: Place, axis: int, style: Style
 ) -> str:
     """Codes and adapter multiplied out and rounded to int8 per channel, at load; returns the int8 grid's scales."""
-    grid = emit_qtensor(parts, f"{name}.weight", q.weight, shape)
-    value = parts.node("Add", [grid, emit_adapter(parts, name, q, shape)])
+    form, two_bits = adapter_form(style[0]), style[1]
+    grid = emit_qtensor(parts, f"{name}.weight", q.weight, shape, "", form, two_bits)
+    value = parts.node("Add", [grid, emit_adapter(parts, name, q, shape, form, two_bits)])
     if place.transposed:
         value = parts.node("Transpose", [value], perm=[1, 0])
     effective = q.dequantize().reshape(shape[0], -1).abs().amax(1).numpy()

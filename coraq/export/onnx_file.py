@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from coraq.artifact import Checkpoint
+from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.export.complete import complete_grids
 from coraq.export.float_graph import FloatGraph, export_float
 from coraq.export.graph import without_grids
 from coraq.export.integer import IntegerLayer, emit_integer_layer, find_integer_layers
 from coraq.export.requirements import require
-from coraq.export.weights import Form, Parts, emit_weight
+from coraq.export.weights import Form, Parts, emit_weight, typed_bits
 from coraq.version import __version__
 
 OPSETS: dict[Form, int] = {"cast": 21, "dq": 21, "packed": 18}
@@ -34,6 +35,8 @@ class OnnxExport:
         label: what a runtime will do with it, for the file's metadata and for people.
         notes: what a person should know.
         nominal_bytes: packed codes, scales, zero points and the float rest: what the file cannot do without.
+        graph_bytes: of the content, what is neither codes, scales, zero points nor the float rest: operators, names,
+            shapes, metadata.
         graph: the float graph, with each layer's place in it.
         written: layer -> the layer under whose name its codes stand (another one's where both share a weight).
         integer: the layers that are written for integer kernels.
@@ -50,6 +53,7 @@ class OnnxExport:
     opset: int
     notes: list[str]
     nominal_bytes: int
+    graph_bytes: int
     graph: FloatGraph
     written: dict[str, str]
     integer: dict[str, IntegerLayer]
@@ -118,7 +122,7 @@ def build_onnx(
     gone = {i.name for i in model.graph.initializer if i.name not in read} | replaced.keys()
     kept = [initializer for initializer in model.graph.initializer if initializer.name not in gone]
     rest = [i for i in graph.model.graph.initializer if i.name not in replaced]  # biases count as float, as they were
-    nominal = sum(layer.size_bytes() for layer in layers.values()) + sum(len(_raw(i)) for i in rest)
+    nominal = sum(layer.size_bytes() for layer in layers.values()) + sum(stored_bytes(i) for i in rest)
     nodes = [*parts.nodes, *model.graph.node]
     del model.graph.initializer[:], model.graph.node[:]
     model.graph.initializer.extend([*kept, *parts.initializers])
@@ -126,12 +130,9 @@ def build_onnx(
     del model.graph.value_info[:]  # a runtime infers shapes; here they would be a percent of a small file
     shorten(model, set(replaced))
     written = {name: replaced[graph.places[name].initializer] for name in layers}
-    notes += _notes(checkpoint, form, two_bits)
+    notes += _notes(checkpoint, form, two_bits, [layers[name] for name in integer])
     if raised:
-        notes.append(
-            f"{', '.join(sorted(raised))}: scales of nearly dead channels are raised so that the bias fits 32 bits; "
-            "the codes are the checkpoint's, these channels' weights are not"
-        )
+        notes.append(_raised_note(checkpoint, raised))
     if adapted := sorted(name for name in integer if layers[name].adapter is not None):
         notes.append(
             f"{', '.join(adapted)}: codes and adapter are rounded together to 8 bits, by about 0.7 % of the weight"
@@ -143,14 +144,18 @@ def build_onnx(
     running = sum(layer.node.op_type == "Conv" for layer in integer.values())
     label = "integer kernels" if running and running == len(convolutions) else label_of(checkpoint)
     finish(model, checkpoint, opset, label, form, labels)
+    content = model.SerializeToString()
+    small = set(parts.constants.values())  # shapes, shifts and the like
+    graph_bytes = len(content) - sum(stored_bytes(i) for i in model.graph.initializer if i.name not in small)
     return OnnxExport(
-        content=model.SerializeToString(),
+        content=content,
         float_content=float_content,
         label=label,
         form=form,
         opset=opset,
         notes=notes,
         nominal_bytes=nominal,
+        graph_bytes=graph_bytes,
         graph=graph,
         written=written,
         integer=integer,
@@ -270,13 +275,25 @@ def read_metadata(entries: dict[str, str]) -> dict[str, Any]:
     return facts
 
 
-def _notes(checkpoint: Checkpoint, form: Form, two_bits: bool) -> list[str]:
+def _raised_note(checkpoint: Checkpoint, raised: dict[str, np.ndarray]) -> str:
+    counts = []
+    for name, scale in raised.items():
+        changed = int((scale != checkpoint.layers[name].weight.scale.numpy().reshape(-1)).sum())
+        counts.append(f"{name} ({changed} of {scale.size})")
+    return (
+        f"scales of nearly dead channels are raised so that the bias fits 32 bits: {', '.join(counts)}; "
+        "the codes are the checkpoint's, these channels' weights are not"
+    )
+
+
+def _notes(checkpoint: Checkpoint, form: Form, two_bits: bool, integer: list[QuantizedLayer]) -> list[str]:
     layers = checkpoint.layers.values()
     notes = []
-    if any(layer.weight.bits == 3 for layer in layers):
-        notes.append("3-bit codes are stored in 4 bits: ONNX has no 3-bit type")
-    if any(layer.weight.bits == 2 for layer in layers) and not two_bits and form != "packed":
-        notes.append("2-bit codes are stored in 4 bits: ONNX Runtime here does not take INT2 (opset 25)")
+    stored = {layer.weight.bits: typed_bits(layer.weight.bits, form, two_bits) for layer in layers}
+    if wider := [f"{bits} in {held}" for bits, held in sorted(stored.items()) if held is not None and held > bits]:
+        notes.append(f"codes stand in the next type that ONNX has, bits {', '.join(wider)}: --npu has no packed form")
+    if any(layer.weight.bits == 8 or layer.adapter is not None for layer in integer):
+        notes.append("8-bit weights: on x86 processors without VNNI, ONNX Runtime's integer kernels may saturate")
     if any(layer.adapter is not None for layer in layers):
         notes.append("adapters are stored as codes and folded into the weights at load, never run as a branch")
     if any(layer.weight.codebook is not None for layer in layers):
@@ -286,7 +303,8 @@ def _notes(checkpoint: Checkpoint, form: Form, two_bits: bool) -> list[str]:
     return notes
 
 
-def _raw(initializer: Any) -> bytes:
+def stored_bytes(initializer: Any) -> int:
+    """Bytes of an initializer's values in the file."""
     from onnx import numpy_helper
 
-    return numpy_helper.to_array(initializer).tobytes()
+    return len(initializer.raw_data) or int(numpy_helper.to_array(initializer).nbytes)

@@ -29,7 +29,9 @@ class Check(Result):
     runtime: str = Field(description="name and version")
     images: str
     count: int
-    logits_error: float = Field(description="‖exported − checkpoint‖ / ‖checkpoint‖ over all logits")
+    logits_error: float | None = Field(
+        description="‖exported − checkpoint‖ / ‖checkpoint‖ over all logits; null: the runtime refuses the file"
+    )
     float_error: float | None = Field(
         default=None, description="the same for the float export: what the runtime's rounding alone does"
     )
@@ -38,10 +40,17 @@ class Check(Result):
     checkpoint_right: int | None = Field(default=None, description="top-1 hits of the checkpoint on labelled images")
     exported_right: int | None = Field(default=None, description="top-1 hits of the exported file")
     codes_exact: bool | None = Field(
-        default=None, description="codes, scales and zero points read back from the file are the checkpoint's"
+        default=None,
+        description="codes, scales and zero points read back from the file are the checkpoint's (raised scales aside)",
     )
     weights_exact: bool | None = Field(
-        default=None, description="the weights that the runtime makes of them are the checkpoint's, bit for bit"
+        default=None,
+        description="the weights that the runtime makes of them are the checkpoint's, bit for bit but in `inexact`",
+    )
+    layers: int | None = Field(default=None, description="quantized layers")
+    inexact: dict[str, str] = Field(
+        default_factory=dict,
+        description="layers whose weights are knowingly not the checkpoint's to the bit, and why",
     )
     quantized_convolutions: int | None = Field(default=None, description="convolutions that have codes and grids")
     integer_convolutions: int | None = Field(default=None, description="of the runtime's optimised graph")
@@ -56,7 +65,7 @@ class Check(Result):
 
     @property
     def agreement_pct(self) -> float:
-        return 100 * self.agreeing / self.count
+        return 100 * self.agreeing / max(self.count, 1)
 
     @property
     def top1_pct(self) -> float | None:
@@ -81,6 +90,9 @@ class ExportResult(Result):
     size_bytes: int
     float_bytes: int = Field(description="the same artefact with float weights")
     nominal_bytes: int = Field(description="packed codes, scales, zero points and the float rest, nothing else")
+    graph_bytes: int | None = Field(
+        default=None, description="of an ONNX file: operators, names, shapes and metadata; the rest is what is nominal"
+    )
     opset: int | None = None
     verified: bool | None = Field(description="None: not verified, at the user's wish")
     checks: list[Check] = Field(default_factory=list)

@@ -28,7 +28,7 @@ from coraq.export.pt2 import build_pt2, codes_exact, open_pt2
 from coraq.export.record import Check, ExportResult
 from coraq.export.requirements import require
 from coraq.export.timm_folder import weights_on_grid, write_timm_folder
-from coraq.export.verify import check_onnx, check_openvino, check_torch
+from coraq.export.verify import check_onnx, check_openvino, check_torch, refused
 from coraq.export.weights import Form
 from coraq.model.load import open_folder
 from coraq.version import __version__
@@ -186,26 +186,16 @@ def _export_onnx(
     unverified = path.with_name(path.name + UNVERIFIED)
     write_atomic(unverified, export.content)
     checks: list[Check] = []
-    if images is not None:
-        with stage(sink, "verify in ONNX Runtime", min(request.images, images.count)) as current:
-            checks.append(
-                check_onnx(
-                    checkpoint,
-                    export,
-                    unverified.read_bytes(),
-                    limited(images, request.images, current),
-                    images.description,
-                    request.worker_threads,
-                )
-            )
-        if request.openvino:
-            with stage(sink, "verify in OpenVINO", min(request.images, images.count)) as current:
-                batches = limited(images, request.images, current)
-                checks.append(
-                    check_openvino(
-                        checkpoint, export, unverified.read_bytes(), batches, images.description, request.worker_threads
-                    )
-                )
+    verifiers = [("ONNX Runtime", check_onnx), ("OpenVINO", check_openvino)] if images is not None else []
+    for runtime, verify in verifiers[: 2 if request.openvino else 1]:
+        assert images is not None
+        with stage(sink, f"verify in {runtime}", min(request.images, images.count)) as current:
+            batches, words = limited(images, request.images, current), images.description
+            try:
+                content = unverified.read_bytes()
+                checks.append(verify(checkpoint, export, content, batches, words, request.worker_threads))
+            except CoraqError as error:  # the file stays unverified, and its record says why
+                checks.append(refused(runtime, words, error))
     return ExportResult(
         coraq_version=__version__,
         format="onnx",
@@ -216,6 +206,7 @@ def _export_onnx(
         size_bytes=len(export.content),
         float_bytes=len(export.float_content),
         nominal_bytes=export.nominal_bytes,
+        graph_bytes=export.graph_bytes,
         opset=export.opset,
         verified=verdict(checks),
         checks=checks,

@@ -33,7 +33,7 @@ class Runtime(Protocol):
 
 
 class OnnxRuntime:
-    """A session of ONNX Runtime on the CPU, with all its optimisations.
+    """A session of ONNX Runtime on the CPU, with all its optimisations; `optimised` is the graph that it runs.
 
     Raises:
         CoraqError: the package is missing, or the runtime refuses the file.
@@ -58,18 +58,21 @@ class OnnxRuntime:
                     f"{self.name} does not open the file: {_first_line(error)}",
                     "INT4 needs ONNX Runtime 1.23 or later; --portable writes a file for 1.17 and later.",
                 ) from error
-            self._optimised = optimised.read_bytes() if optimised.exists() else b""
+            self.optimised = optimised.read_bytes() if optimised.exists() else b""
         self._input = self._session.get_inputs()[0].name
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        return np.asarray(self._session.run(None, {self._input: images})[0])
+        try:
+            return np.asarray(self._session.run(None, {self._input: images})[0])
+        except Exception as error:  # the runtime's own errors, of many kinds
+            raise CoraqError(f"{self.name} does not run the file: {_first_line(error)}", "") from error
 
     def kernels(self) -> collections.Counter[str]:
         """Operators of the optimised graph."""
         import onnx
 
-        return collections.Counter(node.op_type for node in onnx.load_from_string(self._optimised).graph.node)
+        return collections.Counter(node.op_type for node in onnx.load_from_string(self.optimised).graph.node)
 
 
 class OpenVino:
@@ -94,7 +97,10 @@ class OpenVino:
             ) from error
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        return np.asarray(self._model([images])[0])
+        try:
+            return np.asarray(self._model([images])[0])
+        except Exception as error:  # the runtime's own errors, of many kinds
+            raise CoraqError(f"{self.name} does not run the file: {_first_line(error)}", "") from error
 
     def precisions(self) -> dict[str, int]:
         """Convolutions by the precision that they really run in."""
