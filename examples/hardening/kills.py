@@ -253,10 +253,8 @@ def main(say: Callable[[str], None] = print) -> int:
         say("| command | kills |\n|---|--:|")
         for case in made:
             say(f"| {case.name} | {tally.kills[case.name]} |")
-        kills = sum(tally.kills.values())
-        say(
-            f"\n{kills} kills of {tally.victims} runs in {time.monotonic() - started:.0f} s; {len(tally.lost)} problems."
-        )
+        kills, seconds = sum(tally.kills.values()), time.monotonic() - started
+        say(f"\n{kills} kills of {tally.victims} runs in {seconds:.0f} s; {len(tally.lost)} problems.")
         for line in tally.lost:
             say(f"- {line}")
     return 1 if tally.lost else 0
