@@ -52,7 +52,7 @@ from coraq.model.calibration import CalibrationTask, Metrics
 from coraq.model.fold import Trace, fold
 from coraq.model.load import FloatModel, copy_of, load_model
 from coraq.report.html import PLOTTED_LAYERS
-from coraq.report.render import write_report
+from coraq.report.render import complete_report, write_report
 from coraq.report.summary import worst_layers
 from coraq.results import (
     CalibrationInfo,
@@ -164,7 +164,9 @@ def run(
     try:
         if folder.finished and not force:
             sink(Note(f"{folder.path} is finished already: this is its result (--force runs it again)"))
-            return read_result(folder.path)
+            result = read_result(folder.path)
+            complete_report(result, folder.path)
+            return result
         if force:
             folder.clear()
         folder.write_config(config)
@@ -496,7 +498,8 @@ def evaluate_file(path: Path, data: DataConfig | None = None, *, sink: Sink = nu
     with stage(sink, "open file"):
         runtime = OnnxRuntime(path, torch.get_num_threads())
         facts = read_metadata(runtime.metadata)
-    if "preprocess" not in facts:
+    provenance, labels = facts.get("provenance"), facts.get("labels")
+    if "preprocess" not in facts or not isinstance(provenance, dict) or not isinstance(labels, list | None):
         raise CoraqError(f"{path} does not say how images are prepared", "Files that `coraq export` wrote do.")
     preprocess = Preprocess.from_dict(facts["preprocess"])
     config = None
@@ -506,9 +509,8 @@ def evaluate_file(path: Path, data: DataConfig | None = None, *, sink: Sink = nu
         except CoraqError:
             raise UsageError(f"{path} lies in no run folder", "Give the images: --data-dir FOLDER") from None
     else:
-        config = RunConfig(model=str(facts["provenance"].get("model", "")), data=data)
+        config = RunConfig(model=str(provenance.get("model", "")), data=data)
         preprocess = _overridden(preprocess, data)
-    labels = facts.get("labels")
     images = run_images(config, preprocess, len(labels) if labels else None, sink).evaluation
     if images is None:
         raise UsageError("there are no images to evaluate on", "Give them: --data-dir FOLDER")

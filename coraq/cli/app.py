@@ -16,6 +16,7 @@ import typer
 
 from coraq import __version__
 from coraq.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, CoraqError
+from coraq.plainfiles import append_plain
 
 # First lines of the commands' docstrings, so that `coraq --help` need not import what they import.
 COMMANDS = {
@@ -130,8 +131,8 @@ def _bug(error: Exception) -> tuple[str, str]:
         if run_dir is None:
             raise FileNotFoundError
         log = Path(run_dir) / "log.txt"
-        with log.open("a", encoding="utf-8") as file:
-            file.write(text)
+        with append_plain(log) as file:
+            file.write(text.encode())
     except OSError:
         with tempfile.NamedTemporaryFile(
             "w", prefix="coraq-", suffix=".log", delete=False, encoding="utf-8"

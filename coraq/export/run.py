@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from coraq import registry
@@ -31,6 +30,7 @@ from coraq.export.timm_folder import weights_on_grid, write_timm_folder
 from coraq.export.verify import check_onnx, check_openvino, check_torch, refused
 from coraq.export.weights import Form
 from coraq.model.load import open_folder
+from coraq.plainfiles import read_plain
 from coraq.version import __version__
 
 Format = Literal["onnx", "timm", "pt2"]
@@ -263,8 +263,8 @@ def _open(checkpoint: Checkpoint, config: RunConfig | None, request: Request, si
 def _record(result: ExportResult, path: Path) -> None:
     """Put a result into export.json under its artefact's name, beside the folder's other exports."""
     exports: dict[str, object] = {}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ValidationError):
-        for name, old in json.loads(path.read_text())["exports"].items():
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        for name, old in json.loads(read_plain(path))["exports"].items():
             exports[name] = ExportResult.model_validate(old).model_dump(mode="json")
     name = Path(result.path).name
     exports.pop(name.removesuffix(UNVERIFIED), None)

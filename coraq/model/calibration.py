@@ -93,12 +93,21 @@ class CalibrationTask:
         self._passed: set[str] = set()
         self._blocks: dict[str, int] = {}  # of each layer whose Gram is taken in several
         for name, (layer, metrics) in (done or {}).items():
+            if not self._fits(name, layer):
+                self.note(
+                    f"what was saved of layer {name!r} is not of this run: it and those after it are solved again"
+                )
+                break
             self._put(name, layer)
             self.grids.restore(name, layer.input)
             self.committed[name] = (layer, metrics)
             sink(LayerCommitted(name, len(self.committed), len(self._views), metrics, resumed=True))
         self.layers: list[LayerView] = [view for name, view in self._views.items() if name not in self.committed]
         self._reseed()
+
+    def _fits(self, name: str, layer: QuantizedLayer) -> bool:
+        view = self._views.get(name)
+        return view is not None and name not in self.committed and layer.weight.codes.shape == view.weight.shape
 
     def _find_grids(self, found: Trace) -> ActivationGrids:
         sites, lost = find_sites(self.teacher, found.order, found.flow, self.scheme)
