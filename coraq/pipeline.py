@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import platform
@@ -14,6 +15,7 @@ import re
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +50,7 @@ from coraq.events import Event, JsonLinesSink, LayerCommitted, Note, Sink, Stage
 from coraq.export.onnx_file import read_metadata
 from coraq.export.record import FileAccuracy
 from coraq.export.runtimes import OnnxRuntime, RuntimeNetwork
-from coraq.model.calibration import CalibrationTask, Metrics
+from coraq.model.calibration import FAULT, CalibrationTask, Metrics
 from coraq.model.fold import Trace, fold
 from coraq.model.load import FloatModel, copy_of, load_model
 from coraq.report.html import PLOTTED_LAYERS
@@ -360,14 +362,31 @@ def _calibrate(
             find_method=registry.make,
             memory=memory,
         )
+        task.method = f"method {config.method} ({prepared.method_source})"
         try:
             prepared.method(prepared.options).quantize(task)
             task.finish(config.method)
+        except (Exception, SystemExit) as error:
+            blamed = _blamed(error, task.method, prepared.method_source)
+            if blamed is error:
+                raise
+            raise blamed from error
         finally:
             task.close()
     if task.passes > 1:
         sink(Note(f"the method went back to earlier layers: {task.passes} calibration passes instead of one"))
     return task
+
+
+def _blamed(error: BaseException, method: str, source: str) -> BaseException:
+    """The error to raise for one that a method let out: a stranger's own fault is named as such, with its place."""
+    ours = source == "built-in" and not isinstance(error, SystemExit)
+    if ours or isinstance(error, CoraqError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+        return error
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return CoraqError(
+        f"{method} failed: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})", FAULT
+    )
 
 
 def _with_progress(sink: Sink, quantizing: stage) -> Sink:

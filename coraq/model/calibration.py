@@ -32,6 +32,7 @@ ROWS_PER_INPUT = 64
 DAMPING = 1e-3  # of the Gram's mean diagonal, where the float outputs are projected on the student's inputs
 MOST_GAIN = 2.0  # factor on a channel's scale that matches its variance; more would be a channel beyond repair
 Metrics = dict[str, float | int | str]
+FAULT = "This is a fault of the method: tell its author, or use another. Layers that were finished are kept."
 
 
 class CalibrationTask:
@@ -73,6 +74,7 @@ class CalibrationTask:
         self.teacher = teacher.requires_grad_(False)
         self.student = copy.deepcopy(self.teacher)
         self.scheme = scheme
+        self.method = "the method"  # what errors call it
         self.committed: dict[str, tuple[QuantizedLayer, Metrics]] = {}
         self.clock: dict[str, float] = defaultdict(float)
         self.spilled = 0
@@ -336,6 +338,7 @@ class CalibrationTask:
         # the drift before the Gram: it takes that along on its visit
         drift = correction * stats.drift(weight, centred) if correction else None
         gram = stats.covariance if centred else stats.gram
+        self._check_finite(str(self._at), gram, *(() if drift is None else (drift,)))
         squares = LeastSquares(weight, gram, stats.rows(centred))
         if drift is None:
             return squares
@@ -352,15 +355,15 @@ class CalibrationTask:
         """
         view = self._view(name)
         if name in self.committed:
-            raise CoraqError(f"layer {name} was committed twice", "This is a fault of the method.")
+            raise CoraqError(f"{self.method}: layer {name} was committed twice", FAULT)
         try:
             layer.check(view.shape)
-        except ValueError as error:
-            raise CoraqError(
-                f"the method's result for layer {name} is invalid: {error}", "This is a fault of the method."
-            ) from None
+        except (ValueError, TypeError, AttributeError) as error:  # what is no tensor has no shape
+            raise CoraqError(f"{self.method}: its result for layer {name} is invalid: {error}", FAULT) from None
         layer = self._settle(view, replace(layer, input=self._input_grid(name, layer)))
         numbers: Metrics = {**self._measure(view, layer), **metrics}
+        errors = (numbers.get(key, 0.0) for key in ("input_error", "output_error"))
+        self._check_finite(name, *(torch.tensor(error) for error in errors if isinstance(error, float)))
         if self._on_commit is not None:
             self._on_commit(len(self.committed), name, layer, numbers)
         self.committed[name] = (layer, numbers)
@@ -380,6 +383,7 @@ class CalibrationTask:
         if layer.bias is None and self.has_data:
             layer = self._gain(view, layer)
         layer = replace(layer, bias=self._bias(view, layer))
+        self._check_finite(view.name, layer.weight.scale, *(() if layer.bias is None else (layer.bias,)))
         self._put(view.name, layer)
         return layer
 
@@ -425,6 +429,14 @@ class CalibrationTask:
                 )
             self._memory[key] = compute()
         return self._memory[key]
+
+    def _check_finite(self, name: str, *values: Tensor) -> None:
+        """Raise if what was measured of a layer's inputs or outputs overflowed: no method can work on that."""
+        if not all(bool(torch.isfinite(value).all()) for value in values):
+            raise CoraqError(
+                f"the inputs or outputs of layer {name} are not finite, or too large for their squares to be",
+                "Does the float network overflow on these images? Check --mean and --std, and its weights.",
+            )
 
     def _gain(self, view: LayerView, layer: QuantizedLayer) -> QuantizedLayer:
         """The layer with its scales such that every output channel varies as in the float network.
@@ -504,8 +516,8 @@ class CalibrationTask:
     def _view(self, name: str) -> LayerView:
         try:
             return self._views[name]
-        except KeyError:
-            raise CoraqError(f"there is no layer {name!r}", "Methods take names from task.layers.") from None
+        except (KeyError, TypeError):
+            raise CoraqError(f"{self.method}: there is no layer {name!r}", FAULT) from None
 
     def finish(self, method: str) -> None:
         """End the pass. Raises CoraqError if the method forgot a layer."""
@@ -513,7 +525,7 @@ class CalibrationTask:
         if missing:
             raise CoraqError(
                 f"method {method} left {len(missing)} of {len(self._views)} layers unquantized, first {missing[0]}",
-                "A method must commit every layer of task.layers.",
+                FAULT,
             )
         if self.grids.missing:  # outputs that no layer was asked for behind, or a run that was killed at its end
             if self._engine is None:
@@ -541,7 +553,11 @@ class CalibrationTask:
 
 def _regress(target: Tensor, gram: Tensor) -> Tensor:
     """`target (gram + λ)⁻¹` of [blocks, k, in] and [blocks, in, in], λ being DAMPING of the mean diagonal."""
-    damping = DAMPING * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1)
+    damping = DAMPING * torch.where(mean > 0, mean, 1.0)
+    # an input that never varies tells nothing; what rounding left of its column would be blown up without bound
+    target = torch.where((diagonal > 0)[:, None, :], target, 0.0)
     damped = gram.clone()
     damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
     lower, failed = torch.linalg.cholesky_ex(damped)

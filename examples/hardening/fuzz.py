@@ -438,7 +438,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100_000, help="inputs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip", type=int, default=0, help="number of the first input")
-    parser.add_argument("--longest", type=float, default=10.0, help="seconds that an input may take")
+    parser.add_argument("--longest", type=float, default=30.0, help="seconds that an input may take")
     parser.add_argument("--most-mb", type=float, default=64.0, help="memory that an input may add")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -451,7 +451,10 @@ def main() -> int:
             dice = random.Random(f"{arguments.seed} {number}")
             name, mutation, outcome = attempt(bench, watch, dice, arguments.longest, arguments.most_mb)
             if outcome.startswith("AT FAULT"):
-                faults.setdefault(f"{name}, {mutation}: {outcome}", []).append(number)
+                numbers = faults.setdefault(f"{name}, {mutation}: {outcome}", [])
+                numbers.append(number)
+                if len(numbers) == 1:
+                    print(f"input {number}: {name}, {mutation}: {outcome}", file=sys.stderr)
             outcomes[name, outcome.partition(":")[0]] += 1
             if number % 1000 == 999:
                 print(f"{number + 1} inputs, {len(faults)} faults, {peak_mb():.0f} MB", file=sys.stderr)
