@@ -65,9 +65,17 @@ class RunFolder:
         self._refuse_links()
         try:
             (self.path / "layers").mkdir(parents=True, exist_ok=True)
-            self._lock = append_plain(self.path / ".lock")
         except OSError as error:
             raise disk_error(self.path / "layers", error) from error
+        self._take_lock()
+        for left_by_a_kill in self.path.rglob(".*.tmp"):  # the lock is ours: nobody is writing them
+            left_by_a_kill.unlink(missing_ok=True)
+
+    def _take_lock(self) -> None:
+        try:
+            self._lock = append_plain(self.path / ".lock")
+        except OSError as error:
+            raise disk_error(self.path / ".lock", error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -75,8 +83,20 @@ class RunFolder:
             raise CoraqError(
                 f"another process is working in {self.path}", "Wait for it, or give another --output."
             ) from None
-        for left_by_a_kill in self.path.rglob(".*.tmp"):  # the lock is ours: nobody is writing them
-            left_by_a_kill.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else works in the folder meanwhile; it must be there.
+
+        Raises:
+            CoraqError: as `open`.
+        """
+        self._refuse_links()
+        self._take_lock()
+        try:
+            yield
+        finally:
+            self.close()
 
     def _refuse_links(self) -> None:
         """What is written into a run folder stays in it. (The folder itself may be reached by a link.)"""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from coraq import registry
-from coraq.artifact import Checkpoint, load_checkpoint, read_result
+from coraq.artifact import Checkpoint, RunFolder, load_checkpoint, read_result
 from coraq.artifact.files import disk_error, write_atomic
 from coraq.config import RunConfig
 from coraq.data import Images, ImageSet, Preprocess, run_images, synthetic_images
@@ -71,10 +71,19 @@ def export_run(source: Path, request: Request, sink: Sink = null_sink) -> Export
     result (`verified` is False) and the artefact's name ends in `.unverified`.
 
     Raises:
-        CoraqError: an optional package is missing, the checkpoint is damaged, or torch cannot export the network.
+        CoraqError: an optional package is missing, the checkpoint is damaged, torch cannot export the network, or
+            another process is working in the folder.
     """
     for line in registry.import_plugins():
         sink(Note(line, "warning"))
+    if not source.is_dir():
+        return _export(source, request, sink)
+    read_result(source)  # an unfinished run is said to be that, whoever works in it
+    with RunFolder(source).locked():  # one export at a time, and none while the checkpoint is being replaced
+        return _export(source, request, sink)
+
+
+def _export(source: Path, request: Request, sink: Sink) -> ExportResult:
     with stage(sink, "load checkpoint"):
         checkpoint = load_checkpoint(source)
     config = read_result(source).config if source.is_dir() else None
