@@ -636,7 +636,7 @@ def load(path: str | Path) -> nn.Module:
 
 
 def default_memory_bound() -> int:
-    """Half of the memory that is free, in bytes; a container's limit counts."""
+    """Half of the memory that is free, in bytes; a container's limit and the process's own (ulimit -v) count."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -645,6 +645,11 @@ def default_memory_bound() -> int:
     with contextlib.suppress(OSError, ValueError):
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            free = min(free, limit - pages * os.sysconf("SC_PAGE_SIZE"))
     return max(free // 2, 64 << 20)
 
 

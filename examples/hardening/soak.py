@@ -65,7 +65,9 @@ def one_round(number: int, methods: str, runs: Path) -> None:
         str(runs),
     ]
     with contextlib.redirect_stdout(io.StringIO()):
-        code = run([*arguments, "--calib-size", "64", "--eval-size", "100", "-j", "0", "-q", "--json"])
+        code = run(
+            [*arguments, "--output", str(runs), "--calib-size", "64", "--eval-size", "100", "-j", "0", "-q", "--json"]
+        )
     if code:
         raise SystemExit(f"round {number}: exit code {code}")
     shutil.rmtree(runs)
