@@ -194,7 +194,7 @@ def _from_entry_point(point: EntryPoint) -> _Found:
     source = f"entry point {point.value}" + (f" of {point.dist.name}" if point.dist else "")
     try:
         method = point.load()
-    except Exception:
+    except (Exception, SystemExit):
         return _Found(point.name, source, None, traceback.format_exc())
     return _check(method, source, point.name)
 

@@ -108,7 +108,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     pipeline.run(config(), runs_dir=tmp_path)
     context = multiprocessing.get_context("fork")
     seen = context.Queue()
-    reader = context.Process(target=hammer, args=(str(tmp_path), 4.0, seen))
+    reader = context.Process(target=hammer, args=(str(tmp_path), 2.0, seen))
     reader.start()
     for _ in range(2):
         pipeline.run(config(), runs_dir=tmp_path, force=True)
@@ -118,7 +118,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     assert found > 0
 
 
-@pytest.mark.parametrize("method", ["comq", "cora"])
+@pytest.mark.parametrize("method", ["comq", pytest.param("cora", marks=pytest.mark.slow)])
 def test_workers_and_resumption_change_no_byte(method: str, tmp_path: Path) -> None:
     first = pipeline.run(config(method, workers=0), runs_dir=tmp_path / "a")
     second = pipeline.run(config(method, workers=3), runs_dir=tmp_path / "b")

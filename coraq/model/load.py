@@ -139,7 +139,7 @@ def check_arguments(arguments: Mapping[str, Any], what: str) -> None:
         UsageError: they would make timm read a file or fetch weights, or they are absurd.
     """
     for key in arguments:
-        if key in _NOT_ARGUMENTS or key.startswith("pretrained"):
+        if _reads_files(key):
             raise UsageError(
                 f"{key} of {what} is not an argument of an architecture",
                 "Weights are named with --checkpoint FILE.safetensors, or by the model's name.",
@@ -147,6 +147,10 @@ def check_arguments(arguments: Mapping[str, Any], what: str) -> None:
     size = _sum_of_numbers(arguments)
     if not size <= _MOST_IN_ARGUMENTS:
         raise UsageError(f"the arguments of {what} are absurd: their numbers sum to {size:.3g}", "Check its file.")
+
+
+def _reads_files(key: str) -> bool:
+    return key in _NOT_ARGUMENTS or key.startswith("pretrained")
 
 
 def _sum_of_numbers(value: Any) -> float:
@@ -207,7 +211,8 @@ def copy_of(module: nn.Module) -> FloatModel:
         CoraqError: its weights hold NaN or Inf.
     """
     cfg = getattr(module, "pretrained_cfg", None) or {}
-    arguments = {key: value for key, value in (getattr(module, "_model_args", None) or {}).items() if _is_json(value)}
+    made_with = getattr(module, "_model_args", None) or {}
+    arguments = {key: value for key, value in made_with.items() if _is_json(value) and not _reads_files(key)}
     if getattr(module, "num_classes", None):
         arguments["num_classes"] = int(module.num_classes)  # type: ignore[arg-type]
     name = type(module).__name__
