@@ -20,12 +20,11 @@ def read_plain(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
     Raises:
         OSError: it is missing, is no file, or has more than `most` bytes.
     """
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe without a writer would wait
-        about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode):
-            raise OSError(errno.EINVAL, "it is no ordinary file")
-        if about.st_size > most:
-            raise OSError(errno.EFBIG, f"it has {about.st_size:,} bytes, more than the {most:,} that are read")
+    number = _open(path, os.O_RDONLY)
+    with os.fdopen(number, "rb") as file:
+        size = os.fstat(number).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than the {most:,} that are read")
         return file.read(most)
 
 
@@ -35,9 +34,14 @@ def append_plain(path: Path) -> BinaryIO:
     Raises:
         OSError: it cannot be opened, or is a link, a pipe or a device.
     """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    file = os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    number = _open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW)
+    return os.fdopen(number, "ab", buffering=0)
+
+
+def _open(path: Path, flags: int) -> int:
+    """A descriptor of an ordinary file; without waiting, as a pipe that nobody writes to would make one."""
+    number = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
         raise OSError(errno.EINVAL, "it is no ordinary file")
-    return file
+    return number

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import coraq
 from coraq import registry
-from coraq.api import QuantizedLayer
+from coraq.api import QuantizedLayer, minmax_grid
 from coraq.config import Scheme
 from coraq.errors import CoraqError
 from coraq.model.calibration import CalibrationTask
@@ -141,11 +141,14 @@ class Judged(CalibrationTask):
     """Compares every layer that is committed with nearest rounding, on the same inputs."""
 
     worse: list[str]
-    options: dict[str, Any]  # of nearest rounding: the grid that the method has
+    own_grid: bool  # the method's grid is the min-max one of its target: nearest rounding is on that, too
 
     def commit(self, name: str, layer: QuantizedLayer, **metrics: float | int | str) -> None:
         squares = self.least_squares(name)
-        nearest = self.codes(name, "rtn", self.options, bits=layer.weight.bits)
+        nearest = self.codes(name, "rtn", bits=layer.weight.bits)
+        if self.own_grid:
+            grid = minmax_grid(squares.weight, layer.weight.bits, self.scheme.symmetric)
+            nearest = QuantizedLayer(grid.pack(grid.codes(squares.weight)))
         errors = [float(squares.error(one.dequantize()).sum()) for one in (layer, nearest)]
         scale = float(squares.energy())
         # a millionth of the layer's output is rounding of the sums themselves
@@ -157,7 +160,7 @@ class Judged(CalibrationTask):
 def judged(method: str, model: nn.Module, images: Tensor, scheme: Scheme) -> tuple[CalibrationTask, list[str]]:
     found = fold(model, images[:2])
     task = Judged(model, found, scheme, list(images.split(4)), find_method=registry.make)
-    task.worse, task.options = [], {"clip": "minmax"} if method == "gptq" else {}
+    task.worse, task.own_grid = [], method == "gptq"
     kind = registry.load(method)
     kind(registry.configure(kind, OPTIONS.get(method, {}))).quantize(task)
     task.finish(method)
