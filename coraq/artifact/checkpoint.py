@@ -131,13 +131,14 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], CheckpointInfo]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        digest = content_digest(tensors, metadata.get("coraq", ""))
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise CoraqError(
             f"{path} is damaged: {str(error).splitlines()[0]}", "Run the command that wrote it again."
         ) from error
     if "coraq" not in metadata:
         raise CoraqError(f"{path} is not a coraq checkpoint", "Float weights go to --checkpoint of `coraq quantize`.")
-    if metadata.get("sha256") != content_digest(tensors, metadata["coraq"]):
+    if metadata.get("sha256") != digest:
         raise CoraqError(
             f"{path} is damaged: its contents do not match their checksum", "Run the command that wrote it again."
         )
@@ -161,7 +162,9 @@ def _fill(module: nn.Module, layers: dict[str, QuantizedLayer], tensors: dict[st
             raise CoraqError(
                 f"{path} is of another architecture: no layer {name!r}", "Was timm changed since? See its provenance."
             )
-        if modules[name].weight.numel() != layer.weight.codes.numel():
+        groups, out, _ = layer.weight.codes.shape
+        own = modules[name].weight
+        if own.numel() != layer.weight.codes.numel() or own.shape[:1] != (groups * out,):
             raise CoraqError(f"{path}: layer {name} has another shape in this architecture", "Was timm changed since?")
         install(modules[name], layer.dequantize(), layer.bias)
     own = {
@@ -176,4 +179,6 @@ def _fill(module: nn.Module, layers: dict[str, QuantizedLayer], tensors: dict[st
             "Was timm changed since?",
         )
     for key, value in own.items():
+        if value.is_floating_point() != tensors[key].is_floating_point():
+            raise CoraqError(f"{path}: {key} is {tensors[key].dtype}, not {value.dtype}", "The file is damaged.")
         value.copy_(tensors[key])

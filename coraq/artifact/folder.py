@@ -148,7 +148,7 @@ class RunFolder:
                 if about != _signed(tensors, name=name, record=about["record"], metrics=about["metrics"]):
                     break
                 found[name] = decode(name, record, tensors), _Metrics.validate_json(about["metrics"])
-            except (SafetensorError, OSError, KeyError, ValueError, MemoryError, CoraqError):
+            except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, MemoryError, CoraqError):
                 break
         return found
 

@@ -6,7 +6,6 @@ import copy
 import difflib
 import inspect
 import json
-import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -155,7 +154,7 @@ def _reads_files(key: str) -> bool:
 
 def _sum_of_numbers(value: Any) -> float:
     if isinstance(value, (int, float)):
-        return min(abs(value), math.inf)
+        return min(abs(value), 1e300)  # a number of a thousand digits is no float
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
     return sum(_sum_of_numbers(one) for one in inner)
 
