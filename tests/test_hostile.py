@@ -28,6 +28,7 @@ from test_checkpoint import Written, random_layer, rewritten
 
 import coraq
 from coraq import pipeline
+from coraq.api import QTensor, QuantizedLayer
 from coraq.artifact import RunFolder, load_checkpoint, newest_run, read_histograms, read_predictions, read_result
 from coraq.artifact.codec import content_digest
 from coraq.artifact.files import write_atomic
@@ -39,6 +40,7 @@ from coraq.data.sources import FileSource
 from coraq.errors import CoraqError
 from coraq.events import JsonLinesSink
 from coraq.export.run import Request, export_run
+from coraq.model.fold import Structure
 from coraq.report import read_comparison
 from coraq.report.html import logged_metrics
 
@@ -477,3 +479,43 @@ def test_schemes_are_checked_as_files_are(tmp_path: Path) -> None:
             Scheme.model_validate(content)
     with pytest.raises(CoraqError, match="no checkpoint"):
         coraq.load(tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------- more under a right checksum
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        {"materialised": {"head": True}},
+        {"materialised": {"act": False}},
+        {"materialised": {"": True}},
+        {"folded": {"act": "stem"}},
+        {"folded": {"stem_norm": "head"}},
+        {"folded": {"stem_norm": "act"}},
+        {"folded": {"stem_norm": "stem", "grouped_norm": "stem"}},
+    ],
+)
+def test_a_structure_that_does_not_fit_the_network_is_refused(structure: dict[str, Any], written: Written) -> None:
+    with pytest.raises(CoraqError, match=r"folded as its file says|of another architecture|no module"):
+        load_checkpoint(rewritten(written, structure=Structure(**structure)))
+
+
+def test_a_bias_of_another_length_is_refused(written: Written) -> None:
+    layer = written.layers["dense"]  # 24 channels of 144 inputs
+    weight = QTensor(layer.weight.codes.reshape(1, 48, 72), layer.weight.scale.repeat(1, 2, 1), 4)
+    written.layers["dense"] = QuantizedLayer(weight, None, torch.zeros(48))
+    with pytest.raises(CoraqError, match="dense has another shape"):
+        load_checkpoint(rewritten(written))
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), 1e308, [[10**30]], {"a": {"b": 2**63}}])
+def test_arguments_of_any_size_are_weighed(number: Any, written: Written) -> None:
+    with pytest.raises(CoraqError, match="absurd"):
+        load_checkpoint(rewritten(written, model_args={"num_classes": number}))
+
+
+@pytest.mark.parametrize("pattern", ["a{99999999999999}", "(" * 5000 + ")" * 5000, "(?P<x", "[", "*"])
+def test_overrides_that_no_expression_can_be_are_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="regular expression"):
+        Scheme.model_validate({"overrides": {pattern: {"bits": 4}}})
