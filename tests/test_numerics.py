@@ -237,15 +237,15 @@ def test_images_that_are_no_numbers_are_refused(value: float) -> None:
 
 @pytest.mark.parametrize("method", ["rtn", "comq", "cora", "qera", "gptq", "brecq"])
 def test_a_network_whose_activations_overflow_is_refused_by_name(method: str) -> None:
-    with pytest.raises(CoraqError, match=r"layer dense are not finite") as caught:
+    with pytest.raises(CoraqError, match=r"of \w+ are not finite") as caught:
         coraq.quantize(network(scaled(1e6)), method, data=random_images(2), options=OPTIONS.get(method, {}))
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("method", ["rtn", "cora"])
+@pytest.mark.parametrize("method", ["comq", "cora"])
 def test_activations_that_overflow_for_some_images_only_are_refused_at_their_layer(method: str) -> None:
     images = random_images(4)
-    images[2] *= 1e37  # finite itself
+    images[2] *= 1e37  # finite itself, and nearest rounding's means are; second moments are not
     model = small_network()
     with pytest.raises(CoraqError, match=r"not finite") as caught:
         coraq.quantize(model, method, data=images, options=OPTIONS.get(method, {}))

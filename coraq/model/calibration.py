@@ -228,7 +228,9 @@ class CalibrationTask:
         teacher = self.teacher.get_submodule(block.module)
         for size, (x, y) in zip(self._arrival.sizes, self._arrival.pairs(raw=True), strict=True):
             # the unit's own forward, past its hooks, on a copy: it may work in place
-            collector.add([y, x, teacher.forward(x.clone())], size)
+            output = teacher.forward(x.clone())
+            self._check_finite(block.module, y, output)
+            collector.add([y, x, output], size)
         if collector.folder is not None:
             self.note(f"the inputs and outputs of {block.module} exceed the memory bound and wait in a file")
         module = cut_out(self.student, block)
@@ -434,7 +436,7 @@ class CalibrationTask:
         """Raise if what was measured of a layer's inputs or outputs overflowed: no method can work on that."""
         if not all(bool(torch.isfinite(value).all()) for value in values):
             raise CoraqError(
-                f"the inputs or outputs of layer {name} are not finite, or too large for their squares to be",
+                f"the inputs or outputs of {name} are not finite, or too large for their squares to be",
                 "Does the float network overflow on these images? Check --mean and --std, and its weights.",
             )
 
