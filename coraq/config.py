@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 MIN_BITS, MAX_BITS = 2, 8
+MAX_PIXELS = 8192  # of an image's side: one such image takes 0.8 GB in float32
 
 
 class Frozen(BaseModel):
@@ -88,7 +89,7 @@ class Scheme(Frozen):
         for pattern in value:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         return value
 
@@ -158,7 +159,9 @@ class DataConfig(Frozen):
     class_map: str | None = Field(default=None, description="text file: class names in index order")
     batch_size: int = Field(default=32, ge=1, description="images in a micro-batch")
     workers: int = Field(default=2, ge=0, description="processes that decode images")
-    img_size: int | None = Field(default=None, ge=8, description="input size in pixels (default: the model's)")
+    img_size: int | None = Field(
+        default=None, ge=8, le=MAX_PIXELS, description="input size in pixels (default: the model's)"
+    )
     crop_pct: float | None = Field(default=None, gt=0, description="centre-crop fraction (default: the model's)")
     mean: tuple[float, ...] | None = Field(default=None, description="channel means (default: the model's)")
     std: tuple[float, ...] | None = Field(default=None, description="channel deviations (default: the model's)")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from coraq.errors import disk_error
+from coraq.plainfiles import append_plain
 
 T = TypeVar("T")
 
@@ -113,7 +114,7 @@ class JsonLinesSink:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._file = path.open("ab", buffering=0)  # unbuffered: what a full disk refused must not come up again
+            self._file = append_plain(path)  # unbuffered: what a full disk refused must not come up again
         except OSError as error:
             raise disk_error(path, error) from error
 

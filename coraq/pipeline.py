@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import platform
@@ -14,6 +15,7 @@ import re
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +50,11 @@ from coraq.events import Event, JsonLinesSink, LayerCommitted, Note, Sink, Stage
 from coraq.export.onnx_file import read_metadata
 from coraq.export.record import FileAccuracy
 from coraq.export.runtimes import OnnxRuntime, RuntimeNetwork
-from coraq.model.calibration import CalibrationTask, Metrics
+from coraq.model.calibration import FAULT, CalibrationTask, Metrics
 from coraq.model.fold import Trace, fold
 from coraq.model.load import FloatModel, copy_of, load_model
 from coraq.report.html import PLOTTED_LAYERS
-from coraq.report.render import write_report
+from coraq.report.render import complete_report, write_report
 from coraq.report.summary import worst_layers
 from coraq.results import (
     CalibrationInfo,
@@ -164,7 +166,9 @@ def run(
     try:
         if folder.finished and not force:
             sink(Note(f"{folder.path} is finished already: this is its result (--force runs it again)"))
-            return read_result(folder.path)
+            result = read_result(folder.path)
+            complete_report(result, folder.path)
+            return result
         if force:
             folder.clear()
         folder.write_config(config)
@@ -358,14 +362,31 @@ def _calibrate(
             find_method=registry.make,
             memory=memory,
         )
+        task.method = f"method {config.method} ({prepared.method_source})"
         try:
             prepared.method(prepared.options).quantize(task)
             task.finish(config.method)
+        except (Exception, SystemExit) as error:
+            blamed = _blamed(error, task.method, prepared.method_source)
+            if blamed is error:
+                raise
+            raise blamed from error
         finally:
             task.close()
     if task.passes > 1:
         sink(Note(f"the method went back to earlier layers: {task.passes} calibration passes instead of one"))
     return task
+
+
+def _blamed(error: BaseException, method: str, source: str) -> BaseException:
+    """The error to raise for one that a method let out: a stranger's own fault is named as such, with its place."""
+    ours = source == "built-in" and not isinstance(error, SystemExit)
+    if ours or isinstance(error, CoraqError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+        return error
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return CoraqError(
+        f"{method} failed: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})", FAULT
+    )
 
 
 def _with_progress(sink: Sink, quantizing: stage) -> Sink:
@@ -496,7 +517,8 @@ def evaluate_file(path: Path, data: DataConfig | None = None, *, sink: Sink = nu
     with stage(sink, "open file"):
         runtime = OnnxRuntime(path, torch.get_num_threads())
         facts = read_metadata(runtime.metadata)
-    if "preprocess" not in facts:
+    provenance, labels = facts.get("provenance"), facts.get("labels")
+    if "preprocess" not in facts or not isinstance(provenance, dict) or not isinstance(labels, list | None):
         raise CoraqError(f"{path} does not say how images are prepared", "Files that `coraq export` wrote do.")
     preprocess = Preprocess.from_dict(facts["preprocess"])
     config = None
@@ -506,9 +528,8 @@ def evaluate_file(path: Path, data: DataConfig | None = None, *, sink: Sink = nu
         except CoraqError:
             raise UsageError(f"{path} lies in no run folder", "Give the images: --data-dir FOLDER") from None
     else:
-        config = RunConfig(model=str(facts["provenance"].get("model", "")), data=data)
+        config = RunConfig(model=str(provenance.get("model", "")), data=data)
         preprocess = _overridden(preprocess, data)
-    labels = facts.get("labels")
     images = run_images(config, preprocess, len(labels) if labels else None, sink).evaluation
     if images is None:
         raise UsageError("there are no images to evaluate on", "Give them: --data-dir FOLDER")
@@ -615,7 +636,7 @@ def load(path: str | Path) -> nn.Module:
 
 
 def default_memory_bound() -> int:
-    """Half of the memory that is free, in bytes; a container's limit counts."""
+    """Half of the memory that is free, in bytes; a container's limit and the process's own (ulimit -v) count."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -624,6 +645,11 @@ def default_memory_bound() -> int:
     with contextlib.suppress(OSError, ValueError):
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            free = min(free, limit - pages * os.sysconf("SC_PAGE_SIZE"))
     return max(free // 2, 64 << 20)
 
 

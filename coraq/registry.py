@@ -12,9 +12,13 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -24,7 +28,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from coraq.api import MethodConfig, Quantizer
-from coraq.errors import CoraqError, UsageError
+from coraq.errors import EXIT_INTERRUPTED, CoraqError, UsageError
 
 BUILT_IN = {
     "rtn": "coraq.methods.rtn:RoundToNearest",
@@ -35,6 +39,8 @@ BUILT_IN = {
     "qdrop": "coraq.methods.brecq:QDrop",
 }
 ENTRY_POINTS = "coraq.methods"
+IMPORT_S = 60.0  # a plugin that takes longer to import is broken
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it becomes part of a folder's name
 REQUIRED = ("name", "summary", "version", "needs_data", "Config", "quantize")
 
 
@@ -188,7 +194,7 @@ def _from_entry_point(point: EntryPoint) -> _Found:
     source = f"entry point {point.value}" + (f" of {point.dist.name}" if point.dist else "")
     try:
         method = point.load()
-    except Exception:
+    except (Exception, SystemExit):
         return _Found(point.name, source, None, traceback.format_exc())
     return _check(method, source, point.name)
 
@@ -205,6 +211,8 @@ def _check(method: Any, source: str, fallback: str) -> _Found:
     missing = [name for name in REQUIRED if not hasattr(method, name)]
     if not missing and not (isinstance(method.Config, type) and issubclass(method.Config, MethodConfig)):
         missing = ["Config, a subclass of coraq.api.MethodConfig"]
+    if not missing and not (isinstance(method.name, str) and _NAME.fullmatch(method.name)):
+        return _Found(fallback, source, None, f"its name {method.name!r} is not of letters, digits, '.', '_' and '-'")
     if missing:
         return _Found(getattr(method, "name", fallback), source, None, f"the method lacks {', '.join(missing)}")
     return _Found(method.name, source, method)
@@ -221,11 +229,41 @@ def _import_file(path: Path) -> tuple[Any, str | None]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # pydantic and dataclasses look their own module up there
     try:
-        spec.loader.exec_module(module)
-    except Exception:
+        with _limited(IMPORT_S, path):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit, _TooLong):  # a file that calls sys.exit must not end the program in silence
         del sys.modules[name]
         return None, traceback.format_exc()
+    except KeyboardInterrupt:
+        raise CoraqError(
+            f"interrupted while the plugin {path} was imported",
+            "If it hangs: mend it, or take it out of its folder.",
+            EXIT_INTERRUPTED,
+        ) from None
     return module, None
+
+
+class _TooLong(BaseException):
+    """Not an Exception: a plugin's own handlers must not swallow it."""
+
+
+@contextmanager
+def _limited(seconds: float, path: Path) -> Iterator[None]:
+    """Ends an import that hangs, where signals can be had: in the main thread."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(*_: Any) -> None:
+        raise _TooLong(f"its import takes more than {seconds:g} s")
+
+    handler = signal.signal(signal.SIGALRM, ring)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # once a second until it gives up
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def _import_object(target: str) -> Any:

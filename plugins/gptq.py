@@ -1,7 +1,8 @@
 """GPTQ (arXiv 2210.17323): round input by input, each rounding error fed to the inputs still to come.
 
 The paper's form: a min-max grid per channel, 1 % of the mean diagonal added to the Gram, inputs by falling H_ii
-(the authors' activation order). `-o grid=mse` is their option for a range of least weight error.
+(the authors' activation order). Beyond it, channels that nearest rounding serves better get that (`-o guard=false`
+leaves them). `-o grid=mse` is their option for a range of least weight error.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from coraq.api import Field, MethodConfig, QuantizedLayer, Task, minmax_grid, mse_grid
-from coraq.core.rounding import Order, factorise, feedback, pack, prepare, reassess
+from coraq.core.rounding import Order, factorise, feedback, nearest, pack, prepare, reassess
 
 
 class GPTQ:
@@ -17,7 +18,7 @@ class GPTQ:
 
     name: ClassVar[str] = "gptq"
     summary: ClassVar[str] = "column-wise rounding with error feedback (OBQ / GPTQ)"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     needs_data: ClassVar[bool] = True
 
     class Config(MethodConfig):
@@ -26,6 +27,9 @@ class GPTQ:
         )
         act_order: bool = Field(default=True, description="visit inputs by falling energy instead of as they come")
         damping: float = Field(default=0.01, ge=0, description="share of the mean diagonal added to the Gram")
+        guard: bool = Field(
+            default=True, description="take nearest rounding for channels where it is better (not in the paper)"
+        )
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -40,6 +44,8 @@ class GPTQ:
             problem = prepare(squares.weight, squares.gram, order)
             factor = factorise(problem, squares.gram, self.config.damping)
             result = reassess(problem, feedback(problem, factor, grid))
+            if self.config.guard:  # greedy rounding has no bound on ill-conditioned Grams
+                result = result.better(nearest(problem, grid))
             metrics = {
                 "error": float(result.error.sum()) / max(float(problem.energy().sum()), 1e-30),
                 "damping": float(factor.damping.max()),

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from coraq import pipeline
 from coraq.artifact import RunFolder
+from coraq.config import DataConfig, RunConfig
 
 COMMAND = [
     str(Path(sys.executable).with_name("coraq")),
@@ -139,3 +141,19 @@ def test_a_finished_run_prints_its_result_again_without_working(undisturbed: tup
     again = finish(run.parent)
     assert {path: path.stat().st_mtime_ns for path in sorted(run.rglob("*.safetensors"))} == before
     assert again["total_s"] == json.loads((run / "metrics.json").read_text())["total_s"]
+
+
+def test_a_kill_between_the_numbers_and_the_page_leaves_no_run_without_a_page(tmp_path: Path) -> None:
+    config = RunConfig(model="demo", method="rtn", data=DataConfig(calib_size=4, eval_size=4, workers=0))
+    run = Path(pipeline.run(config, runs_dir=tmp_path).run_dir)
+    page = (run / "report.html").read_text()
+    (run / "report.html").unlink()
+    pipeline.run(config, runs_dir=tmp_path)
+    assert (run / "report.html").read_text() == page
+    (run / "report.html").write_text("of an older run")  # --force was killed in between
+    os.utime(run / "report.html", ns=(0, 0))
+    pipeline.run(config, runs_dir=tmp_path)
+    assert (run / "report.html").read_text() == page
+    before = (run / "report.html").stat().st_mtime_ns
+    pipeline.run(config, runs_dir=tmp_path)
+    assert (run / "report.html").stat().st_mtime_ns == before

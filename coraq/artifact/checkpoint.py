@@ -6,8 +6,7 @@ bytes and that JSON, so that a flipped bit is found and not served.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from coraq.artifact.codec import LayerRecord, decode, encode, serialise
+from coraq.artifact.codec import LayerRecord, content_digest, decode, encode, serialise
 from coraq.artifact.files import write_atomic
 from coraq.config import Frozen, Scheme
 from coraq.core.tensors import QuantizedLayer
@@ -25,7 +24,7 @@ from coraq.errors import CoraqError
 from coraq.model.activations import ActivationRecord, install_grids
 from coraq.model.fold import Structure, restructure
 from coraq.model.layers import install
-from coraq.model.load import build, check_finite, refuse_pickle
+from coraq.model.load import SPARE_TENSORS, SPARE_VALUES, Size, build, check_finite, refuse_pickle
 
 
 class CheckpointInfo(Frozen):
@@ -85,7 +84,7 @@ def write_checkpoint(
             tensors[key] = value.detach().cpu().contiguous()
     tensors = {key: _rest(key, value, float_dtype) for key, value in tensors.items()}
     text = info.model_copy(update={"layers": records}).model_dump_json()
-    content = serialise(tensors, {"coraq": text, "sha256": _digest(tensors, text)})
+    content = serialise(tensors, {"coraq": text, "sha256": content_digest(tensors, text)})
     write_atomic(path, content)
     return len(content)
 
@@ -110,9 +109,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if path.is_dir():
         path = path / "model.safetensors"
     tensors, info = read_checkpoint(path)
-    module = build(info.architecture, info.model_args, info.pretrained_cfg)
-    restructure(module, info.structure)
     layers = {name: decode(name, record, tensors) for name, record in info.layers.items()}
+    held = sum(value.numel() for value in tensors.values())
+    held += sum(layer.weight.codes.numel() + math.prod(layer.weight.codes.shape[:2]) for layer in layers.values())
+    # folding takes four values a channel out of a network, each of which has a weight at least
+    most = Size(4 * held + SPARE_VALUES, 8 * len(info.layers) + len(tensors) + SPARE_TENSORS)
+    module = build(info.architecture, info.model_args, info.pretrained_cfg, most)
+    restructure(module, info.structure)
     _fill(module, layers, tensors, path)
     check_finite(module, f"the tensors of {path}")
     install_grids(module, info.activations)
@@ -128,13 +131,14 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], CheckpointInfo]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
+        digest = content_digest(tensors, metadata.get("coraq", ""))
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise CoraqError(
             f"{path} is damaged: {str(error).splitlines()[0]}", "Run the command that wrote it again."
         ) from error
     if "coraq" not in metadata:
         raise CoraqError(f"{path} is not a coraq checkpoint", "Float weights go to --checkpoint of `coraq quantize`.")
-    if metadata.get("sha256") != _digest(tensors, metadata["coraq"]):
+    if metadata.get("sha256") != digest:
         raise CoraqError(
             f"{path} is damaged: its contents do not match their checksum", "Run the command that wrote it again."
         )
@@ -158,7 +162,9 @@ def _fill(module: nn.Module, layers: dict[str, QuantizedLayer], tensors: dict[st
             raise CoraqError(
                 f"{path} is of another architecture: no layer {name!r}", "Was timm changed since? See its provenance."
             )
-        if modules[name].weight.numel() != layer.weight.codes.numel():
+        groups, out, _ = layer.weight.codes.shape
+        own = modules[name].weight
+        if own.numel() != layer.weight.codes.numel() or own.shape[:1] != (groups * out,):
             raise CoraqError(f"{path}: layer {name} has another shape in this architecture", "Was timm changed since?")
         install(modules[name], layer.dequantize(), layer.bias)
     own = {
@@ -173,13 +179,6 @@ def _fill(module: nn.Module, layers: dict[str, QuantizedLayer], tensors: dict[st
             "Was timm changed since?",
         )
     for key, value in own.items():
+        if value.is_floating_point() != tensors[key].is_floating_point():
+            raise CoraqError(f"{path}: {key} is {tensors[key].dtype}, not {value.dtype}", "The file is damaged.")
         value.copy_(tensors[key])
-
-
-def _digest(tensors: dict[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for key in sorted(tensors):
-        value = tensors[key].detach().contiguous()
-        digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")
-    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -50,6 +51,16 @@ def serialise(tensors: dict[str, Tensor], about: dict[str, str]) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight
     return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[start:]))
+
+
+def content_digest(tensors: dict[str, Tensor], *texts: str) -> str:
+    """SHA-256, hex, over texts and every tensor's name, type, shape and bytes: finds a flipped bit, not a forger."""
+    digest = hashlib.sha256("".join(texts).encode())
+    for key in sorted(tensors):
+        value = tensors[key].detach().contiguous()
+        digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")
+    return digest.hexdigest()
 
 
 def encode(name: str, layer: QuantizedLayer) -> tuple[dict[str, Tensor], LayerRecord]:

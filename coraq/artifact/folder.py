@@ -6,24 +6,29 @@ histograms.json  metrics.json  report.md  report.html  log.txt
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from coraq.artifact.codec import LayerRecord, decode, encode, serialise
+from coraq.artifact.codec import LayerRecord, content_digest, decode, encode, serialise
 from coraq.artifact.files import write_atomic
 from coraq.config import RunConfig
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError, disk_error
+from coraq.plainfiles import append_plain, read_plain
 from coraq.results import RunResult
 
 Metrics = dict[str, float | int | str]
+_Metrics = TypeAdapter(Metrics)
 
 
 class RunFolder:
@@ -31,7 +36,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: IO[str] | None = None
+        self._lock: BinaryIO | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -55,13 +60,22 @@ class RunFolder:
         """Create the folder and lock it for this process.
 
         Raises:
-            CoraqError: it cannot be written, or another process works in it.
+            CoraqError: it cannot be written, another process works in it, or a link in it leads elsewhere.
         """
+        self._refuse_links()
         try:
             (self.path / "layers").mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise disk_error(self.path / "layers", error) from error
+        self._take_lock()
+        for left_by_a_kill in self.path.rglob(".*.tmp"):  # the lock is ours: nobody is writing them
+            left_by_a_kill.unlink(missing_ok=True)
+
+    def _take_lock(self) -> None:
+        try:
+            self._lock = append_plain(self.path / ".lock")
+        except OSError as error:
+            raise disk_error(self.path / ".lock", error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -69,8 +83,30 @@ class RunFolder:
             raise CoraqError(
                 f"another process is working in {self.path}", "Wait for it, or give another --output."
             ) from None
-        for left_by_a_kill in self.path.rglob(".*.tmp"):  # the lock is ours: nobody is writing them
-            left_by_a_kill.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else works in the folder meanwhile; it must be there.
+
+        Raises:
+            CoraqError: as `open`.
+        """
+        self._refuse_links()
+        self._take_lock()
+        try:
+            yield
+        finally:
+            self.close()
+
+    def _refuse_links(self) -> None:
+        """What is written into a run folder stays in it. (The folder itself may be reached by a link.)"""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for entry in os.scandir(self.path):
+                if entry.is_symlink():
+                    raise CoraqError(
+                        f"{entry.path}: {entry.name} is a link, and a run is not written through links",
+                        "Remove the link, or give another --output.",
+                    )
 
     def close(self) -> None:
         if self._lock is not None:
@@ -94,7 +130,7 @@ class RunFolder:
     def save_layer(self, index: int, name: str, layer: QuantizedLayer, metrics: Metrics) -> None:
         """Save a committed layer; the file exists whole or not at all."""
         tensors, record = encode(name, layer)
-        about = {"name": name, "record": record.model_dump_json(), "metrics": json.dumps(metrics)}
+        about = _signed(tensors, name=name, record=record.model_dump_json(), metrics=json.dumps(metrics))
         write_atomic(self.path / "layers" / f"{index:04d}.safetensors", serialise(tensors, about))
 
     def committed(self) -> dict[str, tuple[QuantizedLayer, Metrics]]:
@@ -102,15 +138,24 @@ class RunFolder:
         found: dict[str, tuple[QuantizedLayer, Metrics]] = {}
         for index in range(100_000):
             path = self.path / "layers" / f"{index:04d}.safetensors"
+            if not path.is_file():  # nor a pipe, which the library would wait for
+                break
             try:
                 with safe_open(path, "pt") as file:
-                    about = file.metadata()
+                    about = file.metadata() or {}
                     tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-                record = LayerRecord.model_validate_json(about["record"])
-                found[about["name"]] = decode(about["name"], record, tensors), json.loads(about["metrics"])
-            except (SafetensorError, OSError, KeyError, ValueError, CoraqError):
+                name, record = about["name"], LayerRecord.model_validate_json(about["record"])
+                if about != _signed(tensors, name=name, record=about["record"], metrics=about["metrics"]):
+                    break
+                found[name] = decode(name, record, tensors), _Metrics.validate_json(about["metrics"])
+            except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, MemoryError, CoraqError):
                 break
         return found
+
+
+def _signed(tensors: dict[str, Tensor], **texts: str) -> dict[str, str]:
+    """A layer file's metadata with a checksum over all that is in the file."""
+    return {**texts, "sha256": content_digest(tensors, json.dumps(sorted(texts.items())))}
 
 
 class Decisions(MutableMapping[str, Any]):
@@ -121,21 +166,26 @@ class Decisions(MutableMapping[str, Any]):
 
     def _read(self) -> dict[str, Any]:
         try:
-            content = json.loads(self._path.read_text())
-        except (OSError, ValueError):
+            content = json.loads(read_plain(self._path))
+            kept, digest = content["decisions"], content["sha256"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}
-        return content if isinstance(content, dict) else {}
+        return kept if isinstance(kept, dict) and digest == content_digest({}, json.dumps(kept)) else {}
+
+    def _write(self, kept: dict[str, Any]) -> None:
+        kept = json.loads(json.dumps(kept))  # as it will be read
+        write_atomic(self._path, json.dumps({"decisions": kept, "sha256": content_digest({}, json.dumps(kept))}))
 
     def __getitem__(self, key: str) -> Any:
         return self._read()[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        write_atomic(self._path, json.dumps({**self._read(), key: value}))
+        self._write({**self._read(), key: value})
 
     def __delitem__(self, key: str) -> None:
         content = self._read()
         del content[key]
-        write_atomic(self._path, json.dumps(content))
+        self._write(content)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._read())
@@ -152,12 +202,12 @@ def read_result(run: Path) -> RunResult:
     """
     path = run / "metrics.json"
     try:
-        return RunResult.model_validate_json(path.read_text())
+        return RunResult.model_validate_json(read_plain(path))
     except FileNotFoundError:
         raise CoraqError(
             f"{run} is not a finished run (no metrics.json)", "Run the same `coraq quantize` again: it resumes."
         ) from None
-    except (ValidationError, UnicodeDecodeError, OSError) as error:
+    except (ValidationError, OSError) as error:
         raise CoraqError(
             f"{path} is damaged or of another version", "Run the same `coraq quantize` with --force."
         ) from error
@@ -169,7 +219,10 @@ def newest_run(runs: Path) -> Path:
     Raises:
         CoraqError: there is none.
     """
-    finished = [path.parent for path in runs.glob("*/metrics.json")]
+    finished: dict[Path, int] = {}
+    for path in runs.glob("*/metrics.json"):
+        with contextlib.suppress(OSError):  # a run that starts over takes its old result away
+            finished[path.parent] = path.stat().st_mtime_ns
     if not finished:
         raise CoraqError(f"there is no finished run in {runs}", "Start with: coraq quantize demo")
-    return max(finished, key=lambda path: (path / "metrics.json").stat().st_mtime_ns)
+    return max(finished, key=finished.__getitem__)

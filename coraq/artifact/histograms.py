@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coraq.artifact.files import write_atomic
 from coraq.core.tensors import QuantizedLayer
+from coraq.plainfiles import read_plain
 from coraq.results import WeightHistogram
 
 HISTOGRAMS_NAME = "histograms.json"
@@ -54,6 +55,6 @@ def write_histograms(folder: Path, histograms: list[WeightHistogram]) -> None:
 def read_histograms(folder: Path) -> list[WeightHistogram]:
     """A run's histograms; none where they are absent or damaged: only plots need them."""
     try:
-        return _Histograms.validate_json((folder / HISTOGRAMS_NAME).read_bytes())
+        return _Histograms.validate_json(read_plain(folder / HISTOGRAMS_NAME))
     except (OSError, ValidationError):
         return []

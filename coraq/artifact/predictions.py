@@ -55,9 +55,14 @@ def write_predictions(folder: Path, predictions: Predictions) -> None:
 
 def read_predictions(folder: Path) -> Predictions | None:
     """A run's predictions; None where the run has none (coraq 0.1 did not keep them) or they are damaged."""
-    try:
-        with safe_open(folder / PREDICTIONS_NAME, "pt") as file:
-            tensors = {key: file.get_tensor(key).long() for key in file.keys()}  # noqa: SIM118 (not a dict)
-            return Predictions(**tensors, images=(file.metadata() or {}).get("images", ""))
-    except (SafetensorError, OSError, TypeError):
+    path = folder / PREDICTIONS_NAME
+    if not path.is_file():  # nor a pipe, which the library would wait for
         return None
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key).long() for key in file.keys()}  # noqa: SIM118 (not a dict)
+            found = Predictions(**tensors, images=(file.metadata() or {}).get("images", ""))
+    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError, MemoryError):
+        return None
+    rows = {tuple(value.shape) for value in tensors.values()}
+    return found if len(rows) == 1 and len(rows.pop()) == 1 else None

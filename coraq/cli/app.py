@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import typer
 
 from coraq import __version__
 from coraq.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, CoraqError
+from coraq.plainfiles import append_plain
 
 # First lines of the commands' docstrings, so that `coraq --help` need not import what they import.
 COMMANDS = {
@@ -57,6 +59,8 @@ def _not_asked_for() -> None:
     raise AssertionError("a command that was not on the command line ran")
 
 
+_NO_MEMORY = re.compile(r"can't allocate memory|out of memory|Cannot allocate memory|unable to mmap", re.IGNORECASE)
+
 # What Typer raises for a command line it cannot parse. Its base has no public name in every Typer that we take.
 _ParseError: type[Exception] = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException" and issubclass(kind, Exception)
@@ -95,6 +99,14 @@ def run(arguments: list[str]) -> int:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # in a library, or on stdout
             hint = "free some space and run the same command again: finished layers are kept"
             return _fail(f"no room on a disk: {error}", hint, EXIT_FAILURE)
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            hint = "raise the limit (ulimit -n), or decode images in this process: --workers 0"
+            return _fail(f"too many open files: {error}", hint, EXIT_FAILURE)
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+            hint = (
+                "lower --calib-memory, --batch-size or --calib-size, or raise the limit (ulimit -v); then run it again"
+            )
+            return _fail(f"out of memory: {str(error) or type(error).__name__}", hint, EXIT_FAILURE)
         return _fail(*_bug(error), EXIT_FAILURE)
     if code == EXIT_INTERRUPTED:  # Typer turns an interrupt into this exit code
         return _fail(
@@ -130,8 +142,8 @@ def _bug(error: Exception) -> tuple[str, str]:
         if run_dir is None:
             raise FileNotFoundError
         log = Path(run_dir) / "log.txt"
-        with log.open("a", encoding="utf-8") as file:
-            file.write(text)
+        with append_plain(log) as file:
+            file.write(text.encode())
     except OSError:
         with tempfile.NamedTemporaryFile(
             "w", prefix="coraq-", suffix=".log", delete=False, encoding="utf-8"

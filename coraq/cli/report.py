@@ -27,6 +27,8 @@ def report(
     if compared is not None:
         result, path = compared, write_comparison(compared)
     else:
-        result = artifact.read_result(folder)
-        path = write_report(result, folder)
+        artifact.read_result(folder)  # an unfinished run is said to be that, whoever works in it
+        with artifact.RunFolder(folder).locked():  # else a forced run might end in between, and lose to its old result
+            result = artifact.read_result(folder)
+            path = write_report(result, folder)
     print(json.dumps({"report": str(path), "result": result.model_dump(mode="json")}) if as_json else path)

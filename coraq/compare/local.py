@@ -11,6 +11,7 @@ from coraq import pipeline
 from coraq.compare.grid import Cell
 from coraq.compare.run import Outcome, reason_of
 from coraq.events import Event, Note, Sink, tee
+from coraq.plainfiles import append_plain
 from coraq.sharing import Shared
 
 
@@ -57,5 +58,5 @@ class _Worked:
 def _log(error: Exception) -> None:
     run_dir = getattr(error, "run_dir", None)
     if run_dir is not None:
-        with contextlib.suppress(OSError), (Path(run_dir) / "log.txt").open("a", encoding="utf-8") as log:
-            log.write("".join(traceback.format_exception(error)))
+        with contextlib.suppress(OSError), append_plain(Path(run_dir) / "log.txt") as log:
+            log.write("".join(traceback.format_exception(error)).encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,10 +11,12 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
-from coraq.config import DataConfig
-from coraq.errors import UsageError
+from coraq.config import MAX_PIXELS, DataConfig
+from coraq.errors import CoraqError, UsageError
 
 # timm also knows "random", which is for training only.
+CROP_MODES = ("center", "squash", "border")
+MAX_CHANNELS = 4096
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -81,15 +84,36 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
-        channels, height, width = values["input_size"]
-        return cls(
-            input_size=(channels, height, width),
-            interpolation=values["interpolation"],
-            crop_pct=values["crop_pct"],
-            crop_mode=values["crop_mode"],
-            mean=tuple(values["mean"]),
-            std=tuple(values["std"]),
-        )
+        """What `as_dict` gave.
+
+        Raises:
+            CoraqError: the values, which come from a file, are no preprocessing, or of images larger than any.
+        """
+        try:
+            channels, height, width = (int(size) for size in values["input_size"])
+            if not (1 <= channels <= MAX_CHANNELS and 1 <= height <= MAX_PIXELS and 1 <= width <= MAX_PIXELS):
+                raise ValueError(f"input_size is {values['input_size']}")
+            made = cls(
+                input_size=(channels, height, width),
+                interpolation=str(values["interpolation"]),
+                crop_pct=float(values["crop_pct"]),
+                crop_mode=str(values["crop_mode"]),
+                mean=tuple(float(value) for value in values["mean"]),
+                std=tuple(float(value) for value in values["std"]),
+            )
+            if not (0 < made.crop_pct < MAX_PIXELS and all(map(math.isfinite, made.mean))):
+                raise ValueError("crop_pct or mean is out of range")
+            if not (len(made.mean) == len(made.std) == channels and all(0 < x < math.inf for x in made.std)):
+                raise ValueError("std is not positive, or of another length")
+            if made.interpolation not in INTERPOLATIONS or made.crop_mode not in CROP_MODES:
+                raise ValueError(f"{made.interpolation!r} or {made.crop_mode!r} is unknown")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            wrong = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise CoraqError(
+                f"the file's preprocessing is none (input_size, mean, std, …): {wrong}",
+                "The file is damaged or not coraq's.",
+            ) from error
+        return made
 
     @property
     def image_mode(self) -> str:

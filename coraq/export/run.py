@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from coraq import registry
-from coraq.artifact import Checkpoint, load_checkpoint, read_result
+from coraq.artifact import Checkpoint, RunFolder, load_checkpoint, read_result
 from coraq.artifact.files import disk_error, write_atomic
 from coraq.config import RunConfig
 from coraq.data import Images, ImageSet, Preprocess, run_images, synthetic_images
@@ -31,6 +30,7 @@ from coraq.export.timm_folder import weights_on_grid, write_timm_folder
 from coraq.export.verify import check_onnx, check_openvino, check_torch, refused
 from coraq.export.weights import Form
 from coraq.model.load import open_folder
+from coraq.plainfiles import read_plain
 from coraq.version import __version__
 
 Format = Literal["onnx", "timm", "pt2"]
@@ -71,10 +71,19 @@ def export_run(source: Path, request: Request, sink: Sink = null_sink) -> Export
     result (`verified` is False) and the artefact's name ends in `.unverified`.
 
     Raises:
-        CoraqError: an optional package is missing, the checkpoint is damaged, or torch cannot export the network.
+        CoraqError: an optional package is missing, the checkpoint is damaged, torch cannot export the network, or
+            another process is working in the folder.
     """
     for line in registry.import_plugins():
         sink(Note(line, "warning"))
+    if not source.is_dir():
+        return _export(source, request, sink)
+    read_result(source)  # an unfinished run is said to be that, whoever works in it
+    with RunFolder(source).locked():  # one export at a time, and none while the checkpoint is being replaced
+        return _export(source, request, sink)
+
+
+def _export(source: Path, request: Request, sink: Sink) -> ExportResult:
     with stage(sink, "load checkpoint"):
         checkpoint = load_checkpoint(source)
     config = read_result(source).config if source.is_dir() else None
@@ -263,8 +272,8 @@ def _open(checkpoint: Checkpoint, config: RunConfig | None, request: Request, si
 def _record(result: ExportResult, path: Path) -> None:
     """Put a result into export.json under its artefact's name, beside the folder's other exports."""
     exports: dict[str, object] = {}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ValidationError):
-        for name, old in json.loads(path.read_text())["exports"].items():
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        for name, old in json.loads(read_plain(path))["exports"].items():
             exports[name] = ExportResult.model_validate(old).model_dump(mode="json")
     name = Path(result.path).name
     exports.pop(name.removesuffix(UNVERIFIED), None)

@@ -32,6 +32,7 @@ ROWS_PER_INPUT = 64
 DAMPING = 1e-3  # of the Gram's mean diagonal, where the float outputs are projected on the student's inputs
 MOST_GAIN = 2.0  # factor on a channel's scale that matches its variance; more would be a channel beyond repair
 Metrics = dict[str, float | int | str]
+FAULT = "This is a fault of the method: tell its author, or use another. Layers that were finished are kept."
 
 
 class CalibrationTask:
@@ -73,6 +74,7 @@ class CalibrationTask:
         self.teacher = teacher.requires_grad_(False)
         self.student = copy.deepcopy(self.teacher)
         self.scheme = scheme
+        self.method = "the method"  # what errors call it
         self.committed: dict[str, tuple[QuantizedLayer, Metrics]] = {}
         self.clock: dict[str, float] = defaultdict(float)
         self.spilled = 0
@@ -93,12 +95,21 @@ class CalibrationTask:
         self._passed: set[str] = set()
         self._blocks: dict[str, int] = {}  # of each layer whose Gram is taken in several
         for name, (layer, metrics) in (done or {}).items():
+            if not self._fits(name, layer):
+                self.note(
+                    f"what was saved of layer {name!r} is not of this run: it and those after it are solved again"
+                )
+                break
             self._put(name, layer)
             self.grids.restore(name, layer.input)
             self.committed[name] = (layer, metrics)
             sink(LayerCommitted(name, len(self.committed), len(self._views), metrics, resumed=True))
         self.layers: list[LayerView] = [view for name, view in self._views.items() if name not in self.committed]
         self._reseed()
+
+    def _fits(self, name: str, layer: QuantizedLayer) -> bool:
+        view = self._views.get(name)
+        return view is not None and name not in self.committed and layer.weight.codes.shape == view.weight.shape
 
     def _find_grids(self, found: Trace) -> ActivationGrids:
         sites, lost = find_sites(self.teacher, found.order, found.flow, self.scheme)
@@ -217,7 +228,9 @@ class CalibrationTask:
         teacher = self.teacher.get_submodule(block.module)
         for size, (x, y) in zip(self._arrival.sizes, self._arrival.pairs(raw=True), strict=True):
             # the unit's own forward, past its hooks, on a copy: it may work in place
-            collector.add([y, x, teacher.forward(x.clone())], size)
+            output = teacher.forward(x.clone())
+            self._check_finite(block.module, y, output)
+            collector.add([y, x, output], size)
         if collector.folder is not None:
             self.note(f"the inputs and outputs of {block.module} exceed the memory bound and wait in a file")
         module = cut_out(self.student, block)
@@ -327,6 +340,7 @@ class CalibrationTask:
         # the drift before the Gram: it takes that along on its visit
         drift = correction * stats.drift(weight, centred) if correction else None
         gram = stats.covariance if centred else stats.gram
+        self._check_finite(str(self._at), gram, *(() if drift is None else (drift,)))
         squares = LeastSquares(weight, gram, stats.rows(centred))
         if drift is None:
             return squares
@@ -343,15 +357,15 @@ class CalibrationTask:
         """
         view = self._view(name)
         if name in self.committed:
-            raise CoraqError(f"layer {name} was committed twice", "This is a fault of the method.")
+            raise CoraqError(f"{self.method}: layer {name} was committed twice", FAULT)
         try:
             layer.check(view.shape)
-        except ValueError as error:
-            raise CoraqError(
-                f"the method's result for layer {name} is invalid: {error}", "This is a fault of the method."
-            ) from None
+        except (ValueError, TypeError, AttributeError) as error:  # what is no tensor has no shape
+            raise CoraqError(f"{self.method}: its result for layer {name} is invalid: {error}", FAULT) from None
         layer = self._settle(view, replace(layer, input=self._input_grid(name, layer)))
         numbers: Metrics = {**self._measure(view, layer), **metrics}
+        errors = (numbers.get(key, 0.0) for key in ("input_error", "output_error"))
+        self._check_finite(name, *(torch.tensor(error) for error in errors if isinstance(error, float)))
         if self._on_commit is not None:
             self._on_commit(len(self.committed), name, layer, numbers)
         self.committed[name] = (layer, numbers)
@@ -371,6 +385,7 @@ class CalibrationTask:
         if layer.bias is None and self.has_data:
             layer = self._gain(view, layer)
         layer = replace(layer, bias=self._bias(view, layer))
+        self._check_finite(view.name, layer.weight.scale, *(() if layer.bias is None else (layer.bias,)))
         self._put(view.name, layer)
         return layer
 
@@ -416,6 +431,14 @@ class CalibrationTask:
                 )
             self._memory[key] = compute()
         return self._memory[key]
+
+    def _check_finite(self, name: str, *values: Tensor) -> None:
+        """Raise if what was measured of a layer's inputs or outputs overflowed: no method can work on that."""
+        if not all(bool(torch.isfinite(value).all()) for value in values):
+            raise CoraqError(
+                f"the inputs or outputs of {name} are not finite, or too large for their squares to be",
+                "Does the float network overflow on these images? Check --mean and --std, and its weights.",
+            )
 
     def _gain(self, view: LayerView, layer: QuantizedLayer) -> QuantizedLayer:
         """The layer with its scales such that every output channel varies as in the float network.
@@ -495,8 +518,8 @@ class CalibrationTask:
     def _view(self, name: str) -> LayerView:
         try:
             return self._views[name]
-        except KeyError:
-            raise CoraqError(f"there is no layer {name!r}", "Methods take names from task.layers.") from None
+        except (KeyError, TypeError):
+            raise CoraqError(f"{self.method}: there is no layer {name!r}", FAULT) from None
 
     def finish(self, method: str) -> None:
         """End the pass. Raises CoraqError if the method forgot a layer."""
@@ -504,7 +527,7 @@ class CalibrationTask:
         if missing:
             raise CoraqError(
                 f"method {method} left {len(missing)} of {len(self._views)} layers unquantized, first {missing[0]}",
-                "A method must commit every layer of task.layers.",
+                FAULT,
             )
         if self.grids.missing:  # outputs that no layer was asked for behind, or a run that was killed at its end
             if self._engine is None:
@@ -532,7 +555,11 @@ class CalibrationTask:
 
 def _regress(target: Tensor, gram: Tensor) -> Tensor:
     """`target (gram + λ)⁻¹` of [blocks, k, in] and [blocks, in, in], λ being DAMPING of the mean diagonal."""
-    damping = DAMPING * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1)
+    damping = DAMPING * torch.where(mean > 0, mean, 1.0)
+    # an input that never varies tells nothing; what rounding left of its column would be blown up without bound
+    target = torch.where((diagonal > 0)[:, None, :], target, 0.0)
     damped = gram.clone()
     damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
     lower, failed = torch.linalg.cholesky_ex(damped)

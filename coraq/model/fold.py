@@ -190,8 +190,20 @@ def restructure(model: nn.Module, structure: Structure, effective: dict[str, Ten
     tensors must be loaded over them.
 
     Raises:
-        CoraqError: `model` has no such modules.
+        CoraqError: `model` has no such modules, or they cannot be changed so.
     """
+    try:
+        _restructure(model, structure, effective)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if effective is not None:
+            raise  # it was traced: a fault of ours
+        raise CoraqError(
+            f"the network's modules cannot be folded as its file says: {error}",
+            "The checkpoint was written for another architecture or timm version, or is damaged.",
+        ) from error
+
+
+def _restructure(model: nn.Module, structure: Structure, effective: dict[str, Tensor] | None) -> None:
     modules: dict[str, Any] = dict(model.named_modules())
     missing = [
         name for name in (*structure.materialised, *structure.folded, *structure.folded.values()) if name not in modules

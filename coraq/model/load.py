@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -17,11 +21,13 @@ from safetensors.torch import load_file
 from timm.models import load_model_config_from_hf, parse_model_name
 from timm.models._hub import load_model_config_from_path
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from coraq.config import RunConfig
 from coraq.errors import CoraqError, UsageError
 from coraq.hub import go_offline_if_unreachable
 
+SPARE_VALUES, SPARE_TENSORS = 1 << 24, 256  # what a network may have beyond what its file implies: 64 MB
 SAFETENSORS_ONLY = "coraq opens safetensors only, because unpickling a file can run any code that is in it."
 
 
@@ -59,9 +65,12 @@ def load_model(config: RunConfig) -> FloatModel:
     arguments = dict(config.model_kwargs)
     if config.num_classes is not None:
         arguments["num_classes"] = config.num_classes
+    check_arguments(arguments, config.model)
     architecture, file_args = _locate(name)
+    check_arguments(file_args, config.model)
     try:
-        module = timm.create_model(name, pretrained=config.checkpoint is None, **arguments)
+        with at_most(_size_of(name)):
+            module = timm.create_model(name, pretrained=config.checkpoint is None, **arguments)
     except CoraqError:
         raise
     except Exception as error:
@@ -75,22 +84,117 @@ def load_model(config: RunConfig) -> FloatModel:
     return model
 
 
-def build(architecture: str, model_args: dict[str, Any], pretrained_cfg: dict[str, Any] | None = None) -> nn.Module:
+def build(
+    architecture: str,
+    model_args: dict[str, Any],
+    pretrained_cfg: dict[str, Any] | None = None,
+    most: Size | None = None,
+) -> nn.Module:
     """A timm network without weights. timm takes defaults (classes, pooling) from `pretrained_cfg`, too.
 
+    Args:
+        most: of its parameters; more are not allocated. None: as many as it likes.
+
     Raises:
-        CoraqError: this timm does not know the architecture or its arguments.
+        CoraqError: this timm does not know the architecture or its arguments, or the network is too large.
     """
+    if not architecture.isidentifier() or not timm.is_model(architecture):  # nor a hub's or a folder's name
+        raise CoraqError(
+            f"timm {timm.__version__} has no architecture {architecture!r}",
+            "If a file of your own registers the architecture, name its folder with --plugins-dir (or CORAQ_PLUGINS).",
+        )
+    check_arguments(model_args, architecture)
     try:
-        module: nn.Module = timm.create_model(
-            architecture, pretrained=False, pretrained_cfg=pretrained_cfg or None, **model_args
-        ).eval()
+        with at_most(most):
+            module: nn.Module = timm.create_model(
+                architecture, pretrained=False, pretrained_cfg=pretrained_cfg or None, **model_args
+            ).eval()
+    except CoraqError:
+        raise
     except Exception as error:
         raise CoraqError(
             f"this timm ({timm.__version__}) cannot build {architecture!r}: {_first_line(error)}",
             "If a file of your own registers the architecture, name its folder with --plugins-dir (or CORAQ_PLUGINS).",
         ) from error
     return module
+
+
+class Size(NamedTuple):
+    """How many parameters a network may have, and in how many tensors."""
+
+    values: int
+    tensors: int
+
+
+# timm's own parameters beside the architecture's: they read files, fetch weights, or say what coraq says itself
+_NOT_ARGUMENTS = set(inspect.signature(timm.create_model).parameters) - {"kwargs", "scriptable", "exportable", "no_jit"}
+_MOST_IN_ARGUMENTS = 1 << 20  # sum of the numbers in them: blocks, channels, classes, pixels
+
+
+def check_arguments(arguments: Mapping[str, Any], what: str) -> None:
+    """Raise unless `arguments` are an architecture's own, with numbers that some network could have.
+
+    Raises:
+        UsageError: they would make timm read a file or fetch weights, or they are absurd.
+    """
+    for key in arguments:
+        if _reads_files(key):
+            raise UsageError(
+                f"{key} of {what} is not an argument of an architecture",
+                "Weights are named with --checkpoint FILE.safetensors, or by the model's name.",
+            )
+    size = _sum_of_numbers(arguments)
+    if not size <= _MOST_IN_ARGUMENTS:
+        raise UsageError(f"the arguments of {what} are absurd: their numbers sum to {size:.3g}", "Check its file.")
+
+
+def _reads_files(key: str) -> bool:
+    return key in _NOT_ARGUMENTS or key.startswith("pretrained")
+
+
+def _sum_of_numbers(value: Any) -> float:
+    if isinstance(value, (int, float)):
+        return min(abs(value), 1e300)  # a number of a thousand digits is no float
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return sum(_sum_of_numbers(one) for one in inner)
+
+
+@contextmanager
+def at_most(size: Size | None) -> Iterator[None]:
+    """Within, a thread that registers more than so many parameters in new modules gets a CoraqError.
+
+    A parameter is registered after it was allocated and before anything is written to it: what is too large never
+    takes memory, and a network of too many layers ends at the first one that is too many.
+    """
+    if size is None:
+        yield
+        return
+    thread, values, tensors = threading.get_ident(), size.values, size.tensors
+
+    def count(module: nn.Module, name: str, parameter: Any) -> None:
+        if threading.get_ident() == thread and isinstance(parameter, torch.Tensor):
+            nonlocal values, tensors
+            values, tensors = values - parameter.numel(), tensors - 1
+            if values < 0 or tensors < 0:
+                raise CoraqError(
+                    f"the network is larger than its file: it has more than {size.values:,} parameters, or more than "
+                    f"{size.tensors:,} tensors of them",
+                    "The file is damaged, or made to exhaust memory.",
+                )
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _size_of(name: str) -> Size | None:
+    """A bound on a folder's network: its file has a byte for each value, and more than 32 of header for each tensor."""
+    if not name.startswith("local-dir:"):
+        return None
+    size = (Path(name.removeprefix("local-dir:")) / "model.safetensors").stat().st_size
+    return Size(size + SPARE_VALUES, size // 32 + SPARE_TENSORS)
 
 
 def open_folder(folder: Path) -> nn.Module:
@@ -106,7 +210,8 @@ def copy_of(module: nn.Module) -> FloatModel:
         CoraqError: its weights hold NaN or Inf.
     """
     cfg = getattr(module, "pretrained_cfg", None) or {}
-    arguments = {key: value for key, value in (getattr(module, "_model_args", None) or {}).items() if _is_json(value)}
+    made_with = getattr(module, "_model_args", None) or {}
+    arguments = {key: value for key, value in made_with.items() if _is_json(value) and not _reads_files(key)}
     if getattr(module, "num_classes", None):
         arguments["num_classes"] = int(module.num_classes)  # type: ignore[arg-type]
     name = type(module).__name__
@@ -147,7 +252,7 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
         refuse_pickle(folder / "model.safetensors")
         try:
             _, architecture, arguments = load_model_config_from_path(folder)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             wrong = f"it has no {error}" if isinstance(error, KeyError) else _first_line(error)
             raise CoraqError(
                 f"{folder / 'config.json'} is not a timm configuration: {wrong}",
@@ -218,7 +323,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     refuse_pickle(path)
     try:
         return load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, MemoryError) as error:
         raise CoraqError(
             f"{path} is damaged or no safetensors file: {_first_line(error)}", "Fetch or copy the file again."
         ) from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from coraq.errors import CoraqError, disk_error
+from coraq.plainfiles import read_plain
 from coraq.report import compare_text, summary
 from coraq.report.html import HTML_NAME, compare_html
 from coraq.report.markdown import cell, facts, fenced, table
@@ -69,11 +70,11 @@ def read_comparison(folder: Path) -> CompareResult | None:
         CoraqError: its compare.json is damaged.
     """
     path = folder / COMPARE_NAME
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        result = CompareResult.model_validate_json(path.read_text())
-    except (ValidationError, UnicodeDecodeError) as error:
+        result = CompareResult.model_validate_json(read_plain(path))
+    except (ValidationError, OSError) as error:
         raise CoraqError(
             f"{path} is damaged or of another version", "Run the same `coraq compare` again: finished cells are reused."
         ) from error

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coraq.plainfiles import read_plain
 from coraq.report import compare_text, plots, summary
 from coraq.results import CompareResult, LayerResult, RunResult, WeightHistogram
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 HTML_NAME = "report.html"
 PLOTTED_LAYERS = 4
+MOST_EVENT_BYTES = 256 << 20
 
 
 def run_html(result: RunResult, histograms: Sequence[WeightHistogram] = (), logged: plots.Curves | None = None) -> str:
@@ -144,7 +146,7 @@ def logged_metrics(events: Path) -> plots.Curves:
     """The Metric events of a run's events.jsonl, by name; lines that cannot be read are left out."""
     found: plots.Curves = {}
     try:
-        lines = events.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_plain(events, MOST_EVENT_BYTES).decode(errors="replace").splitlines()
     except OSError:
         return found
     fresh = False  # an attempt has begun and has not yet shown whether it resumes an earlier one
@@ -165,7 +167,7 @@ def logged_metrics(events: Path) -> plots.Curves:
                 if points and step <= points[-1][0]:
                     points.append((step, math.nan))  # another layer's curve begins: lift the pen
                 points.append((step, value))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
     return found
 

@@ -41,7 +41,6 @@ def write_report(result: RunResult, folder: Path) -> Path:
     Raises:
         CoraqError: the folder cannot be written to.
     """
-    from coraq.artifact import read_histograms
     from coraq.artifact.files import write_atomic  # here: the package behind it imports torch
 
     try:
@@ -50,6 +49,26 @@ def write_report(result: RunResult, folder: Path) -> Path:
         raise disk_error(folder, error) from error
     write_atomic(folder / REPORT_NAME, markdown(result))
     write_atomic(folder / METRICS_NAME, result.model_dump_json(indent=2) + "\n")
+    return _write_html(result, folder)
+
+
+def complete_report(result: RunResult, folder: Path) -> bool:
+    """Write report.html if a kill left none, or only an older run's, beside metrics.json; whether it did.
+
+    Raises:
+        CoraqError: the folder cannot be written to.
+    """
+    page, metrics = folder / HTML_NAME, folder / METRICS_NAME
+    if page.is_file() and page.stat().st_mtime_ns >= metrics.stat().st_mtime_ns:
+        return False
+    _write_html(result, folder)
+    return True
+
+
+def _write_html(result: RunResult, folder: Path) -> Path:
+    from coraq.artifact import read_histograms
+    from coraq.artifact.files import write_atomic
+
     page = run_html(result, read_histograms(folder), logged_metrics(folder / "events.jsonl"))
     write_atomic(folder / HTML_NAME, page)
     return folder / HTML_NAME
