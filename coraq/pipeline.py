@@ -9,11 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
-import os
-import platform
 import re
-import resource
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
@@ -21,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -53,6 +48,7 @@ from coraq.export.runtimes import OnnxRuntime, RuntimeNetwork
 from coraq.model.calibration import FAULT, CalibrationTask, Metrics
 from coraq.model.fold import Trace, fold
 from coraq.model.load import FloatModel, copy_of, load_model
+from coraq.plainfiles import append_plain
 from coraq.report.html import PLOTTED_LAYERS
 from coraq.report.render import complete_report, write_report
 from coraq.report.summary import worst_layers
@@ -61,11 +57,11 @@ from coraq.results import (
     Comparison,
     CostInfo,
     LayerResult,
-    MachineInfo,
     RunResult,
     SizeInfo,
 )
 from coraq.sharing import Shared, content_of
+from coraq.system import default_memory_bound, machine, open_device, peak_memory, reset_peak_memory, versions
 
 SLOW_REPORT_S = 1.0  # rendering that takes longer is said
 FIDELITY_IMAGES = 256  # without evaluation data, fidelity to the float network is measured on so many
@@ -154,7 +150,7 @@ def run(
         CoraqError: whatever a person can mend; other exceptions carry the run folder in `run_dir`.
     """
     started = time.perf_counter()
-    _reset_peak_memory()
+    reset_peak_memory()
     recorder = _Recorder()
     sink = tee(sink, recorder)
     shared = shared or Shared()
@@ -177,6 +173,10 @@ def run(
     except BaseException as error:
         with contextlib.suppress(AttributeError):
             error.run_dir = folder.path  # type: ignore[attr-defined]
+        if isinstance(error, CoraqError) and error.hint == FAULT and error.__cause__ is not None:
+            with contextlib.suppress(OSError), append_plain(folder.path / "log.txt") as file:
+                file.write("".join(traceback.format_exception(error.__cause__)).encode())
+                error.hint = f"{FAULT} The traceback is in {folder.path / 'log.txt'}"
         raise
     finally:
         folder.close()
@@ -227,7 +227,7 @@ def _prepare(config: RunConfig, sink: Sink, shared: Shared) -> _Prepared:
     """Check everything that can be checked, the cheap things first, and load the network."""
     method, source = registry.find(config.method)
     options = registry.configure(method, config.options)
-    device = _device(config.device)
+    device = open_device(config.device)
     _check_paths(config.data)
     _import_plugins(sink)
     # what decides the folded network and how its images are prepared
@@ -486,7 +486,7 @@ def evaluate_run(run_path: Path, data: DataConfig | None = None, *, sink: Sink =
     config = result.config if data is None else result.config.model_copy(update={"data": data})
     recorder = _Recorder()
     sink = tee(sink, recorder)
-    device = _device(config.device)
+    device = open_device(config.device)
     _import_plugins(sink)
     with stage(sink, "load network"):
         float_model = _load_float(config, device)
@@ -635,49 +635,6 @@ def load(path: str | Path) -> nn.Module:
     return load_checkpoint(path).module
 
 
-def default_memory_bound() -> int:
-    """Half of the memory that is free, in bytes; a container's limit and the process's own (ulimit -v) count."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY:
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            free = min(free, limit - pages * os.sysconf("SC_PAGE_SIZE"))
-    return max(free // 2, 64 << 20)
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process since `_reset_peak_memory`, or where that cannot be had ever, in bytes."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _reset_peak_memory() -> None:
-    """Let the peak start again at what is resident now, so that a run's peak is its own (Linux only)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}", "Use --device cpu.") from None
-    return device
-
-
 def _check_paths(data: DataConfig) -> None:
     """Folders and files that are named must exist, before anything slow begins."""
     for option, path in (
@@ -806,19 +763,3 @@ def _layer_result(view: LayerView, layer: QuantizedLayer, numbers: Metrics) -> L
         metrics={key: value for key, value in numbers.items() if key not in own},
         **values,
     )
-
-
-def versions() -> dict[str, str]:
-    """What a result may depend on."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
-
-
-def machine(device: torch.device | str) -> MachineInfo:
-    """Where this process runs."""
-    device = torch.device(device)
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-    return MachineInfo(cpu=cpu, threads=torch.get_num_threads(), device=name)

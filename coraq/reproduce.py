@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from coraq import pipeline
+import coraq
+from coraq import pipeline, system
 from coraq.artifact import read_result
 from coraq.events import Note, Sink, null_sink
 from coraq.results import Difference, Reproduction, RunResult
@@ -62,14 +63,14 @@ def reproduce(run_path: Path, *, sink: Sink = null_sink) -> Reproduction:
 
 def _changes(before: RunResult) -> list[str]:
     """What is not as it was then, and may explain a difference."""
-    now = {**pipeline.versions(), "coraq": pipeline.coraq.__version__}
+    now = {**system.versions(), "coraq": coraq.__version__}
     then = {**before.versions, "coraq": before.coraq_version}
     lines = [
         f"{name} was {then.get(name, 'absent')}, is {number}"
         for name, number in now.items()
         if then.get(name) != number
     ]
-    machine = pipeline.machine(before.config.device)
+    machine = system.machine(before.config.device)
     if machine.cpu != before.machine.cpu:
         lines.append(f"the processor was {before.machine.cpu}, is {machine.cpu}")
     if machine.device != before.machine.device:

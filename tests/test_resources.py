@@ -154,10 +154,10 @@ def test_few_descriptors_are_enough_or_are_said(files: int, tmp_path: Path) -> N
 
 def test_the_bound_on_activations_knows_the_process_s_own_limit(tmp_path: Path) -> None:
     program = (
-        "import resource, os; from pathlib import Path; from coraq import pipeline\n"
+        "import resource, os; from pathlib import Path; from coraq import system\n"
         "used = int(Path('/proc/self/statm').read_text().split()[0]) * os.sysconf('SC_PAGE_SIZE')\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20),) * 2)\n"
-        "print(pipeline.default_memory_bound() >> 20)"
+        "print(system.default_memory_bound() >> 20)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert 150 <= int(done.stdout) <= 200

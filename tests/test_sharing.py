@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from coraq import pipeline, registry
+from coraq import pipeline, registry, system
 from coraq.api import MethodConfig, QuantizedLayer, minmax_grid
 from coraq.artifact import Predictions, read_predictions, write_predictions
 from coraq.config import DataConfig, RunConfig, Scheme
@@ -137,13 +137,13 @@ def _refusing(tried: list[str]) -> Any:
 
 
 def test_peak_memory_starts_again_with_every_run() -> None:
-    pipeline._reset_peak_memory()
-    before = pipeline.peak_memory()
+    system.reset_peak_memory()
+    before = system.peak_memory()
     ballast = torch.ones(300_000_000, dtype=torch.uint8)
     del ballast
-    assert pipeline.peak_memory() - before > 250_000_000
-    pipeline._reset_peak_memory()
-    assert pipeline.peak_memory() - before < 100_000_000
+    assert system.peak_memory() - before > 250_000_000
+    system.reset_peak_memory()
+    assert system.peak_memory() - before < 100_000_000
 
 
 def test_predictions_survive_writing_and_say_which_images_they_are_of(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from coraq import pipeline
+from coraq import pipeline, system
 from coraq.artifact import read_result
 from coraq.artifact.files import write_atomic
 from coraq.compare.grid import Cell
@@ -93,7 +93,7 @@ class Mailbox:
 def work(order: Order, send: Sink = null_sink) -> Delivery:
     """Run one cell in this process, wherever that is."""
     global _shared
-    _shared = _shared or Shared(pipeline.default_memory_bound() // 8)
+    _shared = _shared or Shared(system.default_memory_bound() // 8)
     torch.set_num_threads(order.threads)
     if Path(order.cwd).is_dir():
         os.chdir(order.cwd)

@@ -7,9 +7,10 @@ import traceback
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
-from coraq import pipeline
+from coraq import pipeline, system
 from coraq.compare.grid import Cell
 from coraq.compare.run import Outcome, reason_of
+from coraq.errors import CoraqError
 from coraq.events import Event, Note, Sink, tee
 from coraq.plainfiles import append_plain
 from coraq.sharing import Shared
@@ -24,7 +25,7 @@ class LocalEngine:
         self, cells: Sequence[Cell], commands: Sequence[list[str]], *, runs_dir: Path, sink: Sink, force: bool
     ) -> Generator[tuple[int, Outcome]]:
         # an eighth of the free memory for each of the two sets: the bound on activations is half of what then is free
-        shared = Shared(keep_bytes=pipeline.default_memory_bound() // 4)
+        shared = Shared(keep_bytes=system.default_memory_bound() // 4)
         for index, (cell, command) in enumerate(zip(cells, commands, strict=True)):
             yield index, run_cell(cell, command, runs_dir=runs_dir, sink=sink, force=force, shared=shared)
 
@@ -40,7 +41,8 @@ def run_cell(
         )
     except Exception as error:  # a grid goes on where a single run would end: this is its edge
         reason, hint = reason_of(error)
-        _log(error)
+        if not isinstance(error, CoraqError):  # whose message says all, or where more of it is
+            _log(error)
         sink(Note(f"{cell.name} failed: {reason}", "warning"))
         return Outcome(reason=reason, hint=hint)
     return Outcome(result, reused=not worked.any)

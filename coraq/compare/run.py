@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import coraq
-from coraq import pipeline
+from coraq import system
 from coraq.compare.grid import Cell
 from coraq.compare.ranking import groups_of
 from coraq.config import RunConfig
@@ -81,8 +81,8 @@ def compare(
     return CompareResult(
         coraq_version=coraq.__version__,
         command=list(command),
-        versions=pipeline.versions(),
-        machine=first.machine if first else pipeline.machine(cells[0].config.device),
+        versions=system.versions(),
+        machine=first.machine if first else system.machine(cells[0].config.device),
         engine=engine.name,
         base=base,
         scheme_line=cells[0].config.scheme.describe(),

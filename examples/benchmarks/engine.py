@@ -24,7 +24,7 @@ from coraq.data import Preprocess, open_images
 from coraq.model.calibration import CalibrationTask
 from coraq.model.fold import fold
 from coraq.model.load import load_model
-from coraq.pipeline import peak_memory
+from coraq.system import peak_memory
 
 
 def main() -> None:
