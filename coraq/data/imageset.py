@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import struct
 import warnings
 import zlib
@@ -147,6 +148,11 @@ class _Decoding(Dataset[Sample]):
         return image, self.labels[position]
 
 
+def _processors() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class _Streaming(IterableDataset[Sample]):
     """Samples start to stop of a dataset that can only be read from its beginning."""
 
@@ -210,8 +216,11 @@ class DecodedImages(ImageSet):
         return cls(_Streaming(stream, start, stop, preprocess), **more)
 
     def _read(self, batch_size: int) -> Iterator[Batch]:
-        # A process costs more than a batch: no more workers than batches. PyTorch gives each worker one thread.
-        workers = min(self._workers, math.ceil(self.count / batch_size) - 1) if self.count else self._workers
+        # A process costs more than a batch: no more workers than batches, nor than processors that this process may
+        # use. PyTorch gives each worker one thread.
+        workers = min(self._workers, _processors())
+        if self.count:
+            workers = min(workers, math.ceil(self.count / batch_size) - 1)
         loader: DataLoader[Any] = DataLoader(
             self._dataset, batch_size=batch_size, num_workers=max(workers, 0), collate_fn=_collate
         )
