@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -182,6 +183,15 @@ def test_the_gradients_of_the_cutoffs_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(loss, (cutoffs,), eps=1e-6, atol=1e-6)
     (slope,) = torch.autograd.grad(loss(cutoffs), cutoffs)
     assert bool((slope != 0).all())
+
+
+def test_the_penalty_is_the_paper_s() -> None:
+    """`γ exp(relu(ρ(c) − ρ*))`, ρ(c) = Σ ω c (equations 9 and 10): γ itself within the budget."""
+    network, layers, x, target = network_and_layers()
+    cutoffs = torch.tensor([0.45, 0.6], dtype=torch.float64)  # ρ = 0.3 · 1.05
+    for budget, over in ((0.5, 0.0), (0.2, 0.115)):
+        loss, kl = relaxed_loss(network, layers, cutoffs, x, target, budget, gamma=0.7)
+        assert float(loss - kl) == pytest.approx(0.7 * math.exp(over))
 
 
 def test_the_one_convolution_of_the_search_is_the_paper_s_three() -> None:
