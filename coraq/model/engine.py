@@ -65,16 +65,18 @@ class LiveStorages(TorchDispatchMode):
 class Spill:
     """Keeps one micro-batch's activations in a file while it is parked.
 
+    The file has no name, so that it is gone with the process, however that ends.
+
     The storages themselves are emptied and refilled, so that every tensor and view in the parked forward pass
     stays valid and nothing of it needs to be known.
     """
 
-    def __init__(self, live: LiveStorages, path: Path) -> None:
-        self.live, self._path = live, path
+    def __init__(self, live: LiveStorages, folder: Path) -> None:
+        self.live, self._folder = live, folder
         try:
-            self._file: BinaryIO = path.open("w+b", buffering=0)
+            self._file: Any = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (closed in `close`)
         except OSError as error:
-            raise _no_spill(path.parent, error) from error
+            raise _no_spill(folder, error) from error
         self._out: list[tuple[Any, int]] = []
 
     def save(self) -> int:
@@ -90,7 +92,7 @@ class Spill:
                 try:
                     _write(self._file, memoryview(_bytes_of(storage)).cast("B"))
                 except OSError as error:
-                    raise _no_spill(self._path.parent, error) from error
+                    raise _no_spill(self._folder, error) from error
                 storage.resize_(0)
                 self._out.append((storage, size))
         return sum(size for _, size in self._out)
@@ -114,7 +116,6 @@ class Spill:
     def close(self) -> None:
         self._out.clear()
         self._file.close()
-        self._path.unlink(missing_ok=True)
 
 
 def _no_spill(folder: Path, error: OSError) -> CoraqError:
@@ -266,7 +267,7 @@ class LockStep:
         self._streams = list(streams)
         self._stops = sorted(set(stops))
         self._rewrite = rewrite
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._folder = folder or Path(tempfile.gettempdir())
         self._handles = [self._hook(index, name) for index in range(len(self._streams)) for name in self._stops]
         self.live_bytes_needed = 0
         resident = len(batches) * len(self._streams)
@@ -276,16 +277,11 @@ class LockStep:
                 int((memory_bytes - 2 * one) // max(1, one)) if self.live_bytes_needed > memory_bytes else resident
             )
         self.spilled = max(0, len(batches) * len(self._streams) - max(0, resident))
-        if self.spilled:
-            try:
-                self._temporary = tempfile.TemporaryDirectory(prefix="coraq-activations-", dir=folder)
-            except OSError as error:
-                raise _no_spill(folder or Path(tempfile.gettempdir()), error) from error
         self._batches: list[list[_MicroBatch]] = [[] for _ in self._streams]
         count = 0
-        for index, images in enumerate(batches):
+        for images in batches:
             for stream, model in enumerate(self._streams):
-                spill = self._spill(f"{stream}-{index}", batches) if count < self.spilled else None
+                spill = Spill(LiveStorages(self._streams, batches), self._folder) if count < self.spilled else None
                 self._batches[stream].append(_MicroBatch(model, images, spill))
                 count += 1
 
@@ -322,10 +318,6 @@ class LockStep:
                 widest = max(widest, live.bytes_alive())
         return widest * len(batches) * len(self._streams), widest
 
-    def _spill(self, name: str, batches: Sequence[Tensor]) -> Spill:
-        assert self._temporary is not None
-        return Spill(LiveStorages(self._streams, batches), Path(self._temporary.name) / name)
-
     @torch.no_grad()
     def advance(self, on_stream: Callable[[int], None] | None = None) -> Arrival | None:
         """Run all micro-batches to their next stop. None: the network's end.
@@ -358,6 +350,3 @@ class LockStep:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._temporary is not None:
-            self._temporary.cleanup()
-            self._temporary = None
