@@ -129,7 +129,7 @@ def test_an_override_that_no_layer_matches_is_reported(here: Path, capsys: pytes
 
 def test_a_full_disk_under_the_event_log_is_said_in_two_lines(tmp_path: Path) -> None:
     log = JsonLinesSink(tmp_path / "events.jsonl")  # which would refuse the device itself
-    log._file = Path("/dev/full").open("ab", buffering=0)
+    log._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115 (log.close closes it)
     with pytest.raises(CoraqError, match="no room on the disk"):
         log(Note("hello"))
     log.close()  # and nothing comes up again
