@@ -48,7 +48,7 @@ from coraq.export.runtimes import OnnxRuntime, RuntimeNetwork
 from coraq.model.calibration import FAULT, CalibrationTask, Metrics
 from coraq.model.fold import Trace, fold
 from coraq.model.load import FloatModel, copy_of, load_model
-from coraq.plainfiles import append_plain
+from coraq.plainfiles import append_traceback
 from coraq.report.html import PLOTTED_LAYERS
 from coraq.report.render import complete_report, write_report
 from coraq.report.summary import worst_layers
@@ -174,8 +174,8 @@ def run(
         with contextlib.suppress(AttributeError):
             error.run_dir = folder.path  # type: ignore[attr-defined]
         if isinstance(error, CoraqError) and error.hint == FAULT and error.__cause__ is not None:
-            with contextlib.suppress(OSError), append_plain(folder.path / "log.txt") as file:
-                file.write("".join(traceback.format_exception(error.__cause__)).encode())
+            with contextlib.suppress(OSError):
+                append_traceback(folder.path / "log.txt", error.__cause__)
                 error.hint = f"{FAULT} The traceback is in {folder.path / 'log.txt'}"
         raise
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import traceback
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,6 +37,16 @@ def append_plain(path: Path) -> BinaryIO:
     """
     number = _open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW)
     return os.fdopen(number, "ab", buffering=0)
+
+
+def append_traceback(path: Path, error: BaseException) -> None:
+    """Keep an exception's traceback, and its causes', at the end of a log.
+
+    Raises:
+        OSError: as `append_plain`.
+    """
+    with append_plain(path) as file:
+        file.write("".join(traceback.format_exception(error)).encode())
 
 
 def _open(path: Path, flags: int) -> int:

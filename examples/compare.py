@@ -27,6 +27,8 @@ from typing import Any
 
 from accuracy import NETWORKS, RESULTS
 
+from coraq.report.markdown import table
+
 SAME = ["rtn", "gptq", "npot", "comq", "cora"]
 MORE = [
     "qera:budget=0.05",
@@ -114,9 +116,7 @@ def write_table(folder: Path) -> None:
         "`agree` is the share of images with the float network's first choice; KL in nats. Compare rows of the same",
         "bits a weight.",
         "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{'---|' * len(COLUMNS)}",
-        *(f"| {' | '.join(line)} |" for line in lines),
+        table(COLUMNS, lines),
         "",
     ]
     (folder.parent / "compare.md").write_text("\n".join(text))

@@ -17,7 +17,7 @@ import typer
 
 from coraq import __version__
 from coraq.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, CoraqError
-from coraq.plainfiles import append_plain
+from coraq.plainfiles import append_traceback
 
 # First lines of the commands' docstrings, so that `coraq --help` need not import what they import.
 COMMANDS = {
@@ -136,19 +136,17 @@ def _bug(error: Exception) -> tuple[str, str]:
 
     The pipeline leaves the run folder in the exception's `run_dir`; without one the log is a temporary file.
     """
-    text = "".join(traceback.format_exception(error))
     run_dir = getattr(error, "run_dir", None)
     try:
         if run_dir is None:
             raise FileNotFoundError
         log = Path(run_dir) / "log.txt"
-        with append_plain(log) as file:
-            file.write(text.encode())
+        append_traceback(log, error)
     except OSError:
         with tempfile.NamedTemporaryFile(
             "w", prefix="coraq-", suffix=".log", delete=False, encoding="utf-8"
         ) as temporary:
-            temporary.write(text)
+            temporary.write("".join(traceback.format_exception(error)))
         log = Path(temporary.name)
     message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return message, f"this should not happen; the traceback is in {log}"

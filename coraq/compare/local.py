@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from coraq.compare.grid import Cell
 from coraq.compare.run import Outcome, reason_of
 from coraq.errors import CoraqError
 from coraq.events import Event, Note, Sink, tee
-from coraq.plainfiles import append_plain
+from coraq.plainfiles import append_traceback
 from coraq.sharing import Shared
 
 
@@ -60,5 +59,5 @@ class _Worked:
 def _log(error: Exception) -> None:
     run_dir = getattr(error, "run_dir", None)
     if run_dir is not None:
-        with contextlib.suppress(OSError), append_plain(Path(run_dir) / "log.txt") as log:
-            log.write("".join(traceback.format_exception(error)).encode())
+        with contextlib.suppress(OSError):
+            append_traceback(Path(run_dir) / "log.txt", error)

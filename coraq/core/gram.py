@@ -18,6 +18,7 @@ from torch import Tensor
 
 from coraq.core.lags import Lags, Plan
 from coraq.core.patches import (
+    CACHE_BYTES,
     SPLIT,
     Geometry,
     MeanAccumulator,
@@ -30,7 +31,6 @@ from coraq.core.patches import (
 )
 
 PATCH_BYTES = 16 << 20  # patches made at once (larger blocks are fresh pages each time, which is slow)
-CACHE_BYTES = 2 << 20  # elementwise work goes in pieces of this size
 
 
 @dataclass(frozen=True)
@@ -116,20 +116,24 @@ class GramAccumulator:
 
 def _choose(geometry: Geometry, size: tuple[int, int], shift: Tensor) -> _Way:
     """The cheapest way for images of this size."""
-    if math.prod(geometry.kernel) > 1:
-        if geometry.in_channels == geometry.groups:
-            return _Depthwise(geometry, size, shift.device)
-        plan = Plan(geometry, size)
-        if plan.cost() < _im2col_cost(geometry, size):
-            return Lags(plan, shift)
-    return _Im2col(geometry, size, shift)
+    if math.prod(geometry.kernel) > 1 and geometry.in_channels == geometry.groups:
+        return _Depthwise(geometry, size, shift.device)
+    plan = _cheaper_plan(geometry, size)
+    return _Im2col(geometry, size, shift) if plan is None else Lags(plan, shift)
+
+
+def _cheaper_plan(geometry: Geometry, size: tuple[int, int]) -> Plan | None:
+    """By lags, where a kernel is large and dense enough for that to cost less than its patches."""
+    if math.prod(geometry.kernel) == 1 or geometry.in_channels == geometry.groups:
+        return None
+    plan = Plan(geometry, size)
+    return plan if plan.cost() < _im2col_cost(geometry, size) else None
 
 
 def exact_cost(geometry: Geometry, size: tuple[int, int]) -> float:
     """Multiplications per image of a Gram over all positions, by the cheapest way for images of this size."""
-    cost = _im2col_cost(geometry, size)
-    lags = math.prod(geometry.kernel) > 1 and geometry.in_channels > geometry.groups
-    return min(cost, Plan(geometry, size).cost()) if lags else cost
+    plan = _cheaper_plan(geometry, size)
+    return _im2col_cost(geometry, size) if plan is None else plan.cost()
 
 
 def sampled_cost(geometry: Geometry, positions: int) -> float:
@@ -157,7 +161,7 @@ class _Im2col:
         self.count = 0
 
     def add(self, frame: Tensor) -> None:
-        images, rows = pieces(frame.shape[0], self.out[0], 4 * self._row_entries(), self._limit())
+        images, rows = _pieces(frame.shape[0], self.out[0], 4 * self._row_entries(), self._limit())
         for i in range(0, frame.shape[0], images):
             windows = self._windows(frame[i : i + images])
             for y in range(0, self.out[0], rows):
@@ -188,7 +192,7 @@ class _Im2col:
         return Totals(self.count, total, mirrored(torch.baddbmm(self.gram, left, right)))  # + z cᵀ + c xᵀ
 
 
-def pieces(images: int, rows: int, row_bytes: int, limit: int) -> tuple[int, int]:
+def _pieces(images: int, rows: int, row_bytes: int, limit: int) -> tuple[int, int]:
     """How many images, and how many of their rows, to take at once so as to stay below `limit` bytes."""
     if rows * row_bytes <= limit:
         return max(1, min(images, limit // max(1, rows * row_bytes))), rows
@@ -270,7 +274,7 @@ class _Depthwise:
         top, bottom, left, right = self.geometry.padding
         n, height, width, channels = frame.shape
         height, width = height + top + bottom, width + left + right
-        images, rows = pieces(n, height, 4 * width * channels, CACHE_BYTES)
+        images, rows = _pieces(n, height, 4 * width * channels, CACHE_BYTES)
         padded = frame.new_zeros(height, images, width, channels)
         scratch = frame.new_empty(rows * images * width * channels)
         sums: list[Tensor] = []

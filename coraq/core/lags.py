@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from coraq.core.patches import (
+    CACHE_BYTES,
     Geometry,
     MeanAccumulator,
     Totals,
@@ -28,7 +29,6 @@ from coraq.core.patches import (
 _Key = TypeVar("_Key")
 
 SPECTRA_BYTES = 62 << 20  # spectra kept at once
-CACHE_BYTES = 2 << 20  # elementwise work goes in pieces of this size
 FLUSHES = 8  # products of spectra summed in float32 before they go to float64
 SPECTRA_IMAGES = 64  # images whose spectra wait for one product: short products are slow
 

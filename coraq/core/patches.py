@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+CACHE_BYTES = 2 << 20  # elementwise work goes in pieces of this size
 SPLIT = 256  # columns of a block of a Gram; blocks below the diagonal are mirrored
 
 

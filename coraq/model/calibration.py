@@ -313,9 +313,9 @@ class CalibrationTask:
         self.grids.arrive(arrival)
         self.clock["activation grids"] += time.perf_counter() - start
         if arrival.name in self._views:
-            module = self.student.get_submodule(arrival.name)
+            module, weight = self.student.get_submodule(arrival.name), self._views[arrival.name].weight
             blocks = partial(self._in_blocks, arrival.name)
-            self._stats = LayerStats(module, arrival, self.clock, self._rows_per_input, blocks)
+            self._stats = LayerStats(module, weight, arrival, self.clock, self._rows_per_input, blocks)
 
     def _in_blocks(self, name: str, blocks: int) -> None:
         """A layer's Gram is taken in blocks: say so, once."""
@@ -449,9 +449,8 @@ class CalibrationTask:
         """
         if self.scheme.gain == "keep" or self.scheme.granularity == "tensor" or layer.weight.scale.numel() == 1:
             return layer
-        effective = layer.dequantize()
-        outputs = self.stats(view.name).paired.outputs(view.weight, effective.to(view.weight.device))
-        wanted, found = (y.var(1, correction=0) for y in outputs)
+        stats = self.stats(view.name)
+        wanted, found = (y.var(1, correction=0) for y in (stats.wanted, stats.outputs(layer.dequantize())))
         alive = (wanted > 0) & (found > 0) & torch.isfinite(wanted) & torch.isfinite(found)
         ratio = torch.where(alive, wanted / torch.where(alive, found, 1.0), 1.0)
         return layer.scaled(ratio.sqrt().clamp(1 / MOST_GAIN, MOST_GAIN).float()[:, :, None])
@@ -494,13 +493,14 @@ class CalibrationTask:
         if layer.adapter is not None:
             numbers["rank"] = layer.adapter.rank
         if self.has_data:
+            stats = self.stats(view.name)
+            paired, wanted, found = stats.paired, stats.wanted, stats.outputs(layer.dequantize())
             start = time.perf_counter()
-            paired = self.stats(view.name).paired
             numbers["input_error"] = relative_error(paired.student, paired.teacher)
-            wanted, found = paired.outputs(view.weight, layer.dequantize().to(view.weight.device))
-            for outputs, bias in ((wanted, view.bias), (found, layer.bias)):
-                if bias is not None:
-                    outputs += bias.reshape(len(outputs), 1, -1)
+            if view.bias is not None:
+                wanted = wanted + view.bias.reshape(len(wanted), 1, -1)
+            if layer.bias is not None:
+                found += layer.bias.reshape(len(found), 1, -1)
             numbers["output_error"] = relative_error(found, wanted)
             self.clock["statistics"] += time.perf_counter() - start
         return numbers

@@ -86,10 +86,6 @@ class Paired(NamedTuple):
     teacher: Tensor
     student: Tensor
 
-    def outputs(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs [groups, rows, out], no bias, of the float and the quantized weight [groups, out, in]."""
-        return self.teacher @ teacher.mT, self.student @ student.mT
-
 
 class _Plan(NamedTuple):
     """How a layer's patches are visited: so many positions of an image, and so many images at a time."""
@@ -109,18 +105,22 @@ class LayerStats:
     over some positions of each image where there are many more than `rows_per_input` rows for every input (0: over
     all) and some cost less than all; they are centred with those rows' own means.
 
+    `weight` is the float layer's, [groups, out, in].
+
     A layer of very many inputs has its second moments in blocks of consecutive inputs; `on_blocks` is told how many.
     """
 
     def __init__(
         self,
         module: nn.Module,
+        weight: Tensor,
         arrival: Arrival,
         clock: dict[str, float],
         rows_per_input: int = 0,
         on_blocks: Callable[[int], None] | None = None,
     ) -> None:
         self._module: Any = module
+        self._weight = weight
         self._arrival, self._clock, self._rows_per_input = arrival, clock, rows_per_input
         self._on_blocks = on_blocks
         self._seen: _Seen | None = None
@@ -230,6 +230,17 @@ class LayerStats:
             return Paired(*(torch.cat(rows, 1) for rows in zip(*found, strict=True)))
 
         return self._timed(compute)
+
+    @cached_property
+    def wanted(self) -> Tensor:
+        """The float layer's outputs on the patches of `paired`, without bias: float32 [groups, rows, out]."""
+        rows = self.paired.teacher
+        return self._timed(lambda: rows @ self._weight.mT)
+
+    def outputs(self, weight: Tensor) -> Tensor:
+        """What a quantized weight [groups, out, in] makes of the student's patches, as `wanted`."""
+        rows = self.paired.student
+        return self._timed(lambda: rows @ weight.to(rows.device).mT)
 
     @cached_property
     def mean(self) -> Tensor:

@@ -52,22 +52,9 @@ def reading(folder: Path, seconds: float) -> Reading:
 
 
 def one_round(number: int, methods: str, runs: Path) -> None:
-    arguments = [
-        "compare",
-        "demo",
-        "--methods",
-        methods,
-        "--bits",
-        "4,3",
-        "--seeds",
-        str(number),
-        "--output",
-        str(runs),
-    ]
+    grid = ["compare", "demo", "--methods", methods, "--bits", "4,3", "--seeds", str(number), "--output", str(runs)]
     with contextlib.redirect_stdout(io.StringIO()):
-        code = run(
-            [*arguments, "--output", str(runs), "--calib-size", "64", "--eval-size", "100", "-j", "0", "-q", "--json"]
-        )
+        code = run([*grid, "--calib-size", "64", "--eval-size", "100", "-j", "0", "-q", "--json"])
     if code:
         raise SystemExit(f"round {number}: exit code {code}")
     shutil.rmtree(runs)
