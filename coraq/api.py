@@ -205,8 +205,12 @@ class Task(Protocol):
             less: [groups, out, in], taken off the weight before it is quantized.
         """
 
-    def remember(self, key: str, compute: Callable[[], Any]) -> Any:
-        """A decision, JSON-able, that the layers' commits rest on: computed once, kept for a resumed run."""
+    def remember(self, key: str, compute: Callable[[], Any], valid: Callable[[Any], bool] | None = None) -> Any:
+        """A decision, JSON-able, that the layers' commits rest on: computed once, kept for a resumed run.
+
+        Args:
+            valid: what a kept one must satisfy to be used: its file may be anybody's.
+        """
 
     def log(self, metric: str, value: float, step: int) -> None:
         """Report a scalar while working (a loss, a budget)."""

@@ -331,6 +331,24 @@ def test_what_a_runtime_refuses_is_recorded(
     assert record["checks"][1]["logits_error"] is None
 
 
+@pytest.mark.parametrize(("form", "name"), [("onnx", "model.onnx"), ("timm", "timm"), ("pt2", "model.pt2")])
+def test_a_crash_while_verifying_leaves_a_record(
+    form: str, name: str, demo_runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crash(*args: Any, **more: Any) -> None:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.chdir(demo_runs)
+    for check in ("check_onnx", "check_torch"):
+        monkeypatch.setattr(f"coraq.export.run.{check}", crash)
+    assert run(["export", "--format", form, "-q"]) == 1
+    assert "ZeroDivisionError: planted" in capsys.readouterr().out.replace("\n", " ")
+    (folder,) = (demo_runs / "runs").iterdir()
+    record = json.loads((folder / "export.json").read_text())["exports"][f"{name}.unverified"]
+    assert record["verified"] is False
+    assert "ZeroDivisionError: planted" in (folder / "log.txt").read_text()
+
+
 def test_without_a_run_it_says_what_to_do_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,9 +73,10 @@ def written(tmp_path: Path) -> Written:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the demo with adapters, which decides ranks before it begins."""
-    config = RunConfig(model="demo", method="qera", data=DataConfig(calib_size=8, eval_size=10, workers=0))
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the demo by qera (or the method named), which decides ranks before it begins."""
+    method = getattr(request, "param", "qera")
+    config = RunConfig(model="demo", method=method, data=DataConfig(calib_size=8, eval_size=10, workers=0))
     return Path(pipeline.run(config, runs_dir=tmp_path_factory.mktemp("runs")).run_dir)
 
 
@@ -390,6 +391,35 @@ def test_a_damaged_decision_under_finished_layers_is_refused(content: str, finis
     config, folder = again(finished, tmp_path)
     (folder / "layers" / "0020.safetensors").unlink()
     (folder / "decisions.json").write_text(content)
+    with pytest.raises(CoraqError, match="decision") as caught:
+        pipeline.run(config, runs_dir=tmp_path)
+    assert "--force" in caught.value.hint
+
+
+@pytest.mark.parametrize("finished", ["qera", "cora"], indirect=True)
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda kept: [],
+        lambda kept: {"no_such_layer": 1},
+        lambda kept: {**kept, next(iter(kept)): "x"},
+        lambda kept: {**kept, next(iter(kept)): -1},
+        lambda kept: {**kept, next(iter(kept)): 10**12},
+        lambda kept: {**kept, next(iter(kept)): True},
+        lambda kept: {**kept, next(iter(kept)): [4]},
+        lambda kept: {**kept, next(iter(kept)): [9, 0]},
+        lambda kept: {**kept, next(iter(kept)): [4, 10**12]},
+    ],
+)
+def test_a_forged_decision_under_a_right_checksum_is_refused(
+    forge: Callable[[Any], Any], finished: Path, tmp_path: Path
+) -> None:
+    config, folder = again(finished, tmp_path)
+    for layer in (folder / "layers").iterdir():
+        layer.unlink()
+    decisions = RunFolder(folder).decisions
+    (key,) = decisions
+    decisions[key] = forge(decisions[key])
     with pytest.raises(CoraqError, match="decision") as caught:
         pipeline.run(config, runs_dir=tmp_path)
     assert "--force" in caught.value.hint

@@ -30,7 +30,7 @@ from coraq.export.timm_folder import weights_on_grid, write_timm_folder
 from coraq.export.verify import check_onnx, check_openvino, check_torch, refused
 from coraq.export.weights import Form
 from coraq.model.load import open_folder
-from coraq.plainfiles import read_plain
+from coraq.plainfiles import append_traceback, read_plain
 from coraq.version import __version__
 
 Format = Literal["onnx", "timm", "pt2"]
@@ -122,11 +122,12 @@ def _export_timm(checkpoint: Checkpoint, request: Request, images: ImageSet | No
         size = write_timm_folder(checkpoint, unverified)
     checks: list[Check] = []
     if images is not None:
-        with stage(sink, "verify in timm", min(request.images, images.count)) as current:
-            opened, runtime = open_folder(unverified), f"timm {version('timm')}"
+        runtime, words = f"timm {version('timm')}", images.description
+        with _verifying(sink, runtime, images, request, checks, path) as current:
+            opened = open_folder(unverified)
             exact = weights_on_grid(checkpoint, unverified)
             batches = limited(images, request.images, current)
-            checks.append(check_torch(checkpoint, opened, runtime, batches, images.description, weights_exact=exact))
+            checks.append(check_torch(checkpoint, opened, runtime, batches, words, weights_exact=exact))
     return ExportResult(
         coraq_version=__version__,
         format="timm",
@@ -151,11 +152,12 @@ def _export_pt2(checkpoint: Checkpoint, request: Request, images: ImageSet | Non
     write_atomic(unverified, content)
     checks: list[Check] = []
     if images is not None:
-        with stage(sink, "verify in torch", min(request.images, images.count)) as current:
-            opened, runtime = open_pt2(unverified.read_bytes()), f"torch {torch.__version__}"
+        runtime, words = f"torch {torch.__version__}", images.description
+        with _verifying(sink, runtime, images, request, checks, path) as current:
+            opened = open_pt2(unverified.read_bytes())
             exact = codes_exact(checkpoint, opened)
             batches = limited(images, request.images, current)
-            checks.append(check_torch(checkpoint, opened, runtime, batches, images.description, codes_exact=exact))
+            checks.append(check_torch(checkpoint, opened, runtime, batches, words, codes_exact=exact))
     packed = sum(layer.size_bytes() for layer in checkpoint.layers.values())
     weights = sum(4 * layer.weight.codes.numel() for layer in checkpoint.layers.values())
     return ExportResult(
@@ -198,13 +200,9 @@ def _export_onnx(
     verifiers = [("ONNX Runtime", check_onnx), ("OpenVINO", check_openvino)] if images is not None else []
     for runtime, verify in verifiers[: 2 if request.openvino else 1]:
         assert images is not None
-        with stage(sink, f"verify in {runtime}", min(request.images, images.count)) as current:
-            batches, words = limited(images, request.images, current), images.description
-            try:
-                content = unverified.read_bytes()
-                checks.append(verify(checkpoint, export, content, batches, words, request.worker_threads))
-            except CoraqError as error:  # the file stays unverified, and its record says why
-                checks.append(refused(runtime, words, error))
+        with _verifying(sink, runtime, images, request, checks, path) as current:
+            batches, content = limited(images, request.images, current), unverified.read_bytes()
+            checks.append(verify(checkpoint, export, content, batches, images.description, request.worker_threads))
     return ExportResult(
         coraq_version=__version__,
         format="onnx",
@@ -221,6 +219,24 @@ def _export_onnx(
         checks=checks,
         notes=export.notes,
     )
+
+
+@contextlib.contextmanager
+def _verifying(
+    sink: Sink, runtime: str, images: ImageSet, request: Request, checks: list[Check], path: Path
+) -> Iterator[stage]:
+    """A stage whose failure is a failed check: the artefact stays unverified, and its record says why.
+
+    The traceback of what only a programmer can mend goes into log.txt beside `path`.
+    """
+    try:
+        with stage(sink, f"verify in {runtime}", min(request.images, images.count)) as current:
+            yield current
+    except Exception as error:
+        if not isinstance(error, CoraqError):
+            with contextlib.suppress(OSError):
+                append_traceback(path.with_name("log.txt"), error)
+        checks.append(refused(runtime, images.description, error))
 
 
 def verdict(checks: list[Check]) -> bool | None:

@@ -80,9 +80,12 @@ def check_openvino(
     return check.model_copy(update=facts)
 
 
-def refused(runtime: str, images: str, error: CoraqError) -> Check:
+def refused(runtime: str, images: str, error: Exception) -> Check:
     """The check of a file that its runtime does not open or run."""
-    reason = f"{error.message} ({error.hint})" if error.hint else error.message
+    if isinstance(error, CoraqError):
+        reason = f"{error.message} ({error.hint})" if error.hint else error.message
+    else:
+        reason = f"{type(error).__name__}: {error}"
     return Check(runtime=runtime, images=images, count=0, logits_error=None, agreeing=0, failures=[reason])
 
 

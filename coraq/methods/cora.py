@@ -138,7 +138,9 @@ class CoRa:
         self.config = config
 
     def quantize(self, task: Task) -> None:
-        plan: dict[str, list[int]] = task.remember("bits and ranks", lambda: self._plan(task))
+        plan: dict[str, list[int]] = task.remember(
+            "bits and ranks", lambda: self._plan(task), lambda kept: _is_plan(kept, task.layers)
+        )
         for layer in task.layers:
             bits, rank = plan[layer.name]
             squares = task.least_squares(layer.name, self.config.correction)
@@ -258,6 +260,19 @@ class CoRa:
         else:
             whole = _repaired(ranks, layers, seen, config)
         return {name: [bits, whole.get(name, 0)] for name, (bits, _) in plan.items()}
+
+
+def _is_plan(kept: object, layers: Sequence[LayerView]) -> bool:
+    """Whether this is a width and a rank for every layer."""
+    if not isinstance(kept, dict) or kept.keys() != {layer.name for layer in layers}:
+        return False
+    return all(
+        isinstance(pair := kept[layer.name], list)
+        and [type(value) for value in pair] == [int, int]
+        and 2 <= pair[0] <= 8
+        and 0 <= pair[1] <= min(layer.shape[1:])
+        for layer in layers
+    )
 
 
 def _repaired(

@@ -67,7 +67,7 @@ class QERA:
 
     def quantize(self, task: Task) -> None:
         if self.config.rank is None:
-            ranks = task.remember("ranks", lambda: self._share_out(task))
+            ranks = task.remember("ranks", lambda: self._share_out(task), lambda kept: _are_ranks(kept, task.layers))
         else:
             ranks = {layer.name: self._capped(layer, self.config.rank) for layer in task.layers}
         for layer in task.layers:
@@ -106,3 +106,10 @@ class QERA:
             ]
         taken = allocate(list(choices.values()), self.config.budget * weights)
         return dict(zip(choices, taken, strict=True))
+
+
+def _are_ranks(kept: object, layers: Sequence[LayerView]) -> bool:
+    """Whether this is a rank for every layer."""
+    if not isinstance(kept, dict) or kept.keys() != {layer.name for layer in layers}:
+        return False
+    return all(type(rank := kept[layer.name]) is int and 0 <= rank <= min(layer.shape[1:]) for layer in layers)

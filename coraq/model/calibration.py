@@ -417,19 +417,22 @@ class CalibrationTask:
             raise CoraqError(f"method {method} made no codes for layer {name}", "It cannot serve as a base.")
         return part.result
 
-    def remember(self, key: str, compute: Callable[[], Any]) -> Any:
+    def remember(self, key: str, compute: Callable[[], Any], valid: Callable[[Any], bool] | None = None) -> Any:
         """See `coraq.api.Task.remember`.
 
         Raises:
-            CoraqError: layers have been committed, but what they were committed under is lost.
+            CoraqError: layers have been committed, but what they were committed under is lost, or is none.
         """
-        if key not in self._memory:
-            if self.committed:
-                raise CoraqError(
-                    f"this run has finished layers but lost the decision {key!r} that they rest on",
-                    "Run it afresh with --force.",
-                )
-            self._memory[key] = compute()
+        if key in self._memory:
+            if valid is None or valid(self._memory[key]):
+                return self._memory[key]
+            raise CoraqError(f"the decision {key!r} of this run does not fit it", "Run it afresh with --force.")
+        if self.committed:
+            raise CoraqError(
+                f"this run has finished layers but lost the decision {key!r} that they rest on",
+                "Run it afresh with --force.",
+            )
+        self._memory[key] = compute()
         return self._memory[key]
 
     def _check_finite(self, name: str, *values: Tensor) -> None:

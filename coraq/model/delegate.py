@@ -77,5 +77,5 @@ class OneLayer:
     def note(self, message: str) -> None:
         self._task.note(message)
 
-    def remember(self, key: str, compute: Any) -> Any:
+    def remember(self, key: str, compute: Any, valid: Any = None) -> Any:
         return compute()
