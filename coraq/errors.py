@@ -37,6 +37,16 @@ class UsageError(CoraqError):
         super().__init__(message, hint, EXIT_USAGE)
 
 
+class MethodError(CoraqError):
+    """A method that broke what it promised: its author can mend it, the user can take another."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            message,
+            "This is a fault of the method: tell its author, or use another. Layers that were finished are kept.",
+        )
+
+
 def disk_error(path: Path, error: OSError, size: int = 0) -> CoraqError:
     """The CoraqError for a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -39,13 +39,13 @@ from coraq.artifact.checkpoint import CheckpointInfo
 from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.core.tensors import stored_bytes
 from coraq.data import Images, ImageSet, Preprocess, run_images, tensor_images
-from coraq.errors import CoraqError, UsageError
+from coraq.errors import CoraqError, MethodError, UsageError
 from coraq.evaluate.accuracy import FloatLogits, compare_networks, evaluate_network
 from coraq.events import Event, JsonLinesSink, LayerCommitted, Note, Sink, StageFinished, null_sink, stage, tee
 from coraq.export.onnx_file import read_metadata
 from coraq.export.record import FileAccuracy
 from coraq.export.runtimes import OnnxRuntime, RuntimeNetwork
-from coraq.model.calibration import FAULT, CalibrationTask, Metrics
+from coraq.model.calibration import CalibrationTask, Metrics
 from coraq.model.fold import Trace, fold
 from coraq.model.load import FloatModel, copy_of, load_model
 from coraq.plainfiles import append_traceback
@@ -173,10 +173,10 @@ def run(
     except BaseException as error:
         with contextlib.suppress(AttributeError):
             error.run_dir = folder.path  # type: ignore[attr-defined]
-        if isinstance(error, CoraqError) and error.hint == FAULT and error.__cause__ is not None:
+        if isinstance(error, MethodError) and error.__cause__ is not None:
             with contextlib.suppress(OSError):
                 append_traceback(folder.path / "log.txt", error.__cause__)
-                error.hint = f"{FAULT} The traceback is in {folder.path / 'log.txt'}"
+                error.hint += f" The traceback is in {folder.path / 'log.txt'}"
         raise
     finally:
         folder.close()
@@ -384,9 +384,7 @@ def _blamed(error: BaseException, method: str, source: str) -> BaseException:
     if ours or isinstance(error, CoraqError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
         return error
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return CoraqError(
-        f"{method} failed: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})", FAULT
-    )
+    return MethodError(f"{method} failed: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})")
 
 
 def _with_progress(sink: Sink, quantizing: stage) -> Sink:

@@ -263,11 +263,9 @@ class CoRa:
 
 
 def _is_plan(kept: object, layers: Sequence[LayerView]) -> bool:
-    """Whether this is a width and a rank for every layer."""
-    if not isinstance(kept, dict) or kept.keys() != {layer.name for layer in layers}:
-        return False
-    return all(
-        isinstance(pair := kept[layer.name], list)
+    """Whether there are bits and a rank for each of these layers."""
+    return isinstance(kept, dict) and all(
+        isinstance(pair := kept.get(layer.name), list)
         and [type(value) for value in pair] == [int, int]
         and 2 <= pair[0] <= 8
         and 0 <= pair[1] <= min(layer.shape[1:])

@@ -109,7 +109,7 @@ class QERA:
 
 
 def _are_ranks(kept: object, layers: Sequence[LayerView]) -> bool:
-    """Whether this is a rank for every layer."""
-    if not isinstance(kept, dict) or kept.keys() != {layer.name for layer in layers}:
-        return False
-    return all(type(rank := kept[layer.name]) is int and 0 <= rank <= min(layer.shape[1:]) for layer in layers)
+    """Whether there is a rank for each of these layers."""
+    return isinstance(kept, dict) and all(
+        type(rank := kept.get(layer.name)) is int and 0 <= rank <= min(layer.shape[1:]) for layer in layers
+    )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from coraq.config import Frozen, Scheme
 from coraq.core.ranges import RangeSample
 from coraq.core.tensors import ActivationGrid
-from coraq.errors import CoraqError
+from coraq.errors import CoraqError, MethodError
 from coraq.model.dataflow import Dataflow
 from coraq.model.engine import Arrival, output_stop
 from coraq.model.gridded import make_gridded, set_grid
@@ -351,7 +351,7 @@ class ActivationGrids:
                 else ""
             )
             if fault:
-                raise CoraqError(f"layer {layer} cannot get this input grid: {fault}", "This is a fault of the method.")
+                raise MethodError(f"layer {layer} cannot get this input grid: {fault}")
             assert site is not None
             self._set(site, given)
         self._final |= self._grids.keys()

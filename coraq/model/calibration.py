@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from coraq.config import Scheme
 from coraq.core.tensors import ActivationGrid, QuantizedLayer
-from coraq.errors import CoraqError
+from coraq.errors import CoraqError, MethodError
 from coraq.events import LayerCommitted, Metric, Note, Sink, null_sink
 from coraq.model.activations import ActivationGrids, ActivationRecord, find_sites
 from coraq.model.blocks import Block, Granularity, partition
@@ -32,7 +32,6 @@ ROWS_PER_INPUT = 64
 DAMPING = 1e-3  # of the Gram's mean diagonal, where the float outputs are projected on the student's inputs
 MOST_GAIN = 2.0  # factor on a channel's scale that matches its variance; more would be a channel beyond repair
 Metrics = dict[str, float | int | str]
-FAULT = "This is a fault of the method: tell its author, or use another. Layers that were finished are kept."
 
 
 class CalibrationTask:
@@ -357,11 +356,11 @@ class CalibrationTask:
         """
         view = self._view(name)
         if name in self.committed:
-            raise CoraqError(f"{self.method}: layer {name} was committed twice", FAULT)
+            raise MethodError(f"{self.method}: layer {name} was committed twice")
         try:
             layer.check(view.shape)
         except (ValueError, TypeError, AttributeError) as error:  # what is no tensor has no shape
-            raise CoraqError(f"{self.method}: its result for layer {name} is invalid: {error}", FAULT) from None
+            raise MethodError(f"{self.method}: its result for layer {name} is invalid: {error}") from None
         layer = self._settle(view, replace(layer, input=self._input_grid(name, layer)))
         numbers: Metrics = {**self._measure(view, layer), **metrics}
         errors = (numbers.get(key, 0.0) for key in ("input_error", "output_error"))
@@ -522,15 +521,14 @@ class CalibrationTask:
         try:
             return self._views[name]
         except (KeyError, TypeError):
-            raise CoraqError(f"{self.method}: there is no layer {name!r}", FAULT) from None
+            raise MethodError(f"{self.method}: there is no layer {name!r}") from None
 
     def finish(self, method: str) -> None:
         """End the pass. Raises CoraqError if the method forgot a layer."""
         missing = [name for name in self._views if name not in self.committed]
         if missing:
-            raise CoraqError(
-                f"method {method} left {len(missing)} of {len(self._views)} layers unquantized, first {missing[0]}",
-                FAULT,
+            raise MethodError(
+                f"method {method} left {len(missing)} of {len(self._views)} layers unquantized, first {missing[0]}"
             )
         if self.grids.missing:  # outputs that no layer was asked for behind, or a run that was killed at its end
             if self._engine is None:
