@@ -322,6 +322,7 @@ def _work(
         "command": command,
         "run_dir": str(folder.path),
         "float_pass_s": float_pass_s,
+        "resumed_layers": len(done),
         "float_sha256": prepared.float_sha256,
         "checkpoint_sha256": hashlib.sha256(folder.checkpoint.read_bytes()).hexdigest(),
         "evaluation_fingerprint": None if evaluation is None else evaluation.fingerprint,

@@ -28,6 +28,7 @@ _OF_THE_OCCASION = {
     "method_source",
     "stages",
     "total_s",
+    "resumed_layers",
     "float_pass_s",
     "peak_memory_bytes",
     "memory_bound_bytes",

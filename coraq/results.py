@@ -149,6 +149,10 @@ class RunResult(Result):
     cost: CostInfo
     stages: dict[str, float] = Field(description="seconds of each stage, in order")
     total_s: float
+    resumed_layers: int = Field(
+        default=0,
+        description="layers that an earlier attempt had finished: times and peak leave out their cost",
+    )
     float_pass_s: float | None = Field(default=None, description="one float pass over the calibration images")
     peak_memory_bytes: int
     memory_bound_bytes: int | None = Field(default=None, description="bound on live calibration activations")
@@ -218,6 +222,7 @@ class CellResult(Result):
     labelled: bool = Field(default=False, description="accuracy was measured; else only fidelity to the float network")
     layer_errors: dict[str, float] = Field(default_factory=dict, description="relative output error of each layer")
     total_s: float | None = None
+    resumed_layers: int = Field(default=0, description="time and memory leave out these, of an earlier attempt")
     peak_memory_bytes: int | None = None
 
     @property
@@ -251,6 +256,7 @@ class ComparedMethod(Result):
     sqnr_db: Spread | None = None
     total_s: float | None = Field(default=None, description="mean time of one run")
     peak_memory_bytes: int | None = Field(default=None, description="largest")
+    resumed: bool = Field(default=False, description="a run went on from an earlier attempt: both are at least this")
 
 
 class PairedSeed(Result):

@@ -44,6 +44,7 @@ def row(name: str, everywhere: bool, result: dict[str, Any]) -> str:
     pairs = [(x["metrics"]["error"], x["metrics"]["rtn_error"]) for x in layers if "rtn_error" in x["metrics"]]
     better = f"{sum(a <= b for a, b in pairs)}/{len(pairs)}" if pairs else "–"
     edges = "as all" if everywhere else "8 bits"
+    least = "≥ " if result.get("resumed_layers") else ""  # a run that was killed and went on
     return (
         f"| {name} | {result['method']} | {result['config']['scheme']['bits']} | {edges} "
         f"| {comparison['float_top1']['value_pct']:.2f} | {top1['value_pct']:.2f} "
@@ -51,7 +52,8 @@ def row(name: str, everywhere: bool, result: dict[str, Any]) -> str:
         f"| {difference['points']:+.2f} [{difference['low_points']:+.1f}, {difference['high_points']:+.1f}] "
         f"| {comparison['kl_nats']:.4f} | {comparison['sqnr_db']:.1f} | {better} "
         f"| {size['effective_bits']:.2f} | {size['file_bytes'] / 1e6:.2f} of "
-        f"{size['float_bytes'] / 1e6:.1f} | {result['total_s']:.0f} | {result['peak_memory_bytes'] / 1e9:.1f} |"
+        f"{size['float_bytes'] / 1e6:.1f} "
+        f"| {least}{result['total_s']:.0f} | {least}{result['peak_memory_bytes'] / 1e9:.1f} |"
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from coraq import pipeline
-from coraq.artifact import RunFolder
+from coraq.artifact import RunFolder, read_result
 from coraq.config import DataConfig, RunConfig
 
 COMMAND = [
@@ -112,6 +112,12 @@ def test_a_run_killed_twice_ends_as_one_that_was_left_alone(undisturbed: tuple[P
     resumed = [json.loads(line) for line in (only_run(tmp_path) / "events.jsonl").read_text().splitlines()]
     assert sum(event.get("resumed", False) for event in resumed) >= int(0.3 * layers) + int(0.7 * layers)
     same_result(only_run(tmp_path), run)
+    # the last attempt's time is not the run's, and says so
+    result = read_result(only_run(tmp_path))
+    assert int(0.7 * layers) <= result.resumed_layers < layers
+    assert f"without the {result.resumed_layers} layers" in (only_run(tmp_path) / "report.md").read_text()
+    assert read_result(run).resumed_layers == 0
+    assert "without the" not in (run / "report.md").read_text()
 
 
 def test_what_a_killed_write_leaves_is_cleared_away(tmp_path: Path) -> None:

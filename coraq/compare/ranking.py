@@ -73,6 +73,7 @@ def _method(label: str, cells: list[CellResult], failed: int, reference: float |
         sqnr_db=_spread(comparisons, lambda c: c.sqnr_db),
         total_s=fmean(cell.total_s or 0 for cell in cells),
         peak_memory_bytes=max(cell.peak_memory_bytes or 0 for cell in cells),
+        resumed=any(cell.resumed_layers for cell in cells),
     )
 
 

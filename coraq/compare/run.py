@@ -126,6 +126,7 @@ def _row(cell: Cell, outcome: Outcome, command: list[str]) -> CellResult:
             "labelled": result.comparison is not None and result.comparison.labelled,
             "layer_errors": {x.name: x.output_error for x in result.layers if x.output_error is not None},
             "total_s": result.total_s,
+            "resumed_layers": result.resumed_layers,
             "peak_memory_bytes": result.peak_memory_bytes,
         }
     )

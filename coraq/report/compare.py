@@ -38,6 +38,7 @@ CSV_COLUMNS = [
     "float_bytes",
     "time_s",
     "peak_memory_bytes",
+    "resumed_layers",
     "run_dir",
     "command",
 ]
@@ -106,8 +107,8 @@ def _csv_row(one: CellResult) -> list[object]:
         ]
     status = "failed" if not one.finished else "reused" if one.reused else "run"
     about = [one.model, one.label, one.bits, one.seed, status, one.reason]
-    cost = [one.effective_bits, one.file_bytes, one.float_bytes, one.total_s, one.peak_memory_bytes, one.run_dir]
-    return [*about, *quality, *cost, shlex.join(one.command)]
+    cost = [one.effective_bits, one.file_bytes, one.float_bytes, one.total_s, one.peak_memory_bytes]
+    return [*about, *quality, *cost, one.resumed_layers, one.run_dir, shlex.join(one.command)]
 
 
 def compare_markdown(result: CompareResult) -> str:

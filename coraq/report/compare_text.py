@@ -50,6 +50,7 @@ def _cells(method: ComparedMethod) -> dict[str, str]:
     failed = f" ({method.failed} failed)" if method.failed else ""
     if not method.seeds:
         return {"#": "–", "method": f"{method.label}{failed}"}
+    least = "≥ " if method.resumed else ""
     return {
         "#": str(method.rank or "≠"),
         "method": f"{method.label}{failed}",
@@ -61,8 +62,8 @@ def _cells(method: ComparedMethod) -> dict[str, str]:
         "bits/w": f"{method.effective_bits or 0:.2f}",
         "size": bytes_text(method.file_bytes or 0),
         "Δ size": difference(method),
-        "time": time_text(method.total_s or 0),
-        "memory": bytes_text(method.peak_memory_bytes or 0),
+        "time": least + time_text(method.total_s or 0),
+        "memory": least + bytes_text(method.peak_memory_bytes or 0),
     }
 
 

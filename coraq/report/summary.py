@@ -141,12 +141,15 @@ def time_facts(result: RunResult) -> list[tuple[str, str]]:
     float_pass = ""
     if result.float_pass_s is not None:
         float_pass = f"; the calibration images once through the float network: {time_text(result.float_pass_s)}"
+    least, without = "", ""
+    if result.resumed_layers:
+        least, without = "at least ", f", without the {result.resumed_layers} layers of an earlier attempt"
     bound = ""
     if result.memory_bound_bytes is not None:
         bound = f"; bound on calibration activations {bytes_text(result.memory_bound_bytes)}"
     return [
-        ("time", f"{time_text(result.total_s)}{float_pass}"),
-        ("peak memory", f"{bytes_text(result.peak_memory_bytes)}{bound}"),
+        ("time", f"{least}{time_text(result.total_s)}{without}{float_pass}"),
+        ("peak memory", f"{least}{bytes_text(result.peak_memory_bytes)}{bound}"),
     ]
 
 

@@ -43,7 +43,8 @@ LONGEST_S = 300.0
 KILLS_A_VICTIM = 3  # before the command is left to its end
 OCCASION = {  # keys of times, places and memory: no second run repeats them
     *("command", "run_dir", "machine", "stages", "total_s", "float_pass_s", "peak_memory_bytes", "memory_bound_bytes"),
-    *("notes", "float_s", "quantized_s", "ran_s", "folder", "reused", "source", "path", "latency", "time_s"),
+    *("notes", "resumed_layers", "resumed", "float_s", "quantized_s", "ran_s", "folder", "reused", "source", "path"),
+    *("latency", "time_s"),
 }
 BYTES = (".safetensors", ".onnx", ".pt2", "decisions.json", "histograms.json")
 NUMBERS = ("metrics.json", "compare.json", "export.json")
