@@ -171,7 +171,7 @@ def test_a_forced_run_that_fails_leaves_the_earlier_result(
         def full(path: Path, *args: object) -> int:
             raise disk_error(path, OSError(errno.ENOSPC, ""), 1000)
 
-        patch.setattr(pipeline, "write_checkpoint", full)
+        patch.setattr("coraq.pipeline.flow.write_checkpoint", full)
         fails([*DEMO, "--force"], capsys, 1, "no room on the disk")
     assert {name: (folder / name).read_bytes() for name in before} == before
     with monkeypatch.context() as patch:
@@ -179,7 +179,7 @@ def test_a_forced_run_that_fails_leaves_the_earlier_result(
         def killed(*args: object, **known: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(pipeline, "compare_networks", killed)
+        patch.setattr("coraq.pipeline.measure.compare_networks", killed)
         assert run([*DEMO, "--force"]) == 130
     assert not (folder / "metrics.json").exists()  # the new checkpoint has no metrics yet, and not the old ones
     assert run(DEMO) == 0

@@ -37,7 +37,7 @@ def limited(arguments: list[str], folder: Path, **limits: int) -> subprocess.Com
         for name, value in limits.items():
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(pipeline.__file__).parents[1])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(pipeline.__file__).parents[2])}
     return subprocess.run(
         [PROGRAM, *arguments],
         cwd=folder,
@@ -173,7 +173,7 @@ def test_running_out_of_memory_is_said_with_ways_out(
         raise error
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "_calibrate", fail)
+    monkeypatch.setattr("coraq.pipeline.flow.calibrate", fail)
     assert run(DEMO) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-2].startswith("error: out of memory")

@@ -120,7 +120,7 @@ def test_a_method_that_changes_the_float_network_spoils_no_other_cell(
 
 def test_a_network_that_cannot_be_loaded_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
-    monkeypatch.setattr(pipeline, "load_model", _refusing(tried))
+    monkeypatch.setattr("coraq.pipeline.prepare.load_model", _refusing(tried))
     shared = Shared(KEEP_BYTES)
     for config in configs()[:2]:
         with pytest.raises(CoraqError, match="no such weights"):

@@ -1,0 +1,16 @@
+"""The flow: load → fold → calibrate and commit layer by layer → write → reload → evaluate → report.
+
+Accuracy is measured on what was read back from disk, never on the object in memory.
+"""
+
+from __future__ import annotations
+
+from coraq.pipeline.evaluation import evaluate_file as evaluate_file
+from coraq.pipeline.evaluation import evaluate_run as evaluate_run
+from coraq.pipeline.flow import folder_name as folder_name
+from coraq.pipeline.flow import run as run
+from coraq.pipeline.inprocess import Quantized as Quantized
+from coraq.pipeline.inprocess import load as load
+from coraq.pipeline.inprocess import quantize as quantize
+from coraq.pipeline.planning import Plan as Plan
+from coraq.pipeline.planning import plan as plan

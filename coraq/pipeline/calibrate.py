@@ -1,0 +1,95 @@
+"""The method over all layers of a prepared network; its faults are named as its own."""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coraq import registry
+from coraq.api import QuantizedLayer
+from coraq.data import ImageSet
+from coraq.errors import CoraqError, MethodError
+from coraq.events import Event, LayerCommitted, Note, Sink, stage
+from coraq.model.calibration import CalibrationTask, Metrics
+from coraq.pipeline.prepare import Prepared
+from coraq.system import default_memory_bound
+
+
+def calibrate(
+    prepared: Prepared,
+    sink: Sink,
+    done: dict[str, tuple[QuantizedLayer, Metrics]] | None = None,
+    save: Callable[[int, str, QuantizedLayer, Metrics], None] | None = None,
+    memory: MutableMapping[str, Any] | None = None,
+) -> CalibrationTask:
+    """Run the method over all layers; returns the finished task with the quantized student in it."""
+    config = prepared.config
+    batches = _load_batches(prepared.images.calibration, prepared.device, sink)
+    with stage(sink, "quantize", len(prepared.found.order)) as quantizing:
+        task = CalibrationTask(
+            prepared.teacher,
+            prepared.found,
+            config.scheme,
+            batches,
+            config.seed,
+            _with_progress(sink, quantizing),
+            done,
+            save,
+            config.calib_memory or default_memory_bound(),
+            rows_per_input=config.data.calib_rows,
+            find_method=registry.make,
+            memory=memory,
+        )
+        task.method = f"method {config.method} ({prepared.method_source})"
+        try:
+            prepared.method(prepared.options).quantize(task)
+            task.finish(config.method)
+        except (Exception, SystemExit) as error:
+            blamed = _blamed(error, task.method, prepared.method_source)
+            if blamed is error:
+                raise
+            raise blamed from error
+        finally:
+            task.close()
+    if task.passes > 1:
+        sink(Note(f"the method went back to earlier layers: {task.passes} calibration passes instead of one"))
+    return task
+
+
+def _load_batches(images: ImageSet, device: torch.device, sink: Sink) -> list[Tensor]:
+    """The calibration images, decoded once, channels last."""
+    batches: list[Tensor] = []
+    with stage(sink, "read calibration images", images.count) as reading:
+        seen = 0
+        for pixels, _ in images.batches():
+            batches.append(pixels.to(device, memory_format=torch.channels_last))
+            seen += len(pixels)
+            reading.advance(seen)
+    if not batches:
+        raise CoraqError(
+            f"no image of {images.description} can be read", "Check the folder; `file` tells what they are."
+        )
+    return batches
+
+
+def _with_progress(sink: Sink, quantizing: stage) -> Sink:
+    def send(event: Event) -> None:
+        sink(event)
+        if isinstance(event, LayerCommitted):
+            quantizing.advance(event.index, event.name)
+
+    return send
+
+
+def _blamed(error: BaseException, method: str, source: str) -> BaseException:
+    """The error to raise for one that a method let out: a stranger's own fault is named as such, with its place."""
+    ours = source == "built-in" and not isinstance(error, SystemExit)
+    if ours or isinstance(error, CoraqError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+        return error
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return MethodError(f"{method} failed: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})")
