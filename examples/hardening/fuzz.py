@@ -1,4 +1,4 @@
-"""Mutation fuzzer over everything that coraq reads back: checkpoints and the files of a run folder.
+"""Mutation fuzzer over everything that coraq reads: checkpoints, run folders, networks in folders, pictures.
 
     python examples/hardening/fuzz.py --count 100000 --seed 0         # prints a table; exit code 1 if one is at fault
     python examples/hardening/fuzz.py --count 1 --seed 0 --skip 4711  # one input again
@@ -33,13 +33,18 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import Tensor
 
 import coraq
 from coraq.artifact import RunFolder, load_checkpoint, read_histograms, read_predictions, read_result
 from coraq.artifact.codec import content_digest
-from coraq.config import Scheme
+from coraq.config import DataConfig, RunConfig, Scheme
+from coraq.data import Preprocess
+from coraq.data.imageset import DecodedImages
+from coraq.data.sources import FileSource
 from coraq.errors import CoraqError
+from coraq.model.load import load_model
 from coraq.testing import random_images, small_network
 
 DEEP = 100_000
@@ -284,6 +289,9 @@ class Bench:
         )
         os.rename(result.run_dir, self.run)
         names = set(self.targets) - {"model.safetensors", "decisions.json"}
+        shutil.copytree(Path(coraq.__file__).with_name("demo"), self.run / "local")
+        for kind in ("png", "jpeg"):
+            Image.fromarray(torch.arange(1200).reshape(20, 20, 3).byte().numpy()).save(self.run / f"picture.{kind}")
         self.good = {name: (self.run / name).read_bytes() for name in names}
         self.good["model.safetensors"] = (folder / "model.safetensors").read_bytes()
         shutil.copy(folder / "model.safetensors", self.run)
@@ -302,6 +310,10 @@ class Bench:
             "predictions.safetensors": self.predictions,
             "histograms.json": self.histograms,
             "decisions.json": self.decisions,
+            "local/config.json": self.local,
+            "local/model.safetensors": self.local,
+            "picture.png": self.picture,
+            "picture.jpeg": self.picture,
         }
 
     def checkpoint(self, path: Path, is_signed: bool) -> str:
@@ -341,11 +353,29 @@ class Bench:
         assert kept in ({}, {"ranks": {"stem": [1, 2]}}), "changed, served"
         return "read" if kept else "left out"
 
+    def local(self, path: Path, is_signed: bool) -> str:
+        module = load_model(RunConfig(model=f"local-dir:{path.parent}")).module
+        for key, value in module.state_dict().items():
+            assert torch.isfinite(value).all(), f"{key} is not finite"
+        return "loaded"
+
+    def picture(self, path: Path, is_signed: bool) -> str:
+        preprocess = Preprocess.resolve({"input_size": (3, 16, 16)}, DataConfig())
+        source = FileSource(str(path.parent), [str(path)])
+        images = DecodedImages.of_source(
+            source, [0], [0], preprocess, description="", fingerprint="", workers=0, batch_size=1
+        )
+        for pixels, _ in images.batches():
+            assert torch.isfinite(pixels).all(), "not finite"
+        return "skipped" if images.skipped else "shown"
+
     def input(self, dice: random.Random) -> tuple[str, str, bytes]:
         """A target, the name of a mutation, and a mutated file."""
         names = list(self.targets)
-        name = dice.choices(names, (12, 3, 3, 1, 1, 1))[0]
-        if name.endswith(".json"):
+        name = dice.choices(names, (12, 3, 3, 1, 1, 1, 2, 1, 1, 1))[0]
+        if name.startswith("picture"):
+            mutation = dice.choice(RAW)
+        elif name.endswith(".json"):
             mutation = dice.choice([*RAW, text_mutated, text_mutated, text_mutated, text_mutated])
         else:
             mutation = dice.choice([*UNSIGNED, *SIGNED, *SIGNED, *SIGNED])
@@ -407,6 +437,14 @@ def peak_mb() -> float:
 def attempt(bench: Bench, watch: Watch, dice: random.Random, longest: float, most_mb: float) -> tuple[str, str, str]:
     """One input: its target, its mutation, and its outcome, which begins with "AT FAULT" if it is."""
     name, mutation, content = bench.input(dice)
+    is_signed = mutation in {one.__name__ for one in SIGNED}
+    return name, mutation, outcome_of(bench, watch, name, content, is_signed, longest, most_mb)
+
+
+def outcome_of(
+    bench: Bench, watch: Watch, name: str, content: bytes, is_signed: bool, longest: float, most_mb: float
+) -> str:
+    """What reading this content in a target's place leads to."""
     path = bench.run / name
     path.write_bytes(content)
     before, watch.seen = peak_mb(), []
@@ -414,7 +452,7 @@ def attempt(bench: Bench, watch: Watch, dice: random.Random, longest: float, mos
         with alarm(longest):
             watch.on = True
             try:
-                outcome = bench.targets[name](path, mutation in {one.__name__ for one in SIGNED})
+                outcome = bench.targets[name](path, is_signed)
             finally:
                 watch.on = False
     except CoraqError as error:
@@ -429,7 +467,7 @@ def attempt(bench: Bench, watch: Watch, dice: random.Random, longest: float, mos
     if peak_mb() > before + most_mb:
         outcome = f"AT FAULT: {peak_mb() - before:.0f} MB more memory"
     path.write_bytes(bench.good[name])
-    return name, mutation, outcome
+    return outcome
 
 
 def main() -> int:
