@@ -16,7 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from coraq.report.markdown import table
+
 RESULTS = Path(__file__).parent / "results"
+COLUMNS = ["network", "method", "bits", "first and last layer", "float top-1 %", "quantized top-1 %"]
+COLUMNS += ["difference, points", "KL nats", "logit SQNR dB", "layers at or below rtn's error", "bits a weight"]
+COLUMNS += ["file MB", "s", "peak GB"]
 IMAGENET = ["--split", "imagenet-val", "--calib-split", "imagenet-sample", "--class-map"]
 SEED = ["--seed", "0"]
 FEWER = ["--calib-size", "512"]  # as the committed rows have; all 1,000 images for the ImageNet networks
@@ -36,25 +41,29 @@ def command(assets: Path, network: str, method: str, bits: int, everywhere: bool
     return ["coraq", "quantize", *model, "--method", method, "--bits", str(bits), *edges, *data, *SEED]
 
 
-def row(name: str, everywhere: bool, result: dict[str, Any]) -> str:
+def row(name: str, everywhere: bool, result: dict[str, Any]) -> list[str]:
     """One line of the table."""
     comparison, size, layers = result["comparison"], result["size"], result["layers"]
     top1, difference = comparison["quantized_top1"], comparison["top1_difference"]
     # the classifier and first layer at 8 bits are hardly quantized: the claim is about every layer
     pairs = [(x["metrics"]["error"], x["metrics"]["rtn_error"]) for x in layers if "rtn_error" in x["metrics"]]
-    better = f"{sum(a <= b for a, b in pairs)}/{len(pairs)}" if pairs else "–"
-    edges = "as all" if everywhere else "8 bits"
     least = "≥ " if result.get("resumed_layers") else ""  # a run that was killed and went on
-    return (
-        f"| {name} | {result['method']} | {result['config']['scheme']['bits']} | {edges} "
-        f"| {comparison['float_top1']['value_pct']:.2f} | {top1['value_pct']:.2f} "
-        f"[{top1['low_pct']:.1f}, {top1['high_pct']:.1f}] "
-        f"| {difference['points']:+.2f} [{difference['low_points']:+.1f}, {difference['high_points']:+.1f}] "
-        f"| {comparison['kl_nats']:.4f} | {comparison['sqnr_db']:.1f} | {better} "
-        f"| {size['effective_bits']:.2f} | {size['file_bytes'] / 1e6:.2f} of "
-        f"{size['float_bytes'] / 1e6:.1f} "
-        f"| {least}{result['total_s']:.0f} | {least}{result['peak_memory_bytes'] / 1e9:.1f} |"
-    )
+    return [
+        name,
+        result["method"],
+        str(result["config"]["scheme"]["bits"]),
+        "as all" if everywhere else "8 bits",
+        f"{comparison['float_top1']['value_pct']:.2f}",
+        f"{top1['value_pct']:.2f} [{top1['low_pct']:.1f}, {top1['high_pct']:.1f}]",
+        f"{difference['points']:+.2f} [{difference['low_points']:+.1f}, {difference['high_points']:+.1f}]",
+        f"{comparison['kl_nats']:.4f}",
+        f"{comparison['sqnr_db']:.1f}",
+        f"{sum(a <= b for a, b in pairs)}/{len(pairs)}" if pairs else "–",
+        f"{size['effective_bits']:.2f}",
+        f"{size['file_bytes'] / 1e6:.2f} of {size['float_bytes'] / 1e6:.1f}",
+        f"{least}{result['total_s']:.0f}",
+        f"{least}{result['peak_memory_bytes'] / 1e9:.1f}",
+    ]
 
 
 def main() -> int:
@@ -80,7 +89,7 @@ def main() -> int:
                         continue
                     name = f"{network}-{method}-w{bits}{'-all' if everywhere else ''}.json"
                     (folder / name).write_text(json.dumps(json.loads(done.stdout), indent=1) + "\n")
-                    print(row(network, everywhere, json.loads(done.stdout)), flush=True)
+                    print(*row(network, everywhere, json.loads(done.stdout)), sep=" | ", flush=True)
     write_table(folder)
     return 1 if failed else 0
 
@@ -93,16 +102,6 @@ def write_table(folder: Path) -> None:
             for bits in (4, 3, 2):
                 for path in sorted(folder.glob(f"{network}-*-w{bits}{suffix}.json"), reverse=True):
                     rows.append(row(network, bool(suffix), json.loads(path.read_text())))
-    columns = ["network", "method", "bits", "first and last layer", "float top-1 %", "quantized top-1 %"]
-    columns += [
-        "difference, points",
-        "KL nats",
-        "logit SQNR dB",
-        "layers at or below rtn's error",
-        "bits a weight",
-        "file MB",
-    ]
-    columns += ["s", "peak GB"]
     text = [
         "# Accuracy at 4, 3 and 2 bits, weights only",
         "",
@@ -113,9 +112,7 @@ def write_table(folder: Path) -> None:
         "evaluating both networks. Bits a weight count scales and zero points. `cora` shares out the bytes of uniform",
         "codes, first and last layer included.",
         "",
-        f"| {' | '.join(columns)} |",
-        f"|{'---|' * len(columns)}",
-        *rows,
+        table(COLUMNS, rows),
         "",
     ]
     (folder.parent / "accuracy.md").write_text("\n".join(text))

@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from coraq.report.markdown import table
+
 RESULTS = Path(__file__).parent / "results"
 IMAGENET = ["--split", "imagenet-val", "--calib-split", "imagenet-sample", "--class-map"]
 NETWORKS: dict[str, list[str]] = {
@@ -24,7 +26,7 @@ NETWORKS: dict[str, list[str]] = {
     "resnet18_cifar10": ["--data-dir", "{assets}/cifar10", "--split", "test", "--calib-split", "train"],
 }
 COLUMNS = ["network", "method", "W/A", "placement", "float top-1 %", "quantized top-1 %", "difference, points"]
-COLUMNS += ["logit SQNR dB", "steps", "calibration images", "s", "peak GB"]
+COLUMNS += ["KL nats", "logit SQNR dB", "steps", "calibration images", "s", "peak GB"]
 
 
 def command(arguments: argparse.Namespace, network: str, method: str, weights: str, activations: str) -> list[str]:
@@ -42,7 +44,7 @@ def command(arguments: argparse.Namespace, network: str, method: str, weights: s
     return [*line, *(part.format(assets=assets) for part in NETWORKS[network])]
 
 
-def row(network: str, result: dict[str, Any]) -> str:
+def row(network: str, result: dict[str, Any]) -> list[str]:
     """One line of the table."""
     comparison, scheme = result["comparison"], result["config"]["scheme"]
     top1, difference = comparison["quantized_top1"], comparison["top1_difference"]
@@ -52,7 +54,7 @@ def row(network: str, result: dict[str, Any]) -> str:
         for x in result["layers"]
         if "iterations" in x["metrics"]
     }
-    cells = [
+    return [
         network,
         result["method"],
         f"{scheme['bits']}/{scheme['act_bits'] or 32}",
@@ -60,13 +62,13 @@ def row(network: str, result: dict[str, Any]) -> str:
         f"{comparison['float_top1']['value_pct']:.2f}",
         f"{top1['value_pct']:.2f} [{top1['low_pct']:.1f}, {top1['high_pct']:.1f}]",
         f"{difference['points']:+.2f} [{difference['low_points']:+.1f}, {difference['high_points']:+.1f}]",
+        f"{comparison['kl_nats']:.4f}",
         f"{comparison['sqnr_db']:.1f}",
         str(sum(units.values())) if units else "–",
         str(result["calibration"]["count"]),
         f"{'≥ ' if result['resumed_layers'] else ''}{result['total_s']:.0f}",
         f"{result['peak_memory_bytes'] / 1e9:.1f}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> int:
@@ -96,7 +98,13 @@ def main() -> int:
                 place = "" if arguments.placement == "inputs" or activations == "32" else "-integer"
                 name = f"{network}-{method}-w{weights}a{activations}{place}.json"
                 (folder / name).write_text(json.dumps(result, indent=1) + "\n")
-                print(row(network, result), flush=True)
+                print(*row(network, result), sep=" | ", flush=True)
+    write_table(folder)
+    return 1 if failed else 0
+
+
+def write_table(folder: Path) -> None:
+    """The table of every cell that has been measured."""
     rows = [
         row(path.name.split("-")[0], json.loads(path.read_text()))
         for network in NETWORKS
@@ -105,9 +113,8 @@ def main() -> int:
     text = ["# Accuracy with quantized weights and activations", ""]
     text += ["Written by `python examples/activations.py`; every row is one `coraq quantize`, whose result stands in"]
     text += ["`activations/`. Intervals are 95 %. `steps` are gradient steps of all units together.", ""]
-    text += [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}", *rows, ""]
+    text += [table(COLUMNS, rows), ""]
     (folder.parent / "activations.md").write_text("\n".join(text))
-    return 1 if failed else 0
 
 
 if __name__ == "__main__":
