@@ -102,6 +102,12 @@ def cluster() -> Iterator[Any]:
     ray.shutdown()
 
 
+def test_the_mailbox_is_light() -> None:
+    """Its process starts while workers are busy: with torch to import it came when they had finished."""
+    program = "import sys, coraq.mailbox; sys.exit(bool({'torch', 'timm', 'coraq.pipeline'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
 @pytest.mark.slow
 def test_two_workers_write_what_one_process_writes(cluster: Any, tmp_path: Path) -> None:
     heard = ListSink()

@@ -29,6 +29,7 @@ from coraq.compare.local import run_cell
 from coraq.compare.run import Outcome
 from coraq.errors import CoraqError, UsageError
 from coraq.events import Event, LayerCommitted, Note, Sink, StageAdvanced, StageFinished, StageStarted, null_sink
+from coraq.mailbox import Began, Mailbox
 from coraq.report import write_report
 from coraq.sharing import Shared
 
@@ -36,14 +37,6 @@ RETRIES = 3  # of a cell whose worker is lost
 POLL_S = 0.2
 _LEFT_BEHIND = ("layers", ".lock")  # of a folder that is sent: what only resuming needs
 _shared: Shared | None = None  # of this worker process: what its cells have in common
-
-
-@dataclass(frozen=True)
-class Began(Event):
-    """A worker took a cell. A second one for the same cell: the first worker was lost."""
-
-    host: str
-    pid: int
 
 
 @dataclass(frozen=True)
@@ -74,20 +67,6 @@ class Delivery:
     folder: str | None = None
     files: dict[str, bytes] | None = None
     have_it: str | None = None  # the driver's own finished folder
-
-
-class Mailbox:
-    """Becomes an actor: events wait here until the driver fetches them."""
-
-    def __init__(self) -> None:
-        self._events: list[tuple[int, Event]] = []
-
-    def put(self, index: int, event: Event) -> None:
-        self._events.append((index, event))
-
-    def take(self) -> list[tuple[int, Event]]:
-        events, self._events = self._events, []
-        return events
 
 
 def work(order: Order, send: Sink = null_sink) -> Delivery:
@@ -245,20 +224,22 @@ class RayEngine:
 
 
 def _task(order: Order, mailbox: Any) -> Delivery:
-    """What a Ray worker does."""
-    last = 0.0
+    """What a Ray worker does. Its events are in the mailbox before it answers: nothing that it said comes too late."""
+    ray, last, sent = _import_ray(), 0.0, None
 
     def send(event: Event) -> None:
-        nonlocal last
+        nonlocal last, sent
         if isinstance(event, StageAdvanced):
             if time.monotonic() - last < POLL_S:
                 return
             last = time.monotonic()
         if not isinstance(event, LayerCommitted):
-            mailbox.put.remote(order.index, event)
+            sent = mailbox.put.remote(order.index, event)
 
     send(Began(socket.gethostname(), os.getpid()))
-    return work(order, send)
+    delivery = work(order, send)
+    ray.get(sent)  # of one sender, an actor takes calls in their order
+    return delivery
 
 
 def _outcome(ray: Any, reference: Any, runs_dir: Path) -> Outcome:
