@@ -66,7 +66,7 @@ def row(network: str, result: dict[str, Any]) -> list[str]:
         f"{comparison['sqnr_db']:.1f}",
         str(sum(units.values())) if units else "–",
         str(result["calibration"]["count"]),
-        f"{'≥ ' if result['resumed_layers'] else ''}{result['total_s']:.0f}",
+        f"{'≥ ' if result.get('resumed_layers') else ''}{result['total_s']:.0f}",
         f"{result['peak_memory_bytes'] / 1e9:.1f}",
     ]
 

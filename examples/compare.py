@@ -77,7 +77,7 @@ def rows_of(network: str, cells: list[dict[str, Any]]) -> list[list[str]]:
                 f"{found['kl_nats']:.4f}",
                 f"{cell['effective_bits']:.3f}",
                 f"{cell['file_bytes'] / 1e6:.3f}",
-                f"{'≥ ' if cell['resumed_layers'] else ''}{cell['total_s']:.0f}",
+                f"{'≥ ' if cell.get('resumed_layers') else ''}{cell['total_s']:.0f}",
             ]
         )
     return lines

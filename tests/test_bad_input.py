@@ -76,7 +76,15 @@ def test_a_pickle_in_a_model_folder_is_named_as_one(network: str, capsys: pytest
     fails(["quantize", network], capsys, 1, "is a pickle, not safetensors")
 
 
-@pytest.mark.parametrize(("content", "wrong"), [("{oops", "Expecting"), ("{}", "no 'architecture'")])
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        ("{oops", "Expecting"),
+        ("{}", "no 'architecture'"),
+        ('{"architecture": ["resnet18"]}', "no name"),
+        ('{"architecture": "resnet18", "pretrained_cfg": {}, "model_args": [1]}', "sequence"),
+    ],
+)
 def test_a_damaged_model_configuration_has_a_way_out(
     content: str, wrong: str, network: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -252,6 +252,9 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
         refuse_pickle(folder / "model.safetensors")
         try:
             _, architecture, arguments = load_model_config_from_path(folder)
+            if not isinstance(architecture, str):
+                raise TypeError(f"its architecture is no name but {architecture!r:.100}")
+            arguments = dict(arguments or {})
         except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             wrong = f"it has no {error}" if isinstance(error, KeyError) else _first_line(error)
             raise CoraqError(
@@ -264,7 +267,7 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
                 _nearest(architecture)
                 + "If a file of your own registers it, name that file's folder with --plugins-dir.",
             )
-        return architecture, dict(arguments or {})
+        return architecture, arguments
     if name.startswith(("hf-hub:", "hf_hub:")):
         go_offline_if_unreachable()
         try:
