@@ -82,7 +82,7 @@ def test_a_pickle_in_a_model_folder_is_named_as_one(network: str, capsys: pytest
         ("{oops", "Expecting"),
         ("{}", "no 'architecture'"),
         ('{"architecture": ["resnet18"]}', "no name"),
-        ('{"architecture": "resnet18", "pretrained_cfg": {}, "model_args": [1]}', "sequence"),
+        ('{"architecture": "resnet18", "pretrained_cfg": {}, "model_args": [1]}', "object has no"),
     ],
 )
 def test_a_damaged_model_configuration_has_a_way_out(
