@@ -425,6 +425,16 @@ def test_a_forged_decision_under_a_right_checksum_is_refused(
     assert "--force" in caught.value.hint
 
 
+def test_a_layer_that_overflows_is_not_resumed_from(tmp_path: Path) -> None:
+    """Its scale is finite, its checksum right, and its weights are not: found by coverage-guided fuzzing."""
+    folder = RunFolder(tmp_path)
+    (tmp_path / "layers").mkdir()
+    layer = random_layer((1, 2, 3), 4, "affine")
+    folder.save_layer(0, "sound", layer, {})
+    folder.save_layer(1, "vast", layer.scaled(3e38 / layer.weight.scale), {})
+    assert list(folder.committed()) == ["sound"]
+
+
 # ---------------------------------------------------------------- pictures
 
 

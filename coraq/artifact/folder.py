@@ -15,6 +15,7 @@ from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -147,7 +148,10 @@ class RunFolder:
                 name, record = about["name"], LayerRecord.model_validate_json(about["record"])
                 if about != _signed(tensors, name=name, record=about["record"], metrics=about["metrics"]):
                     break
-                found[name] = decode(name, record, tensors), _Metrics.validate_json(about["metrics"])
+                layer, metrics = decode(name, record, tensors), _Metrics.validate_json(about["metrics"])
+                if not bool(torch.isfinite(layer.dequantize()).all()):  # finite scales can still overflow
+                    break
+                found[name] = layer, metrics
             except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, MemoryError, CoraqError):
                 break
         return found
