@@ -18,7 +18,7 @@ class GPTQ:
 
     name: ClassVar[str] = "gptq"
     summary: ClassVar[str] = "column-wise rounding with error feedback (OBQ / GPTQ)"
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     needs_data: ClassVar[bool] = True
 
     class Config(MethodConfig):

@@ -25,7 +25,7 @@ class NHotPowersOfTwo:
 
     name: ClassVar[str] = "npot"
     summary: ClassVar[str] = "levels are sums of n signed powers of two: multiplication by shifts"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     needs_data: ClassVar[bool] = False
 
     class Config(MethodConfig):

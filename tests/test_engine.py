@@ -18,7 +18,7 @@ from coraq.api import QuantizedLayer, minmax_grid
 from coraq.config import Scheme
 from coraq.errors import CoraqError
 from coraq.events import LayerCommitted, ListSink, Metric, Note
-from coraq.model.calibration import CalibrationTask
+from coraq.model.calibration import CalibrationTask, _regress
 from coraq.model.engine import LiveStorages, LockStep
 from coraq.model.fold import Structure, fold
 from coraq.model.layers import as_matrices, groups_of
@@ -529,6 +529,17 @@ def test_layers_are_views_of_the_folded_weights_with_their_own_bits() -> None:
 def test_trace_of_an_empty_network_is_empty() -> None:
     found = fold(nn.Sequential(nn.ReLU()), random_images(1))
     assert (found.order, found.outputs, found.structure) == ([], {}, Structure())
+
+
+@pytest.mark.parametrize("rows", [100, 200, 400])
+def test_a_regression_does_not_fit_the_noise_of_few_rows(rows: int) -> None:
+    """Outputs that inputs say nothing of: what is fitted to them is error, most of it with as many rows as inputs."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(rows, 200, generator=generator, dtype=torch.float64)
+    noise = torch.randn(rows, 8, generator=generator, dtype=torch.float64)
+    gram, drift = inputs.T @ inputs / rows, noise.T @ inputs / rows
+    fitted = _regress(drift[None], gram[None], rows)[0]
+    assert fitted.square().sum(1).mean() < 0.3  # of the noise's variance of 1, on inputs not seen
 
 
 def test_a_layers_problem_is_posed_once_for_each_correction(task: CalibrationTask) -> None:

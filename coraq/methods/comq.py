@@ -44,7 +44,7 @@ class COMQ:
 
     name: ClassVar[str] = "comq"
     summary: ClassVar[str] = "coordinate descent over codes and scales on each layer's output error"
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
     needs_data: ClassVar[bool] = True
 
     class Config(MethodConfig):

@@ -76,7 +76,7 @@ class CoRa:
 
     name: ClassVar[str] = "cora"
     summary: ClassVar[str] = "bits and adapter ranks of all layers shared out under one byte budget, on any codes"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     needs_data: ClassVar[bool] = True
     chooses_bits: ClassVar[bool] = True
 

@@ -36,7 +36,7 @@ class QERA:
 
     name: ClassVar[str] = "qera"
     summary: ClassVar[str] = "closed-form low-rank correction of each layer's output error, on any method's codes"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     needs_data: ClassVar[bool] = True
 
     class Config(MethodConfig):

@@ -29,7 +29,7 @@ from coraq.model.reconstruction import BlockData, Collector, calibrate_inside, c
 from coraq.model.statistics import LayerStats, LeastSquares
 
 ROWS_PER_INPUT = 64
-DAMPING = 1e-3  # of the Gram's mean diagonal, where the float outputs are projected on the student's inputs
+DAMPING = 1e-3  # of the Gram's mean diagonal, at least, where the float outputs are projected on the student's inputs
 MOST_GAIN = 2.0  # factor on a channel's scale that matches its variance; more would be a channel beyond repair
 Metrics = dict[str, float | int | str]
 
@@ -328,7 +328,7 @@ class CalibrationTask:
 
     @torch.no_grad()
     def least_squares(self, name: str, correction: float = 0.5) -> LeastSquares:
-        """See `coraq.api.Task.least_squares`. The regression is damped by 1e-3 of the Gram's mean diagonal."""
+        """See `coraq.api.Task.least_squares`. The regression is damped: see `_regress`."""
         stats = self.stats(name)
         if correction not in self._squares:  # a method and the base that it asks for codes pose the same problem
             self._squares[correction] = self._pose(stats, self._view(name).weight, correction)
@@ -344,7 +344,7 @@ class CalibrationTask:
         if drift is None:
             return squares
         # W C (H + λ)⁻¹ written as a change of W, so that strong damping leads back to W
-        change = squares.join(_regress(drift, gram))
+        change = squares.join(_regress(drift, gram, stats.drift_rows))
         return replace(squares, weight=(weight.double() + change).float())
 
     @torch.no_grad()
@@ -554,11 +554,17 @@ class CalibrationTask:
             self._engine = None
 
 
-def _regress(target: Tensor, gram: Tensor) -> Tensor:
-    """`target (gram + λ)⁻¹` of [blocks, k, in] and [blocks, in, in], λ being DAMPING of the mean diagonal."""
+def _regress(target: Tensor, gram: Tensor, rows: int) -> Tensor:
+    """`target (gram + λ)⁻¹` of [blocks, k, in] and [blocks, in, in], both means over so many rows.
+
+    λ is inputs over rows, and at least DAMPING, of the mean diagonal. With about as many rows as inputs a regression
+    fits its own noise, and less so with few rows or with many ("double descent"): resnet18_cifar10 at 2 bits, whose
+    last layers have 4,608 inputs, was best with 128 or 1,024 calibration images and worst with the 512 that give
+    4,608 rows (KL .084); so damped it is .046 there. What is damped away is left to the float weight.
+    """
     diagonal = gram.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1)
-    damping = DAMPING * torch.where(mean > 0, mean, 1.0)
+    damping = max(DAMPING, gram.shape[2] / rows) * torch.where(mean > 0, mean, 1.0)
     # an input that never varies tells nothing; what rounding left of its column would be blown up without bound
     target = torch.where((diagonal > 0)[:, None, :], target, 0.0)
     damped = gram.clone()

@@ -105,7 +105,8 @@ class LayerStats:
     over some positions of each image where there are many more than `rows_per_input` rows for every input (0: over
     all) and some cost less than all; they are centred with those rows' own means.
 
-    `weight` is the float layer's, [groups, out, in].
+    `weight` is the float layer's, [groups, out, in]. `drift_rows` is the number of rows that the last `drift` was
+    taken from.
 
     A layer of very many inputs has its second moments in blocks of consecutive inputs; `on_blocks` is told how many.
     """
@@ -124,6 +125,7 @@ class LayerStats:
         self._arrival, self._clock, self._rows_per_input = arrival, clock, rows_per_input
         self._on_blocks = on_blocks
         self._seen: _Seen | None = None
+        self.drift_rows = 0
         self.current = True
 
     def _timed(self, compute: Callable[[], T]) -> T:
@@ -213,6 +215,7 @@ class LayerStats:
         """
         sampler = self._timed(lambda: self._look(project))
         assert sampler is not None
+        self.drift_rows = sampler.count
         return sampler.drift(centred)
 
     @cached_property
