@@ -72,7 +72,8 @@ def guide(arguments: argparse.Namespace, folder: Path) -> None:
                 content = fuzz.signed(*fuzz.opened(content))
             except Exception:  # what is no safetensors file at all is the other half's business
                 return
-        outcome = fuzz.outcome_of(bench, watch, name, content, is_signed, arguments.longest, arguments.most_mb)
+        # libFuzzer reads what a checksum is compared with and writes it into the file: any content may have a right one
+        outcome = fuzz.outcome_of(bench, watch, name, content, True, arguments.longest, arguments.most_mb)
         if outcome.startswith("AT FAULT"):
             raise AssertionError(f"{name}: {outcome}")
 
