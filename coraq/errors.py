@@ -47,6 +47,11 @@ class MethodError(CoraqError):
         )
 
 
+def exception_text(error: BaseException) -> str:
+    """ "ValueError: what it says", or "ValueError" where it says nothing."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
 def disk_error(path: Path, error: OSError, size: int = 0) -> CoraqError:
     """The CoraqError for a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from coraq import __version__
-from coraq.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, CoraqError
+from coraq.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, CoraqError, exception_text
 from coraq.plainfiles import append_traceback
 
 # First lines of the commands' docstrings, so that `coraq --help` need not import what they import.
@@ -148,5 +148,4 @@ def _bug(error: Exception) -> tuple[str, str]:
         ) as temporary:
             temporary.write("".join(traceback.format_exception(error)))
         log = Path(temporary.name)
-    message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return message, f"this should not happen; the traceback is in {log}"
+    return exception_text(error), f"this should not happen; the traceback is in {log}"

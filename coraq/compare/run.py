@@ -15,7 +15,7 @@ from coraq import system
 from coraq.compare.grid import Cell
 from coraq.compare.ranking import groups_of
 from coraq.config import RunConfig
-from coraq.errors import CoraqError
+from coraq.errors import CoraqError, exception_text
 from coraq.events import Sink, null_sink, stage
 from coraq.results import CellResult, CompareResult, RunResult
 
@@ -137,5 +137,4 @@ def reason_of(error: BaseException) -> tuple[str, str]:
     if isinstance(error, CoraqError):
         return error.message, error.hint
     run_dir = getattr(error, "run_dir", None)
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return text, f"the traceback is in {Path(run_dir) / 'log.txt'}" if run_dir else ""
+    return exception_text(error), f"the traceback is in {Path(run_dir) / 'log.txt'}" if run_dir else ""

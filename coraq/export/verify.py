@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coraq.artifact import Checkpoint
-from coraq.errors import CoraqError
+from coraq.errors import CoraqError, exception_text
 from coraq.export.agreement import Agreement, Batches, Comparer
 from coraq.export.onnx_file import OnnxExport
 from coraq.export.readback import codes_exact, inexact_layers, weights_exact
@@ -85,7 +85,7 @@ def refused(runtime: str, images: str, error: Exception) -> Check:
     if isinstance(error, CoraqError):
         reason = f"{error.message} ({error.hint})" if error.hint else error.message
     else:
-        reason = f"{type(error).__name__}: {error}"
+        reason = exception_text(error)
     return Check(runtime=runtime, images=images, count=0, logits_error=None, agreeing=0, failures=[reason])
 
 

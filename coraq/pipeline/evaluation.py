@@ -7,10 +7,7 @@ from pathlib import Path
 
 import torch
 
-from coraq.artifact import (
-    load_checkpoint,
-    read_result,
-)
+from coraq.artifact import load_checkpoint, read_result
 from coraq.config import DataConfig, RunConfig
 from coraq.data import Preprocess, run_images
 from coraq.errors import CoraqError, UsageError
@@ -22,9 +19,7 @@ from coraq.export.runtimes import OnnxRuntime, RuntimeNetwork
 from coraq.pipeline.measure import measure
 from coraq.pipeline.outcome import Recorder
 from coraq.pipeline.prepare import import_plugins, load_float, open_images
-from coraq.results import (
-    RunResult,
-)
+from coraq.results import RunResult
 from coraq.system import machine, open_device
 
 

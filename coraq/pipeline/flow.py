@@ -29,9 +29,7 @@ from coraq.plainfiles import append_traceback
 from coraq.report.html import PLOTTED_LAYERS
 from coraq.report.render import complete_report, write_report
 from coraq.report.summary import worst_layers
-from coraq.results import (
-    RunResult,
-)
+from coraq.results import RunResult
 from coraq.sharing import Shared, content_of
 from coraq.system import reset_peak_memory
 

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from coraq import registry
-from coraq.artifact import (
-    load_checkpoint,
-    write_checkpoint,
-)
+from coraq.artifact import load_checkpoint, write_checkpoint
 from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.data import Images, Preprocess, tensor_images
 from coraq.errors import UsageError
@@ -25,9 +22,7 @@ from coraq.pipeline.calibrate import calibrate
 from coraq.pipeline.measure import measure
 from coraq.pipeline.outcome import Recorder, checkpoint_info, run_result
 from coraq.pipeline.prepare import Prepared, open_images, state_bytes
-from coraq.results import (
-    RunResult,
-)
+from coraq.results import RunResult
 
 
 class Quantized(NamedTuple):

@@ -9,15 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coraq.artifact import (
-    Predictions,
-)
+from coraq.artifact import Predictions
 from coraq.data import Images
 from coraq.evaluate.accuracy import FloatLogits, compare_networks
 from coraq.events import Sink
-from coraq.results import (
-    Comparison,
-)
+from coraq.results import Comparison
 
 FIDELITY_IMAGES = 256  # without evaluation data, fidelity to the float network is measured on so many
 

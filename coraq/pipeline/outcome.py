@@ -12,13 +12,7 @@ from coraq.events import Event, Note, StageFinished
 from coraq.model.calibration import CalibrationTask, Metrics
 from coraq.pipeline.measure import Measured
 from coraq.pipeline.prepare import Prepared
-from coraq.results import (
-    CalibrationInfo,
-    CostInfo,
-    LayerResult,
-    RunResult,
-    SizeInfo,
-)
+from coraq.results import CalibrationInfo, CostInfo, LayerResult, RunResult, SizeInfo
 from coraq.system import machine, peak_memory, versions
 
 

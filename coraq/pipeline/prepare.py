@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from coraq import registry
 from coraq.api import MethodConfig, Quantizer
-from coraq.artifact import (
-    RunFolder,
-)
+from coraq.artifact import RunFolder
 from coraq.config import DataConfig, RunConfig
 from coraq.data import Images, Preprocess, run_images
 from coraq.errors import CoraqError, UsageError

@@ -4,9 +4,9 @@
     python examples/hardening/guided.py --minutes 10 [--corpus FOLDER] [--seed 1]
 
 The corpus is the good files, and what is kept of earlier runs in FOLDER. The first byte of an input says which file it
-is, the second whether it is given a right checksum, as an attacker would; what is at fault is what `fuzz.py` says. At
-the first fault the program ends with a traceback and exit code 77, and leaves the input in a file `crash-…`. What that
-file does again: `guided.py crash-…`.
+is, the second whether it is given a right checksum, as an attacker would; what is at fault is what `fuzz.py` says of
+files under a right checksum. At the first fault the program ends with a traceback and exit code 77, and leaves the
+input in a file `crash-…`. What that file does again: `guided.py crash-…`.
 """
 
 from __future__ import annotations
