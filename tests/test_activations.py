@@ -244,7 +244,7 @@ def test_statistics_are_those_of_quantized_inputs() -> None:
     task = task_of(small_network(), Scheme(bits=4, act_bits=2, bias="keep"), rows_per_input=0)
     for layer in task.layers[:3]:
         stats = task.stats(layer.name)
-        teacher, student = stats.paired
+        teacher, student = stats.paired[0]
         grid = task.grids.grid_of(layer.name)
         assert grid is not None
         assert torch.equal(student, grid.round(student))

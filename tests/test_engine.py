@@ -556,7 +556,9 @@ def test_the_cross_gram_and_the_reported_errors_are_those_of_the_patches(task: C
     first, second = task.layers[:2]
     task.commit(first.name, rounded(task, first))
     stats = task.stats(second.name)
-    x, y = (rows.double() for rows in stats.paired)
+    groups, _, inputs = second.shape
+    windows = (torch.cat(z).double().mT for z in zip(*stats.paired, strict=True))  # [rows, channels, taps]
+    x, y = (z.reshape(-1, groups, inputs).transpose(0, 1) for z in windows)
     assert not torch.allclose(x, y)
     torch.testing.assert_close(stats.cross_gram, x.mT @ y / x.shape[1], rtol=1e-4, atol=1e-5)
     layer = rounded(task, second)

@@ -6,8 +6,16 @@ import pytest
 import torch
 
 from coraq.core.gram import GramAccumulator
-from coraq.core.patches import Geometry, patches
-from coraq.core.sampling import MIN_ROWS, SampledMoments, grid_step, positions_needed, sampled_patches
+from coraq.core.patches import Geometry, channels_first, patches, taps_first
+from coraq.core.sampling import (
+    MIN_ROWS,
+    SampledMoments,
+    grid_step,
+    positions_needed,
+    sampled_patches,
+    sampled_windows,
+    window_products,
+)
 
 GEOMETRIES = [
     Geometry((1, 1), in_channels=6),
@@ -50,12 +58,24 @@ def test_all_positions_give_the_exact_moments(geometry: Geometry) -> None:
 def test_some_positions_are_patches_of_the_input(geometry: Geometry) -> None:
     """Every sampled row is one of the im2col patches, none twice."""
     x = maps(3, n=1)
-    rows, all_rows = sampled_patches(x, geometry, 6, 0), patches(x, geometry)
+    sampled = channels_first(sampled_patches(x, geometry, 6, 0), geometry.kernel[0] * geometry.kernel[1])
+    rows, all_rows = sampled, patches(x, geometry)
     distances = torch.cdist(rows.double(), all_rows.double())
     nearest = distances.min(-1)
     assert float(nearest.values.max()) < 1e-6
     if geometry.groups == 1:
         assert len(nearest.indices[0].unique()) == rows.shape[1]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_products_of_windows_are_those_of_patches(geometry: Geometry) -> None:
+    """In float64, where both ways agree to its rounding; and the two orders of a weight's inputs undo each other."""
+    x, taps = maps(5).double(), geometry.kernel[0] * geometry.kernel[1]
+    rows = channels_first(sampled_patches(x, geometry, 20, 3), taps)
+    weight = torch.randn(geometry.groups, 4, geometry.inputs, dtype=torch.float64)
+    wanted = (rows @ weight.mT).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(window_products(sampled_windows(x, geometry, 20, 3), weight), wanted)
+    assert torch.equal(channels_first(taps_first(weight, taps), taps), weight)
 
 
 def test_the_phase_reaches_every_position() -> None:

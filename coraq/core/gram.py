@@ -24,7 +24,9 @@ from coraq.core.patches import (
     MeanAccumulator,
     Totals,
     add_upper,
+    channels_first,
     check_images,
+    gram_channels_first,
     mirrored,
     pad_frame,
     windows_of,
@@ -101,17 +103,8 @@ class GramAccumulator:
         count, total, gram = sum(part.count for part in parts), parts[0].sum, parts[0].gram
         for part in parts[1:]:
             total, gram = total + part.sum, gram.add_(part.gram)
-        return Moments(count, self._order(total) / count, self._order_gram(gram).div_(count))
-
-    def _order(self, total: Tensor) -> Tensor:
         taps = math.prod(self.geometry.kernel)
-        return total.reshape(total.shape[0], taps, -1).transpose(1, 2).reshape(total.shape)
-
-    def _order_gram(self, gram: Tensor) -> Tensor:
-        taps = math.prod(self.geometry.kernel)
-        channels = gram.shape[1] // taps
-        blocks = gram.reshape(-1, taps, channels, taps, channels)
-        return blocks.permute(0, 2, 1, 4, 3).reshape(gram.shape)
+        return Moments(count, channels_first(total, taps) / count, gram_channels_first(gram, taps).div_(count))
 
 
 def _choose(geometry: Geometry, size: tuple[int, int], shift: Tensor) -> _Way:

@@ -215,6 +215,23 @@ def add_upper(gram: Tensor, rows: Tensor) -> None:
         gram[:, i : i + SPLIT, i:] += product(left, right)
 
 
+def channels_first(x: Tensor, taps: int) -> Tensor:
+    """The last axis, taps before channels, in the order of a weight matrix: channels before taps."""
+    return x.unflatten(-1, (taps, -1)).transpose(-1, -2).flatten(-2)
+
+
+def taps_first(x: Tensor, taps: int) -> Tensor:
+    """The inverse of `channels_first`."""
+    return x.unflatten(-1, (-1, taps)).transpose(-1, -2).flatten(-2)
+
+
+def gram_channels_first(gram: Tensor, taps: int) -> Tensor:
+    """`channels_first` of rows and columns of [groups, in, in], in one copy."""
+    channels = gram.shape[1] // taps
+    blocks = gram.reshape(-1, taps, channels, taps, channels)
+    return blocks.permute(0, 2, 1, 4, 3).reshape(gram.shape)
+
+
 def mirrored(gram: Tensor) -> Tensor:
     """The symmetric matrices of which the upper triangle is given."""
     return gram.triu().add_(gram.triu(1).transpose(1, 2))

@@ -15,9 +15,18 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from coraq.core.gram import Moments
-from coraq.core.patches import Geometry, add_upper, mirrored, product
+from coraq.core.patches import (
+    Geometry,
+    add_upper,
+    channels_first,
+    gram_channels_first,
+    mirrored,
+    product,
+    taps_first,
+)
 
 # For layers with few inputs: a depthwise 3×3 has nine, and they matter. A quarter of these rows, here and in pairs, was
 # a third faster on 256 images, and cost mobilenetv2 at 2 bits a fifth of its KL (cora: 0.244 against 0.206).
@@ -28,6 +37,7 @@ GRAM_ENTRIES = 2**26
 # Rows of both networks that outputs are compared on. The variances of a float and a quantized output rise and fall
 # together, but a gain's error is multiplied from layer to layer.
 PAIRED_ROWS, PAIRED_ENTRIES = 16_384, 2**25
+STRIP = 256  # rows of a matrix turned over at once
 KEPT_ROWS = 1024  # of a layer whose Gram is in blocks, to take errors from with all correlations in them
 
 
@@ -67,7 +77,9 @@ class SampledMoments:
         self._sum = torch.zeros(groups, inputs, dtype=torch.float64, device=self.device)
         size = inputs if gram else 0
         self._gram = torch.zeros(groups, size, size, dtype=torch.float64, device=self.device)
-        self._project = None if project is None else _in_blocks(project, blocks)
+        # patches have their taps first, but where they are cut into blocks of a weight's consecutive inputs
+        self._taps = math.prod(geometry.kernel) if blocks == 1 else 1
+        self._project = None if project is None else _in_blocks(taps_first(project, self._taps), blocks)
         k = 0 if project is None else project.shape[1]
         self._drift_sum = torch.zeros(groups, k, dtype=torch.float64, device=self.device)
         self._drift = torch.zeros(groups, k, inputs, dtype=torch.float64, device=self.device)
@@ -78,7 +90,7 @@ class SampledMoments:
         if self.blocks > 1:
             room = max(0, KEPT_ROWS - self.count)
             self._kept += [rows[:, :room].clone()] if room else []
-            rows = _in_blocks(rows, self.blocks)
+        rows = _in_blocks(rows, self.blocks)
         difference = None
         if self._project is not None:
             if teacher is None:
@@ -97,13 +109,14 @@ class SampledMoments:
         self._batches += 1
 
     def _rows(self, x: Tensor) -> Tensor:
-        return sampled_patches(x, self.geometry, self.positions, self._batches)
+        rows = sampled_patches(x, self.geometry, self.positions, self._batches)
+        return rows if self.blocks == 1 else channels_first(rows, math.prod(self.geometry.kernel))
 
     def result(self) -> Moments:
         """Moments of the student's patches."""
         mean, centred = self._means()
         gram = mirrored(self._gram) / self.count - _outer(centred, centred) + _outer(mean, mean)
-        return Moments(self.count, mean, gram)
+        return Moments(self.count, channels_first(mean, self._taps), gram_channels_first(gram, self._taps))
 
     def rows(self) -> Tensor | None:
         """The first of the student's patches, float32 [groups, rows, in], if there are several blocks."""
@@ -113,7 +126,8 @@ class SampledMoments:
         """`E[P (x_teacher − x_student) x_studentᵀ]`, float64 [groups · blocks, k, in/blocks]; `centred`: less means."""
         mean, less = self._means()
         moved = self._drift_sum / self.count
-        return self._drift / self.count - _outer(moved, less) + (0.0 if centred else _outer(moved, mean))
+        drift = self._drift / self.count - _outer(moved, less) + (0.0 if centred else _outer(moved, mean))
+        return channels_first(drift, self._taps)
 
     def _means(self) -> tuple[Tensor, Tensor]:
         """Mean, and mean less the shift: float64 [groups · blocks, in/blocks]."""
@@ -124,26 +138,70 @@ class SampledMoments:
 
 
 def sampled_patches(x: Tensor, geometry: Geometry, positions: int, turn: int) -> Tensor:
-    """Patches [groups, rows, in] of images [N, C, H, W] on a regular grid of about `positions` output positions each.
+    """`sampled_windows` by group, as matrices [groups, rows, in] with taps before channels (`taps_first`).
 
-    `turn`, the number of the micro-batch, moves the grid. Inputs stand in the order of the weight matrix.
+    Of a depthwise layer it is a view whose rows, and not its inputs, lie side by side.
+    """
+    windows = sampled_windows(x, geometry, positions, turn)
+    if geometry.groups == 1:
+        return windows.reshape(1, -1, geometry.inputs)
+    taps = windows.shape[1]
+    if geometry.groups == geometry.in_channels:
+        return _turned(windows.flatten(1)).unflatten(0, (taps, -1)).permute(1, 2, 0)
+    grouped = windows.unflatten(2, (geometry.groups, -1))
+    return grouped.permute(2, 0, 1, 3).reshape(geometry.groups, -1, geometry.inputs)
+
+
+def window_products(windows: Tensor, weight: Tensor) -> Tensor:
+    """What a weight [groups, out, in] makes of windows [rows, taps, C]: [rows, groups · out]."""
+    groups, out, _ = weight.shape
+    taps = windows.shape[1]
+    if groups == 1:
+        return windows.flatten(1) @ taps_first(weight[0], taps).mT
+    # a matrix for each group is slow to make and, with one input channel each, to multiply by
+    kernel = weight.reshape(groups * out, -1, taps, 1)
+    return functional.conv2d(windows.unsqueeze(2).permute(0, 3, 1, 2), kernel, groups=groups).flatten(1)
+
+
+def sampled_windows(x: Tensor, geometry: Geometry, positions: int, turn: int) -> Tensor:
+    """What a kernel sees of images [N, C, H, W] at about `positions` output positions each: [rows, taps, C].
+
+    The positions are a regular grid that `turn`, the number of the micro-batch, moves. The tensor is the caller's own.
     """
     height, width = x.shape[2], x.shape[3]
     out = geometry.output_size(height, width)
     step = grid_step(out, positions)
-    phase = turn % step[0], turn // step[0] % step[1]
-    y = torch.arange(phase[0] % out[0], out[0], step[0], device=x.device) * geometry.stride[0] - geometry.padding[0]
-    z = torch.arange(phase[1] % out[1], out[1], step[1], device=x.device) * geometry.stride[1] - geometry.padding[2]
+    phase = (turn % step[0] % out[0], turn // step[0] % step[1] % out[1])
+    count = [len(range(first, size, by)) for first, size, by in zip(phase, out, step, strict=True)]
+    jump = [by * stride for by, stride in zip(step, geometry.stride, strict=True)]
+    start = [first * stride for first, stride in zip(phase, geometry.stride, strict=True)]
+    (kh, kw), (top, _, left, _) = geometry.kernel, geometry.padding
     frame = x.permute(0, 2, 3, 1)
-    taps = []
-    for i in range(geometry.kernel[0]):
-        for j in range(geometry.kernel[1]):
-            rows, columns = (y + i * geometry.dilation[0])[:, None], z + j * geometry.dilation[1]
-            tap = frame[:, rows.clamp(0, height - 1), columns.clamp(0, width - 1)]
-            inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-            taps.append(tap * inside[..., None] if not bool(inside.all()) else tap)
-    patches = torch.stack(taps, -1) if len(taps) > 1 else taps[0][..., None]  # N, py, px, C, taps
-    return patches.reshape(-1, geometry.groups, geometry.inputs).transpose(0, 1).contiguous()
+    patches = x.new_empty(x.shape[0], *count, kh * kw, geometry.in_channels)
+    for i in range(kh):
+        rows, y = _inside(start[0] + i * geometry.dilation[0] - top, jump[0], count[0], height)
+        for j in range(kw):
+            columns, z = _inside(start[1] + j * geometry.dilation[1] - left, jump[1], count[1], width)
+            tap = patches[..., i * kw + j, :]
+            if (rows.start, columns.start, rows.stop, columns.stop) != (0, 0, *count):
+                tap.zero_()
+            tap[:, rows, columns] = frame[:, y, z]
+    return patches.flatten(0, 2)
+
+
+def _turned(matrix: Tensor) -> Tensor:
+    """The transpose, contiguous: strip by strip, so that what is read stays in the cache until it is all written."""
+    out = matrix.new_empty(matrix.shape[1], matrix.shape[0])
+    for i in range(0, len(matrix), STRIP):
+        out[:, i : i + STRIP] = matrix[i : i + STRIP].t()
+    return out
+
+
+def _inside(first: int, step: int, count: int, size: int) -> tuple[slice, slice]:
+    """Which of `count` positions first, first + step, … lie in 0 … size, and where: slices of both sequences."""
+    low = min(count, max(0, -(first // step)))
+    high = max(low, min(count, (size - 1 - first) // step + 1))
+    return slice(low, high), slice(first + low * step, first + high * step, step) if high > low else slice(0, 0)
 
 
 def grid_step(out: tuple[int, int], positions: int) -> tuple[int, int]:

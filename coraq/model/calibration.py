@@ -23,7 +23,7 @@ from coraq.model.activations import ActivationGrids, ActivationRecord, find_site
 from coraq.model.blocks import Block, Granularity, partition
 from coraq.model.delegate import OneLayer
 from coraq.model.engine import Arrival, LockStep
-from coraq.model.fold import Trace, relative_error
+from coraq.model.fold import Trace
 from coraq.model.layers import LayerView, as_matrices, groups_of, install, kernel_of, kind_of
 from coraq.model.reconstruction import BlockData, Collector, calibrate_inside, cut_out
 from coraq.model.statistics import LayerStats, LeastSquares
@@ -452,10 +452,11 @@ class CalibrationTask:
         if self.scheme.gain == "keep" or self.scheme.granularity == "tensor" or layer.weight.scale.numel() == 1:
             return layer
         stats = self.stats(view.name)
-        wanted, found = (y.var(1, correction=0) for y in (stats.wanted, stats.outputs(layer.dequantize())))
+        wanted, found = stats.wanted_spread.variance, stats.output_spread(layer.dequantize()).variance
         alive = (wanted > 0) & (found > 0) & torch.isfinite(wanted) & torch.isfinite(found)
         ratio = torch.where(alive, wanted / torch.where(alive, found, 1.0), 1.0)
-        return layer.scaled(ratio.sqrt().clamp(1 / MOST_GAIN, MOST_GAIN).float()[:, :, None])
+        factor = ratio.sqrt().clamp(1 / MOST_GAIN, MOST_GAIN).float()
+        return layer.scaled(factor.reshape(*view.shape[:2], 1))
 
     def _input_grid(self, name: str, layer: QuantizedLayer) -> ActivationGrid | None:
         """The grid of the layer's input: the method's own or the calibrated one."""
@@ -496,15 +497,8 @@ class CalibrationTask:
             numbers["rank"] = layer.adapter.rank
         if self.has_data:
             stats = self.stats(view.name)
-            paired, wanted, found = stats.paired, stats.wanted, stats.outputs(layer.dequantize())
-            start = time.perf_counter()
-            numbers["input_error"] = relative_error(paired.student, paired.teacher)
-            if view.bias is not None:
-                wanted = wanted + view.bias.reshape(len(wanted), 1, -1)
-            if layer.bias is not None:
-                found += layer.bias.reshape(len(found), 1, -1)
-            numbers["output_error"] = relative_error(found, wanted)
-            self.clock["statistics"] += time.perf_counter() - start
+            numbers["input_error"] = stats.input_error
+            numbers["output_error"] = stats.output_error(layer.dequantize(), layer.bias, view.bias)
         return numbers
 
     def log(self, metric: str, value: float, step: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from coraq.core.gram import GramAccumulator, Moments, exact_cost, sampled_cost
 from coraq.core.patches import Geometry, MeanAccumulator
-from coraq.core.sampling import SampledMoments, blocks_needed, paired_positions, positions_needed, sampled_patches
+from coraq.core.sampling import (
+    SampledMoments,
+    blocks_needed,
+    paired_positions,
+    positions_needed,
+    sampled_windows,
+    window_products,
+)
 from coraq.errors import CoraqError
 from coraq.model.engine import Arrival
 from coraq.model.layers import as_images, groups_of
@@ -22,6 +29,7 @@ from coraq.model.layers import as_images, groups_of
 TEACHER, STUDENT = 0, 1
 PATCHES = 2**23  # entries of patches made at once where all positions of many images are wanted
 CONSTANT = 1e-12  # an input whose variance is a smaller share of its mean square is constant but for float32 rounding
+SQUARED = 2**18  # entries whose squares are summed in float32, before float64
 T = TypeVar("T")
 
 
@@ -81,10 +89,40 @@ class _Seen(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """The same patches of both networks, float32 [groups, rows, in]."""
+    """What the layer's kernel sees at some positions, in both networks: float32 [rows, taps, C], of one micro-batch."""
 
     teacher: Tensor
     student: Tensor
+
+
+class Spread(NamedTuple):
+    """Mean and (uncorrected) variance of each output channel, float64 [groups · out]."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def mean_square(self, offset: Tensor) -> float:
+        """Mean square of the channels, an offset added to each, summed over channels."""
+        return float((self.variance + (self.mean + offset).square()).sum())
+
+
+def spread(pieces: Sequence[Tensor]) -> Spread:
+    """Mean and variance over all rows of float32 [rows, channels] tensors.
+
+    By products with ones: torch's own reductions over rows take ten times as long.
+    """
+    count = sum(map(len, pieces))
+    ones = [piece.new_ones(len(piece)) for piece in pieces]
+    mean = torch.stack([(one @ piece).double() for one, piece in zip(ones, pieces, strict=True)]).sum(0) / count
+    centre = mean.to(pieces[0].dtype)
+    squares = [(one @ (piece - centre).square_()).double() for one, piece in zip(ones, pieces, strict=True)]
+    variance = torch.stack(squares).sum(0) / count - (mean - centre.double()).square()
+    return Spread(mean, variance.clamp(min=0))
+
+
+def _square(x: Tensor) -> float:
+    """Sum of squares of all entries; NaN or Inf anywhere is not lost."""
+    return math.fsum(float(part @ part) for part in x.flatten().split(SQUARED))
 
 
 class _Plan(NamedTuple):
@@ -219,31 +257,65 @@ class LayerStats:
         return sampler.drift(centred)
 
     @cached_property
-    def paired(self) -> Paired:
-        """Some patches of both networks at the same positions, from all images."""
+    def paired(self) -> list[Paired]:
+        """The same sample of both networks' inputs, from all images, micro-batch by micro-batch."""
 
-        def compute() -> Paired:
-            found: list[tuple[Tensor, Tensor]] = []
+        def compute() -> list[Paired]:
+            found: list[Paired] = []
             for x, y in self._arrival.pairs():
                 (student, geometry), (teacher, _) = as_images(self._module, y), as_images(self._module, x)
                 wanted = self._arrival.batch_size * paired_positions(geometry, self._arrival.images)
                 positions = -(-wanted // student.shape[0])
-                teacher, student = (sampled_patches(z, geometry, positions, len(found)) for z in (teacher, student))
-                found.append((teacher, student))
-            return Paired(*(torch.cat(rows, 1) for rows in zip(*found, strict=True)))
+                found.append(Paired(*(sampled_windows(z, geometry, positions, len(found)) for z in (teacher, student))))
+            return found
 
         return self._timed(compute)
 
     @cached_property
-    def wanted(self) -> Tensor:
-        """The float layer's outputs on the patches of `paired`, without bias: float32 [groups, rows, out]."""
-        rows = self.paired.teacher
-        return self._timed(lambda: rows @ self._weight.mT)
+    def input_error(self) -> float:
+        """Relative Frobenius error of the student's patches."""
+        paired = self.paired
 
-    def outputs(self, weight: Tensor) -> Tensor:
-        """What a quantized weight [groups, out, in] makes of the student's patches, as `wanted`."""
-        rows = self.paired.student
-        return self._timed(lambda: rows @ weight.to(rows.device).mT)
+        def compute() -> float:
+            noise = math.fsum(_square(student - teacher) for teacher, student in paired)
+            return math.sqrt(noise / max(math.fsum(_square(teacher) for teacher, _ in paired), 1e-60))
+
+        return self._timed(compute)
+
+    @cached_property
+    def wanted(self) -> list[Tensor]:
+        """The float layer's outputs on `paired`, without bias: float32 [rows, groups · out] each."""
+        paired = self.paired
+        return self._timed(lambda: [window_products(teacher, self._weight) for teacher, _ in paired])
+
+    @cached_property
+    def wanted_spread(self) -> Spread:
+        """Mean and variance of each output channel of `wanted`."""
+        wanted = self.wanted
+        return self._timed(lambda: spread(wanted))
+
+    def outputs(self, weight: Tensor) -> list[Tensor]:
+        """What a quantized weight [groups, out, in] makes of the student's inputs, as `wanted`."""
+        paired, weight = self.paired, weight.to(self._weight.device)
+        return self._timed(lambda: [window_products(student, weight) for _, student in paired])
+
+    def output_spread(self, weight: Tensor) -> Spread:
+        """Mean and variance of each output channel of `outputs`."""
+        found = self.outputs(weight)
+        return self._timed(lambda: spread(found))
+
+    def output_error(self, weight: Tensor, bias: Tensor | None, float_bias: Tensor | None) -> float:
+        """Relative Frobenius error of the outputs, biases [groups · out] included."""
+        wanted, found, scale = self.wanted, self.outputs(weight), self.wanted_spread
+
+        def compute() -> float:
+            noise = spread([y.sub_(z) for y, z in zip(found, wanted, strict=True)])
+            none = torch.zeros_like(scale.mean)
+            offset = none if float_bias is None else float_bias.double()
+            change = (none if bias is None else bias.double()) - offset
+            return math.sqrt(noise.mean_square(change) / max(scale.mean_square(offset), 1e-60))
+
+        return self._timed(compute)
 
     @cached_property
     def mean(self) -> Tensor:
