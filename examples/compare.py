@@ -6,7 +6,7 @@
 The groups of methods:
 - same: the bytes of uniform codes. rtn, gptq, npot, comq, cora.
 - more: 0.05 bytes a weight more, spent on adapters in closed form (qera, cora with spend=ranks), on more bits for the
-  most sensitive layers without adapters (the control, spend=bits), or on whichever saves more (cora).
+  most sensitive layers without adapters (the control, cora with edges=keep), or of all layers (cora).
 - search: the same bytes as `more`, for adapters of searched ranks (100 steps); and the paper's form.
 - blocks: the bytes of uniform codes again, block by block: brecq. Slow.
 
@@ -33,7 +33,7 @@ SAME = ["rtn", "gptq", "npot", "comq", "cora"]
 MORE = [
     "qera:budget=0.05",
     "cora:budget=0.05:spend=ranks:edges=keep",
-    "cora:budget=0.05:spend=bits:edges=keep",
+    "cora:budget=0.05:edges=keep",
     "cora:budget=0.05",
 ]
 SEARCH = ["cora:budget=0.05:spend=ranks:edges=keep:iterations=100", "cora:preset=paper:iterations=100"]

@@ -177,8 +177,8 @@ def main() -> int:
                 (arguments.results / "export").mkdir(parents=True, exist_ok=True)
                 text = json.dumps(json.loads(result.model_dump_json()), indent=1)
                 (arguments.results / "export" / f"{network}-{scheme}.json").write_text(text + "\n")
-    if not arguments.families:  # a choice of families is for a look
-        write(arguments.results, rows, "export" if arguments.families is None else "export_families", failed)
+            if not arguments.families:  # a choice of families is for a look
+                write(arguments.results, rows, "export" if arguments.families is None else "export_families", failed)
     return 1 if failed else 0
 
 

@@ -146,6 +146,18 @@ def test_cora_holds_its_budget_and_beats_its_base(spend: str) -> None:
     )
 
 
+def test_shares_of_bits_do_not_depend_on_how_well_codes_fit_few_images() -> None:
+    """Codes fitted to fewer images than a layer has inputs seem free of cost on these; it takes no pass to find out."""
+    plans = []
+    for base in ("rtn", "comq"):
+        one = task()
+        layers = run(one, CoRa, base=base, spend="bits")
+        plans.append({name: layer.weight.bits for name, layer in layers.items()})
+        assert one.passes == 1
+    assert plans[0] == plans[1]
+    assert len(set(plans[0].values())) > 1
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "up"])
 def test_the_search_logs_its_loss_and_budget_and_the_repair_holds_it(rounding: str) -> None:
     sink = ListSink()

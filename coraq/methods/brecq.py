@@ -110,6 +110,9 @@ class BRECQ:
             lt=1,
             description="share of activation elements and of block inputs that stay float in a step (QDrop: 0.5)",
         )
+        precision: Literal["float32", "bfloat16"] = Field(
+            default="float32", description="of the products while learning; what is learned stays float32"
+        )
         guard: bool = Field(default=True, description="keep the base codes of a unit where they are better")
 
     def __init__(self, config: Config) -> None:
@@ -306,8 +309,10 @@ class Unit:
         if config.drop:
             keep = torch.empty_like(x).uniform_(generator=self.task.rng) < config.drop
             x = torch.where(keep, data.teacher_input[rows], x)
-        got = functional_call(data.module, self._soft() if weights else self._hard(), (x,))
-        square = (got - wanted).square()
+        half = config.precision == "bfloat16"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+            got = functional_call(data.module, self._soft() if weights else self._hard(), (x,))
+        square = (got.float() - wanted).square()
         if weigh is not None:
             square = square * weigh[rows]
         loss = square.sum() / (square.numel() / square.shape[1])  # a sum over channels, as published

@@ -47,7 +47,9 @@ def float_block(channels: int) -> nn.Module:
     return block.eval().requires_grad_(False)
 
 
-def ours(block: nn.Module, x: Tensor, y: Tensor, bits: int, act_bits: int | None, batch: int) -> Callable[[], object]:
+def ours(
+    block: nn.Module, x: Tensor, y: Tensor, bits: int, act_bits: int | None, batch: int, precision: str
+) -> Callable[[], object]:
     """One step of coraq's brecq."""
     import copy
 
@@ -72,7 +74,7 @@ def ours(block: nn.Module, x: Tensor, y: Tensor, bits: int, act_bits: int | None
         weight = layer.weight.detach().reshape(1, layer.out_channels, -1).clone()
         views.append(LayerView(f"block.{name}", weight, layer.bias, bits, None, "conv", (3, 3), 0))
     task: Any = SimpleNamespace(scheme=Scheme(bits=bits, bias="keep"), rng=torch.Generator().manual_seed(0))
-    config: Any = configure(BRECQ, {"batch": batch, "start": "nearest"})
+    config: Any = configure(BRECQ, {"batch": batch, "start": "nearest", "precision": precision})
     reconstruction = Unit(config, task, data, views)
     reconstruction.start()
     groups = [{"params": [layer.rounding.alpha for layer in reconstruction.layers.values()], "lr": 1e-3}]
@@ -140,6 +142,7 @@ def main() -> int:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--act-bits", type=int, default=None)
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--precision", default="float32", help="of coraq's products: float32 or bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -149,7 +152,7 @@ def main() -> int:
     with torch.no_grad():
         y = block(x.clone())
     common = (block, x, y, arguments.bits, arguments.act_bits, arguments.batch)
-    runs = {"coraq": ours(*common), "released": theirs(arguments.repository, *common)}
+    runs = {"coraq": ours(*common, arguments.precision), "released": theirs(arguments.repository, *common)}
     wall: dict[str, list[float]] = {name: [] for name in runs}
     cpu: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(arguments.steps + 2):
