@@ -101,7 +101,7 @@ class CoRa:
         spend: Literal["auto", "ranks", "bits"] = Field(
             default="bits",
             description="what the budget buys: adapters (ranks, the paper), more bits for the most sensitive layers "
-            "(bits), or whichever saves more for its bytes, layer by layer (auto; twice the time, for nothing measured)",
+            "(bits), or whichever saves more for its bytes, layer by layer (auto; twice the time, no gain measured)",
         )
         edges: Literal["share", "keep"] = Field(
             default="share",
