@@ -34,6 +34,7 @@ PAPER = {
     "tolerance": 0.0,
     "guard": False,
     "correction": 0.0,
+    "shrinkage": 0.0,
 }
 SPAN = (1.25, 0.65)  # scales tried, as shares of that of least weight error: wider gained nothing
 FEW_INPUTS = 64  # up to here (depthwise layers) a range costs nothing to try, and four times as many are
@@ -44,7 +45,7 @@ class COMQ:
 
     name: ClassVar[str] = "comq"
     summary: ClassVar[str] = "coordinate descent over codes and scales on each layer's output error"
-    version: ClassVar[str] = "4"
+    version: ClassVar[str] = "5"
     needs_data: ClassVar[bool] = True
 
     class Config(MethodConfig):
@@ -78,6 +79,12 @@ class COMQ:
             description="share of the earlier layers' errors that a layer's target undoes: 0 matches the layer's own "
             "outputs with float weights (the paper), 1 the float network's as nearly as the inputs allow",
         )
+        shrinkage: float = Field(
+            default=1.0,
+            ge=0,
+            description="what is added to the Gram's diagonal, in units of its mean times inputs over rows: few images "
+            "say little of many inputs",
+        )
         damping: float = Field(default=0.01, ge=0, description="gptq: share of the mean diagonal added to the Gram")
         tolerance: float = Field(default=1e-3, ge=0, lt=1, description="stop when a sweep gains less than this share")
         guard: bool = Field(default=True, description="take nearest rounding for channels where it is better")
@@ -92,8 +99,9 @@ class COMQ:
             task.commit(layer.name, quantized, **metrics)
 
     def solve(self, layer: LayerView, squares: LeastSquares, scheme: Scheme) -> tuple[QuantizedLayer, dict[str, float]]:
-        """Codes and scales for one layer, and its output errors relative to the output's energy."""
+        """Codes and scales for one layer, and its output errors relative to the output's energy, by the shrunk Gram."""
         config = self.config
+        squares = squares.shrunk(config.shrinkage)
         weight, bits, symmetric = squares.weight, layer.bits, scheme.symmetric
         order: Order = "common" if config.order == "common" else "cyclic"
         problem = prepare(weight, squares.gram, order, rows=squares.rows)

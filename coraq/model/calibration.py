@@ -340,7 +340,7 @@ class CalibrationTask:
         drift = correction * stats.drift(weight, centred) if correction else None
         gram = stats.covariance if centred else stats.gram
         self._check_finite(str(self._at), gram, *(() if drift is None else (drift,)))
-        squares = LeastSquares(weight, gram, stats.rows(centred))
+        squares = LeastSquares(weight, gram, stats.rows(centred), stats.count)
         if drift is None:
             return squares
         # W C (H + λ)⁻¹ written as a change of W, so that strong damping leads back to W

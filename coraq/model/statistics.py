@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -46,15 +46,31 @@ class LeastSquares:
             patches (a mean, not a sum); centred where the bias absorbs the mean. `blocks` is nearly always 1.
         rows: with several blocks, some inputs [groups, rows, in], centred alike: what they say of a rounding has all
             correlations in it. None otherwise.
+        count: rows that H is a mean of; None: not known, or H is exact.
     """
 
     weight: Tensor
     gram: Tensor
     rows: Tensor | None = None
+    count: int | None = None
 
     @property
     def blocks(self) -> int:
         return self.gram.shape[0] // self.weight.shape[0]
+
+    def shrunk(self, share: float = 1.0) -> LeastSquares:
+        """The same problem with `share · in / count` of H's mean diagonal added to its diagonal.
+
+        Of fewer rows than inputs H says nothing in most directions, and a rounding that is fitted to it puts its errors
+        there: on other images they show. A classifier has one row an image. (Ledoit and Wolf, 2004, estimate such a
+        share; in over rows is its order, and needs no fourth moments.)
+        """
+        if not share or self.count is None:
+            return self
+        gram = self.gram.clone()
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        diagonal += share * gram.shape[2] / self.count * diagonal.mean(1, keepdim=True)
+        return replace(self, gram=gram)
 
     def split(self, weight: Tensor) -> Tensor:
         """[groups, out, in] as one matrix for each block of `gram`: [groups · blocks, out, in/blocks]."""
