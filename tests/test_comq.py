@@ -245,3 +245,32 @@ def test_a_planted_fault_breaks_a_claim(fault: str, monkeypatch: pytest.MonkeyPa
             lambda targets, levels, pull, grid, onward: levels.copy_(levels.round().clamp(grid.low, grid.high)),
         )
     assert not claims_hold()
+
+
+def test_the_shrunk_objective_is_the_objective_and_a_ridge() -> None:
+    squares = OneLayerTask(SHAPES["grouped"]).squares
+    counted = LeastSquares(squares.weight, squares.gram, count=54)  # 27 inputs: half of the mean diagonal
+    candidate = squares.weight.round()
+    ridge = (squares.weight - candidate).double().square().sum(2) * squares.gram.diagonal(dim1=1, dim2=2).mean(1)[
+        :, None
+    ]
+    torch.testing.assert_close(counted.shrunk().error(candidate), squares.error(candidate) + ridge / 2)
+    torch.testing.assert_close(counted.shrunk(0.5).error(candidate), squares.error(candidate) + ridge / 4)
+    assert counted.shrunk(0.0) is counted
+    assert squares.shrunk() is squares  # its Gram is exact
+
+
+def test_codes_of_few_rows_err_less_on_other_rows_when_shrunk() -> None:
+    """A layer of 64 inputs seen in 32 rows, judged by the Gram of 4,096 others."""
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(64, 64, generator=generator).double() / 8
+    seen, others = (torch.randn(n, 64, generator=generator).double() @ mix for n in (32, 4096))
+    task = OneLayerTask((1, 48, 64), bits=2)
+    judge = LeastSquares(task.squares.weight, (others.T @ others / 4096)[None])
+    task.squares = LeastSquares(task.squares.weight, (seen.T @ seen / 32)[None], count=32)
+    errors = {}
+    for share in (0.0, 1.0):
+        task.committed.clear()
+        errors[share] = float(judge.error(run(COMQ, task, shrinkage=share)[0]).sum())
+    assert errors[1.0] < 0.8 * errors[0.0]
+    assert task.corrections == [0.5, 0.5]
