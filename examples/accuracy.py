@@ -3,8 +3,8 @@
     python examples/accuracy.py [--assets ../shared/assets] [--networks a,b] [--methods rtn,comq,cora] [--bits 4,3,2]
 
 Each cell is a process of its own, so that its peak memory is its own. Finished cells are reused (same run folder).
-Results go to examples/results/accuracy/NETWORK-METHOD-wBITS[-all].json (the run's metrics.json) and the table to
-examples/results/accuracy.md.
+Results go to examples/results/accuracy/NETWORK-METHOD-wBITS[-all].json (the run's metrics.json), the table to
+examples/results/accuracy.md, and its rows with 8-bit edges to the README, between its accuracy marks.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from typing import Any
 from coraq.report.markdown import table
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+MARKS = ("<!-- accuracy begin -->", "<!-- accuracy end -->")
+IN_README = ["network", "bits", "method", "quantized top-1 %", "difference, points", "KL nats", "bits a weight"]
+IN_README += ["file MB", "s", "peak GB"]
 COLUMNS = ["network", "method", "bits", "first and last layer", "float top-1 %", "quantized top-1 %"]
 COLUMNS += ["difference, points", "KL nats", "logit SQNR dB", "layers at or below rtn's error", "bits a weight"]
 COLUMNS += ["file MB", "s", "peak GB"]
@@ -50,7 +54,7 @@ def row(name: str, everywhere: bool, result: dict[str, Any]) -> list[str]:
     least = "≥ " if result.get("resumed_layers") else ""  # a run that was killed and went on
     return [
         name,
-        result["method"],
+        f"{result['method']} {result['method_version']}",
         str(result["config"]["scheme"]["bits"]),
         "as all" if everywhere else "8 bits",
         f"{comparison['float_top1']['value_pct']:.2f}",
@@ -100,8 +104,11 @@ def write_table(folder: Path) -> None:
     for network in NETWORKS:
         for suffix in ("", "-all"):
             for bits in (4, 3, 2):
-                for path in sorted(folder.glob(f"{network}-*-w{bits}{suffix}.json"), reverse=True):
-                    rows.append(row(network, bool(suffix), json.loads(path.read_text())))
+                for method in ("rtn", "comq", "cora"):
+                    path = folder / f"{network}-{method}-w{bits}{suffix}.json"
+                    if path.exists():
+                        rows.append(row(network, bool(suffix), json.loads(path.read_text())))
+    write_readme(rows)
     text = [
         "# Accuracy at 4, 3 and 2 bits, weights only",
         "",
@@ -110,12 +117,24 @@ def write_table(folder: Path) -> None:
         "channel, bias and gain correction on for every method, activations float, seed 0. Calibration images are in",
         "each result. `s` is the whole command but Python's imports: reading, calibration, writing, reloading and",
         "evaluating both networks. Bits a weight count scales and zero points. `cora` shares out the bytes of uniform",
-        "codes, first and last layer included.",
+        "codes, first and last layer included. The number behind a method is its version.",
         "",
         table(COLUMNS, rows),
         "",
     ]
     (folder.parent / "accuracy.md").write_text("\n".join(text))
+
+
+def write_readme(rows: list[list[str]]) -> None:
+    """The rows whose first and last layers have 8 bits, between the README's marks."""
+    short = []
+    for cells in (dict(zip(COLUMNS, found, strict=True)) for found in rows):
+        if cells["first and last layer"] == "8 bits":
+            cells["network"] += f" (float {cells['float top-1 %']})"
+            short.append([cells[column] for column in IN_README])
+    before, rest = README.read_text().split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    README.write_text(f"{before}{MARKS[0]}\n{table(IN_README, short)}\n{MARKS[1]}{after}")
 
 
 if __name__ == "__main__":
