@@ -27,6 +27,9 @@ def kl_of_errors(
         deltas: weight errors by layer name, in the shape of the layer's own weight or [groups, out, in].
         batches: images [n, channels, height, width].
         generator: draws the labels.
+
+    Raises:
+        ValueError: the network overflows on these images; names the first layer where that shows.
     """
     total = dict.fromkeys(deltas, 0.0)
     count = 0
@@ -55,6 +58,10 @@ def kl_of_errors(
             taken.clear()
             with torch.enable_grad():
                 log_p = network(images).log_softmax(-1)
+                if not bool(torch.isfinite(log_p).all()):
+                    shows = (name for name, (_, error) in taken.items() if not bool(torch.isfinite(error).all()))
+                    where = next(shows, next(reversed(taken), "the network"))
+                    raise ValueError(f"the inputs or outputs of {where} are not finite")
                 label = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
                 names = list(taken)
                 slopes = torch.autograd.grad(

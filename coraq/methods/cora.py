@@ -20,6 +20,7 @@ from torch import Tensor
 
 from coraq.api import (
     Choice,
+    CoraqError,
     Directions,
     Field,
     LayerView,
@@ -194,7 +195,11 @@ class CoRa:
         """Bits and ranks of least predicted KL under the budget: each layer's own KL, scaled by what would be left."""
         config = self.config
         errors = {layer.name: _nearest_error(layer, task.scheme) for layer in task.layers}
-        kl = kl_of_errors(task.teacher, errors, _first(task, FISHER_IMAGES), task.rng)
+        try:
+            kl = kl_of_errors(task.teacher, errors, _first(task, FISHER_IMAGES), task.rng)
+        except ValueError as error:
+            hint = "Does the float network overflow on these images? Check --mean and --std, and its weights."
+            raise CoraqError(str(error), hint) from None
         pairs, layers = [], []
         for layer in task.layers:
             # what 8-bit codes leave says nothing of what fewer would, but for its size
