@@ -9,6 +9,7 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_BELOW_THRESHOLD = 3
 EXIT_INTERRUPTED = 130
+OVERFLOW_HINT = "Does the float network overflow on these images? Check --mean and --std, and its weights."
 
 
 class CoraqError(Exception):

@@ -104,10 +104,8 @@ def write_table(folder: Path) -> None:
     for network in NETWORKS:
         for suffix in ("", "-all"):
             for bits in (4, 3, 2):
-                for method in ("rtn", "comq", "cora"):
-                    path = folder / f"{network}-{method}-w{bits}{suffix}.json"
-                    if path.exists():
-                        rows.append(row(network, bool(suffix), json.loads(path.read_text())))
+                for path in sorted(folder.glob(f"{network}-*-w{bits}{suffix}.json"), reverse=True):
+                    rows.append(row(network, bool(suffix), json.loads(path.read_text())))
     write_readme(rows)
     text = [
         "# Accuracy at 4, 3 and 2 bits, weights only",

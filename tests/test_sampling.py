@@ -74,7 +74,7 @@ def test_products_of_windows_are_those_of_patches(geometry: Geometry) -> None:
     rows = channels_first(sampled_patches(x, geometry, 20, 3), taps)
     weight = torch.randn(geometry.groups, 4, geometry.inputs, dtype=torch.float64)
     wanted = (rows @ weight.mT).transpose(0, 1).flatten(1)
-    torch.testing.assert_close(window_products(sampled_windows(x, geometry, 20, 3), weight), wanted)
+    torch.testing.assert_close(window_products([sampled_windows(x, geometry, 20, 3)], weight)[0], wanted)
     assert torch.equal(channels_first(taps_first(weight, taps), taps), weight)
 
 

@@ -12,6 +12,7 @@ from one block to another are left out.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -152,15 +153,17 @@ def sampled_patches(x: Tensor, geometry: Geometry, positions: int, turn: int) ->
     return grouped.permute(2, 0, 1, 3).reshape(geometry.groups, -1, geometry.inputs)
 
 
-def window_products(windows: Tensor, weight: Tensor) -> Tensor:
-    """What a weight [groups, out, in] makes of windows [rows, taps, C]: [rows, groups · out]."""
+def window_products(pieces: Sequence[Tensor], weight: Tensor) -> list[Tensor]:
+    """What a weight [groups, out, in] makes of windows [rows, taps, C], piece by piece: [rows, groups · out]."""
     groups, out, _ = weight.shape
-    taps = windows.shape[1]
+    taps = pieces[0].shape[1]
     if groups == 1:
-        return windows.flatten(1) @ taps_first(weight[0], taps).mT
+        matrix = taps_first(weight[0], taps).mT
+        return [windows.flatten(1) @ matrix for windows in pieces]
     # a matrix for each group is slow to make and, with one input channel each, to multiply by
     kernel = weight.reshape(groups * out, -1, taps, 1)
-    return functional.conv2d(windows.unsqueeze(2).permute(0, 3, 1, 2), kernel, groups=groups).flatten(1)
+    images = (windows.unsqueeze(2).permute(0, 3, 1, 2) for windows in pieces)
+    return [functional.conv2d(image, kernel, groups=groups).flatten(1) for image in images]
 
 
 def sampled_windows(x: Tensor, geometry: Geometry, positions: int, turn: int) -> Tensor:

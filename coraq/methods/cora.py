@@ -36,10 +36,10 @@ from coraq.api import (
     directions,
     kl_of_errors,
     low_rank,
-    mse_grid,
     search_cutoffs,
     stored_bytes,
 )
+from coraq.errors import OVERFLOW_HINT
 
 PAPER: dict[str, Any] = {
     "base": "rtn",
@@ -194,12 +194,11 @@ class CoRa:
     def _closed_form(self, task: Task, found: Mapping[str, Directions]) -> dict[str, list[int]]:
         """Bits and ranks of least predicted KL under the budget: each layer's own KL, scaled by what would be left."""
         config = self.config
-        errors = {layer.name: _nearest_error(layer, task.scheme) for layer in task.layers}
+        errors = {layer.name: _nearest_error(task, layer) for layer in task.layers}
         try:
             kl = kl_of_errors(task.teacher, errors, _first(task, FISHER_IMAGES), task.rng)
         except ValueError as error:
-            hint = "Does the float network overflow on these images? Check --mean and --std, and its weights."
-            raise CoraqError(str(error), hint) from None
+            raise CoraqError(str(error), OVERFLOW_HINT) from None
         pairs, layers = [], []
         for layer in task.layers:
             # what 8-bit codes leave says nothing of what fewer would, but for its size
@@ -270,15 +269,14 @@ class CoRa:
         return {name: [bits, whole.get(name, 0)] for name, (bits, _) in plan.items()}
 
 
-def _nearest_error(layer: LayerView, scheme: Scheme) -> Tensor:
+def _nearest_error(task: Task, layer: LayerView) -> Tensor:
     """What nearest rounding leaves of a weight: the error that a layer's KL is taken from.
 
     The base's own is fitted to the calibration images, and the KL is measured on these: with fewer of them than a layer
     has inputs it says next to nothing of others. mobilenetv2's classifier, 1,280 inputs and 256 images, seemed to be
     free of cost at 2 bits; KL on other images with 2-bit and 3-bit budgets: .044 and .040, but .044 and .013 by this.
     """
-    grid = mse_grid(layer.weight, layer.bits, scheme.symmetric, scheme.granularity)
-    return layer.weight - grid.pack(grid.codes(layer.weight)).dequantize()
+    return layer.weight - task.codes(layer.name, "rtn").dequantize()
 
 
 def _is_plan(kept: object, layers: Sequence[LayerView]) -> bool:

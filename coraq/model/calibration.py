@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from coraq.config import Scheme
 from coraq.core.tensors import ActivationGrid, QuantizedLayer
-from coraq.errors import CoraqError, MethodError
+from coraq.errors import OVERFLOW_HINT, CoraqError, MethodError
 from coraq.events import LayerCommitted, Metric, Note, Sink, null_sink
 from coraq.model.activations import ActivationGrids, ActivationRecord, find_sites
 from coraq.model.blocks import Block, Granularity, partition
@@ -439,7 +439,7 @@ class CalibrationTask:
         if not all(bool(torch.isfinite(value).all()) for value in values):
             raise CoraqError(
                 f"the inputs or outputs of {name} are not finite, or too large for their squares to be",
-                "Does the float network overflow on these images? Check --mean and --std, and its weights.",
+                OVERFLOW_HINT,
             )
 
     def _gain(self, view: LayerView, layer: QuantizedLayer) -> QuantizedLayer:

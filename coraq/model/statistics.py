@@ -302,7 +302,7 @@ class LayerStats:
     def wanted(self) -> list[Tensor]:
         """The float layer's outputs on `paired`, without bias: float32 [rows, groups · out] each."""
         paired = self.paired
-        return self._timed(lambda: [window_products(teacher, self._weight) for teacher, _ in paired])
+        return self._timed(lambda: window_products([teacher for teacher, _ in paired], self._weight))
 
     @cached_property
     def wanted_spread(self) -> Spread:
@@ -313,7 +313,7 @@ class LayerStats:
     def outputs(self, weight: Tensor) -> list[Tensor]:
         """What a quantized weight [groups, out, in] makes of the student's inputs, as `wanted`."""
         paired, weight = self.paired, weight.to(self._weight.device)
-        return self._timed(lambda: [window_products(student, weight) for _, student in paired])
+        return self._timed(lambda: window_products([student for _, student in paired], weight))
 
     def output_spread(self, weight: Tensor) -> Spread:
         """Mean and variance of each output channel of `outputs`."""
