@@ -4,7 +4,8 @@ The published form is `-o preset=paper`: a per-tensor grid over μ ± 5σ, the p
 layer learned on the KL to the float network through a Butterworth relaxation, a budget of 5 % in adapter parameters,
 ranks rounded up. No labels are used (the released code feeds them). The default differs where measurement says so:
 see `Config` and the README's table. Bits and ranks may compete for the same bytes (`spend`), since at equal bytes a
-bit more in a sensitive layer is the adapter's real rival; where it was measured, bits alone do nearly as well in one pass, and are the default.
+bit more in a sensitive layer is the adapter's real rival; where it was measured, bits alone do nearly as well in one
+pass, and are the default.
 """
 
 from __future__ import annotations
