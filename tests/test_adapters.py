@@ -18,7 +18,8 @@ from coraq.artifact import RunFolder
 from coraq.config import LayerScheme, Scheme
 from coraq.core.alternate import alternate
 from coraq.core.lowrank import adapter, directions
-from coraq.events import ListSink, Metric
+from coraq.events import ListSink, Metric, Note
+from coraq.methods import cora
 from coraq.methods.cora import PAPER, CoRa
 from coraq.methods.qera import QERA
 from coraq.model.calibration import CalibrationTask
@@ -156,6 +157,19 @@ def test_shares_of_bits_do_not_depend_on_how_well_codes_fit_few_images() -> None
         assert one.passes == 1
     assert plans[0] == plans[1]
     assert len(set(plans[0].values())) > 1
+
+
+def test_a_plan_that_promises_less_than_its_own_error_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = run(task(), registry.load("comq"))
+    shared = run(task(), CoRa)
+    assert {layer.weight.bits for layer in shared.values()} != {layer.weight.bits for layer in base.values()}
+    monkeypatch.setattr(cora, "WORTH", 1e-3)
+    sink = ListSink()
+    kept = run(task(sink=sink), CoRa)
+    assert all(torch.equal(kept[name].weight.codes, layer.weight.codes) for name, layer in base.items())
+    assert any("too little to tell from none" in e.message for e in sink.events if isinstance(e, Note))
+    more = run(task(), CoRa, budget=0.2)  # bytes that were asked for are spent
+    assert extra_bytes(more, base) > 0
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "up"])
