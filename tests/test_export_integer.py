@@ -17,8 +17,10 @@ from coraq.cli.export import weights_text
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.export import verify
+from coraq.export.complete import name_pools
 from coraq.export.integer import raise_scales
 from coraq.export.onnx_file import build_onnx
+from coraq.export.runtimes import OnnxRuntime, run_all
 from coraq.testing import random_images
 
 onnx = pytest.importorskip("onnx", reason="needs coraq[onnx]")
@@ -83,8 +85,6 @@ def test_every_convolution_runs_on_integer_kernels(tmp_path: Path, form: Any, sy
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
 def test_weights_of_every_width_reach_signed_integer_kernels(tmp_path: Path, symmetric: bool) -> None:
-    from coraq.export.runtimes import OnnxRuntime
-
     checkpoint = of_every_width(tmp_path, symmetric)
     observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND))
     export = build_onnx(checkpoint)
@@ -203,3 +203,46 @@ def test_a_convolution_before_a_silu_gets_the_grid_that_it_needs(tmp_path: Path)
     assert found.failures == []
     assert found.integer_convolutions == 5
     assert any("1 convolutions" in note for note in export.notes)
+
+
+def test_a_silu_between_grids_is_computed_on_codes(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path)
+    scheme = checkpoint.info.scheme.model_copy(update={"act_bits": 8, "act_placement": "integer"})
+    checkpoint = dataclasses.replace(checkpoint, info=checkpoint.info.model_copy(update={"scheme": scheme}))
+    observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND))
+    export = build_onnx(checkpoint)
+    assert any("1 sigmoids between grids" in note for note in export.notes)
+    kinds = OnnxRuntime(export.content, 1).kernels()
+    assert "Sigmoid" not in kinds
+    assert kinds["QLinearSigmoid"] == 1
+    found = check(checkpoint, export)
+    assert found.failures == []
+    # the grid behind the sigmoid costs no more than the other roundings that an execution may take another way
+    assert found.logits_error is not None
+    assert found.logits_error < 0.1
+
+
+@pytest.mark.parametrize(
+    ("axes", "keeps", "rank", "pooled"),
+    [([2, 3], 1, 4, 1), ([-1, -2], 1, 4, 1), ([2, 3], 0, 4, 0), ([1, 2], 1, 4, 0), ([3], 1, 4, 0), ([2, 3], 1, 5, 0)],
+)
+def test_a_mean_is_written_as_a_pooling_only_where_it_is_one(
+    axes: list[int], keeps: int, rank: int, pooled: int
+) -> None:
+    helper = onnx.helper
+    shape = [2, 3, 4, 5, 6][:rank]
+    kind = onnx.TensorProto.FLOAT
+    made = helper.make_node("ReduceMean", ["moved", "axes"], ["y"], keepdims=keeps)
+    graph = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["moved"]), made],
+        "g",
+        [helper.make_tensor_value_info("x", kind, shape)],
+        [helper.make_tensor_value_info("y", kind, None)],
+        [onnx.numpy_helper.from_array(np.array(axes), "axes")],
+        value_info=[helper.make_tensor_value_info("moved", kind, shape)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    x = {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+    before = run_all(model.SerializeToString(), x, False)
+    assert name_pools(model) == pooled
+    np.testing.assert_allclose(run_all(model.SerializeToString(), x, False)[0], before[0], rtol=1e-5, atol=1e-6)

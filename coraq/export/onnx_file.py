@@ -13,7 +13,7 @@ import torch
 from coraq.artifact import Checkpoint
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
-from coraq.export.complete import complete_grids
+from coraq.export.complete import complete_grids, complete_sigmoids, name_pools
 from coraq.export.float_graph import FloatGraph, export_float
 from coraq.export.graph import without_grids
 from coraq.export.integer import IntegerLayer, emit_integer_layer, find_integer_layers
@@ -95,6 +95,14 @@ def build_onnx(
                 f"{added} convolutions go into activations that no integer kernel takes in: their outputs got 8-bit "
                 f"grids of their own here, from {len(calibration)} calibration images; "
                 "the checkpoint rounds behind only"
+            )
+    if wants_integer:
+        name_pools(graph.model)
+        sigmoids = complete_sigmoids(graph.model)
+        if sigmoids:
+            notes.append(
+                f"{sigmoids} sigmoids between grids got one of their own here, 255 steps from 0 to 1, so that a SiLU "
+                "is computed on codes; the checkpoint has them in float"
             )
     float_content = without_grids(graph.model).SerializeToString()
     model = onnx.ModelProto()
