@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from test_export_onnx import check, checkpoint_of, of_every_width, rewritten, with_adapter
 from torch import Tensor, nn
 
-from coraq.artifact import Checkpoint
+import coraq
+from coraq.artifact import Checkpoint, load_checkpoint
 from coraq.cli.export import weights_text
+from coraq.config import Scheme
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.export import verify
@@ -246,3 +249,24 @@ def test_a_mean_is_written_as_a_pooling_only_where_it_is_one(
     before = run_all(model.SerializeToString(), x, False)
     assert name_pools(model) == pooled
     np.testing.assert_allclose(run_all(model.SerializeToString(), x, False)[0], before[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
+def test_linear_layers_within_blocks_run_on_integer_kernels_and_put_out_float(tmp_path: Path, symmetric: bool) -> None:
+    """ConvNeXt's: LayerNorm, Linear, GELU, Linear. The runtime's product of codes is exact, so no grid is needed."""
+    torch.manual_seed(0)
+    network = timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 16, 24), num_classes=10).eval()
+    network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (3, 64, 64), "test_input_size": None}
+    path = tmp_path / "model.safetensors"
+    scheme = Scheme(bits=4, symmetric=symmetric, act_bits=8, act_placement="integer")
+    images = random_images(8, 64)
+    coraq.quantize(network, "rtn", data=images, scheme=scheme, path=path)
+    checkpoint = load_checkpoint(path)
+    export = build_onnx(checkpoint, calibration=images.numpy())
+    batches = [(random_images(16, 64, seed=5), torch.full((16,), -1))]
+    found = verify.check_onnx(checkpoint, export, export.content, batches, "random", 1)
+    assert found.failures == []
+    assert found.codes_exact
+    assert found.weights_exact
+    assert found.integer_products == found.quantized_products == 8
+    assert found.integer_convolutions == found.quantized_convolutions

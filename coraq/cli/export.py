@@ -135,9 +135,10 @@ def check_facts(check: Check) -> list[tuple[str, str]]:
     if check.weights_exact is not None:
         facts.append(("weights", weights_text(check) if check.weights_exact else "DIFFERENT"))
     if check.quantized_convolutions is not None:
-        facts.append(
-            ("integer kernels", f"{check.integer_convolutions} of {check.quantized_convolutions} convolutions")
-        )
+        kernels = f"{check.integer_convolutions} of {check.quantized_convolutions} convolutions"
+        if check.quantized_products:
+            kernels += f", {check.integer_products} of {check.quantized_products} matrix products"
+        facts.append(("integer kernels", kernels))
     if check.largest_step is not None:
         facts.append(("integer layers", f"at most {check.largest_step} output step from the literal graph"))
     if check.precisions:

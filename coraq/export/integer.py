@@ -2,7 +2,8 @@
 
 Codes made int8 at load (Cast of an INT4, or a blob) → DequantizeLinear for the weight, int32 codes on the grid
 x_scale·w_scale for the bias (any other scale loses the fusion in silence), the checkpoint's own grids around. Only a
-layer whose input comes from a grid and whose output goes into one (perhaps through a Relu or Clip) is written so;
+layer whose input comes from a grid and whose output goes into one (perhaps through a Relu or Clip) is written so, and a
+MatMul (a Linear layer within ConvNeXt's blocks) whatever it goes into;
 others keep the form that is multiplied out at load, because a runtime would requantize a float weight between grids to
 8 bits per tensor without a word.
 """
@@ -44,17 +45,15 @@ class IntegerLayer:
     Attributes:
         node: its Conv, Gemm or MatMul.
         input_scale: name and value of its input grid's scale.
-        output: name of the quantized output.
     """
 
     name: str
     node: Any
     input_scale: tuple[str, float]
-    output: str
 
 
 def find_integer_layers(graph: Any, places: dict[str, Place], layers: dict[str, QuantizedLayer]) -> list[IntegerLayer]:
-    """Layers whose input comes from a grid and whose output goes into one.
+    """Layers whose input comes from a grid and whose output goes into one, if their kernel asks for that.
 
     Raises:
         CoraqError: a weight that is no integer times a scale stands between grids, or one without any codes.
@@ -68,8 +67,9 @@ def find_integer_layers(graph: Any, places: dict[str, Place], layers: dict[str, 
         source = walk.grid_before(node.input[0]) if node.op_type in WEIGHTED else None
         if source is None:
             continue
-        quantize = walk.quantized_behind(node.output[0])
-        if quantize is None or node.input[1] in walk.producer:
+        # a MatMul's integer kernel also puts out float numbers (but not the graph's own output, which is not fused)
+        enough = node.op_type == "MatMul" and node.output[0] not in walk.outputs
+        if (not enough and walk.quantized_behind(node.output[0]) is None) or node.input[1] in walk.producer:
             continue
         name = owner.get(node.input[1])
         if name is None:
@@ -84,7 +84,7 @@ def find_integer_layers(graph: Any, places: dict[str, Place], layers: dict[str, 
             )
         scale = source.input[1]
         value = float(numpy_helper.to_array(walk.initializers[scale]))
-        found.append(IntegerLayer(name, node, (scale, value), quantize.output[0]))
+        found.append(IntegerLayer(name, node, (scale, value)))
     return found
 
 

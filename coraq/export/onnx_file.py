@@ -62,9 +62,9 @@ class OnnxExport:
     has_grids: bool
     wants_integer: bool
 
-    @property
-    def integer_convolutions(self) -> list[str]:
-        return [name for name, layer in self.integer.items() if layer.node.op_type == "Conv"]
+    def integer_layers(self, kind: str) -> list[str]:
+        """Layers written for integer kernels that are a Conv, MatMul or Gemm."""
+        return [name for name, layer in self.integer.items() if layer.node.op_type == kind]
 
 
 def build_onnx(

@@ -54,6 +54,8 @@ class Check(Result):
     )
     quantized_convolutions: int | None = Field(default=None, description="convolutions that have codes and grids")
     integer_convolutions: int | None = Field(default=None, description="of the runtime's optimised graph")
+    quantized_products: int | None = Field(default=None, description="Linear layers written for integer MatMul kernels")
+    integer_products: int | None = Field(default=None, description="of the runtime's optimised graph")
     largest_step: int | None = Field(
         default=None, description="largest difference of one integer layer to the literal graph, in output codes"
     )

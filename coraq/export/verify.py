@@ -22,6 +22,7 @@ CONTROL_FACTOR = 3.0  # a badly conditioned network amplifies rounding: then the
 AGREEMENT_PCT = 99.0
 HITS_TOLERANCE = 0.003  # of the labelled images: 0.3 points
 INTEGER_CONVOLUTIONS = ("QLinearConv", "ConvInteger")
+INTEGER_PRODUCTS = ("MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger")
 BATCHES_TIMED = (1, 16)
 
 
@@ -50,13 +51,17 @@ def check_onnx(
     facts: dict[str, Any] = {"codes_exact": exact, "weights_exact": weights}
     facts |= {"layers": len(checkpoint.layers), "inexact": inexact}
     if export.has_grids:
-        kernels, expected = exported.kernels(), len(export.integer_convolutions)
+        kernels, expected = exported.kernels(), len(export.integer_layers("Conv"))
         facts["quantized_convolutions"] = export.convolutions
         facts["integer_convolutions"] = found = sum(kernels[kind] for kind in INTEGER_CONVOLUTIONS)
         if found != expected:
             failures.append(f"{found} convolutions run on integer kernels, {expected} were written for them")
         if export.wants_integer and found < export.convolutions:
             failures.append(f"{found} of {export.convolutions} quantized convolutions run on integer kernels")
+        facts["quantized_products"] = products = len(export.integer_layers("MatMul"))
+        facts["integer_products"] = running = sum(kernels[kind] for kind in INTEGER_PRODUCTS)
+        if running != products:
+            failures.append(f"{running} matrix products run on integer kernels, {products} were written for them")
         facts["largest_step"] = step = largest_step(export, content, threads)
         if step > 1:
             failures.append(f"a layer's integer kernel differs by {step} output steps from the literal graph")
