@@ -102,6 +102,10 @@ def test_weights_of_every_width_reach_signed_integer_kernels(tmp_path: Path, sym
     stored = {i.name: i for i in optimised.graph.initializer}
     kinds = {stored[node.input[3]].data_type for node in optimised.graph.node if node.op_type == "QLinearConv"}
     assert kinds == {onnx.TensorProto.INT8}
+    # ONNX Runtime before 1.25 refuses zero points that differ from channel to channel, and OpenVINO any
+    for node in optimised.graph.node:
+        if node.op_type == "QLinearConv":
+            assert not onnx.numpy_helper.to_array(stored[node.input[5]]).any()
     assert not {"BitShift", "BitwiseAnd", "MatMulInteger", "Cast"} & {node.op_type for node in optimised.graph.node}
 
 
@@ -118,10 +122,13 @@ def test_a_nearly_dead_channel_is_counted_and_named(tmp_path: Path) -> None:
     export = build_onnx(checkpoint)
     found = check(checkpoint, export)
     assert found.failures == []
-    assert found.inexact == {"dense": "scale raised in 1 of 24 channels, nearly dead ones"}
+    assert found.inexact == {
+        "dense": "scale raised in 1 of 24 channels, nearly dead ones",
+        "stem": "codes rounded to symmetric 8 bits at load",
+    }
     assert any("dense (1 of 24)" in note for note in export.notes)
     text = weights_text(found)
-    assert "6 of 7 layers" in text
+    assert "5 of 7 layers" in text
     assert "dense" in text
     # the other 23 channels are held to the bit
     model = onnx.load_from_string(export.content)

@@ -6,6 +6,9 @@ layer whose input comes from a grid and whose output goes into one (perhaps thro
 MatMul (a Linear layer within ConvNeXt's blocks) whatever it goes into;
 others keep the form that is multiplied out at load, because a runtime would requantize a float weight between grids to
 8 bits per tensor without a word.
+
+An affine grid's zero points are taken off the codes at load: ONNX Runtime before 1.25 takes one zero point for all
+channels, OpenVINO runs weights with zero points in float, and differences of codes of up to 7 bits are int8 anyway.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from coraq.errors import CoraqError
 from coraq.export.float_graph import Place
 from coraq.export.graph import Walk
 from coraq.export.weights import (
+    INT8_TOP,
     Form,
     Parts,
     adapter_form,
@@ -35,6 +39,7 @@ from coraq.export.weights import (
 
 Style = tuple[Form, bool]  # and whether 2-bit codes may stand in 2 bits
 WEIGHTED = ("Conv", "Gemm", "MatMul")
+INT8, INT32 = 3, 6  # onnx.TensorProto's, without importing onnx
 BIAS_LIMIT = 2.0**30  # |bias code|: half of int32, so that the sum of products still has room
 
 
@@ -105,8 +110,8 @@ def emit_integer_layer(
     bias = _bias_of(layer.node, graph)
     out, axis = shape[0], 1 if place.transposed else 0
     raised = None
-    if q.adapter is not None:
-        scales = _emit_with_adapter(parts, layer.name, q, shape, place, axis, style)
+    if is_rounded(q, style[0]):
+        scales = _emit_rounded(parts, layer, q, shape, place, axis, style, bias)
     else:
         written = q.weight.scale.numpy().reshape(-1)
         if bias is not None:
@@ -147,7 +152,8 @@ def _emit_codes(
 ) -> tuple[str, list[str]]:
     """What DequantizeLinear takes beside the scales: codes, and a zero point unless they are signed.
 
-    They are 8-bit integers, made at load of the bits in which they are stored; in the form "dq" they stay as stored.
+    They are 8-bit integers, made at load of the bits in which they are stored, less the zero points where these differ;
+    in the form "dq" they stay as stored.
     """
     form, two_bits = style
     centred = is_centred(q, form, True)
@@ -158,6 +164,12 @@ def _emit_codes(
         values = signed_codes(q, shape) if centred else codes_of(q, shape)
         codes = parts.integers(f"{prefix}_codes", values.T if transposed else values, bits, centred)
         return codes, [] if centred else [parts.integers(f"{prefix}_zero_point", zero, bits, False)]
+    if q.zero_point is not None and zero.size > 1 and np.ptp(zero) > 0:
+        codes = emit_codes(parts, prefix, q, shape, form, two_bits, "INT32", transposed, integer=True)
+        stored = (zero - middle(q)).astype(np.int8) if centred else zero.astype(np.uint8)
+        dims = (1, -1) if transposed else (-1, *[1] * (len(shape) - 1))
+        zeros = parts.node("Cast", [parts.array(f"{prefix}_zero_point", stored.reshape(dims))], to=INT32)
+        return parts.node("Cast", [parts.node("Sub", [codes, zeros])], to=INT8), []
     kind = "INT8" if centred else "UINT8"
     codes = emit_codes(parts, prefix, q, shape, form, two_bits, kind, transposed, integer=True)
     if q.zero_point is None:
@@ -166,17 +178,43 @@ def _emit_codes(
     return codes, [parts.array(f"{prefix}_zero_point", stored)]
 
 
-def _emit_with_adapter(
-    parts: Parts, name: str, q: QuantizedLayer, shape: tuple[int, ...], place: Place, axis: int, style: Style
+def is_rounded(q: QuantizedLayer, form: Form) -> bool:
+    """Whether a layer's weight between grids is one of 8 bits that is made of the checkpoint's at load.
+
+    With an adapter, or where codes less their channel's own zero point are no int8 (affine codes of 8 bits).
+    """
+    if q.adapter is not None:
+        return True
+    if form == "dq" or q.weight.zero_point is None:
+        return False
+    zero = q.weight.zero_point.long()
+    if zero.numel() == 1 or bool((zero == zero.reshape(-1)[0]).all()):
+        return False
+    less = q.weight.codes.long() - zero
+    return int(less.min()) < -INT8_TOP or int(less.max()) > INT8_TOP
+
+
+def _emit_rounded(
+    parts: Parts,
+    layer: IntegerLayer,
+    q: QuantizedLayer,
+    shape: tuple[int, ...],
+    place: Place,
+    axis: int,
+    style: Style,
+    bias: np.ndarray | None,
 ) -> str:
     """Codes and adapter multiplied out and rounded to int8 per channel, at load; returns the int8 grid's scales."""
-    form, two_bits = adapter_form(style[0]), style[1]
-    grid = emit_qtensor(parts, f"{name}.weight", q.weight, shape, "", form, two_bits)
-    value = parts.node("Add", [grid, emit_adapter(parts, name, q, shape, form, two_bits)])
+    form, two_bits, name = adapter_form(style[0]), style[1], layer.name
+    value = emit_qtensor(parts, f"{name}.weight", q.weight, shape, "", form, two_bits)
+    if q.adapter is not None:
+        value = parts.node("Add", [value, emit_adapter(parts, name, q, shape, form, two_bits)])
     if place.transposed:
         value = parts.node("Transpose", [value], perm=[1, 0])
     effective = q.dequantize().reshape(shape[0], -1).abs().amax(1).numpy()
-    steps = np.where(effective > 0, effective / 127, 1.0).astype(np.float32)
+    steps = np.where(effective > 0, effective / INT8_TOP, 1.0).astype(np.float32)
+    if bias is not None and (raised := raise_scales(steps, bias, layer.input_scale[1])) is not None:
+        steps = raised
     bits8 = parts.array(f"{name}.weight_int8_scale", steps)
     zero = parts.constant(np.zeros(shape[0], np.int8))
     codes = parts.node("QuantizeLinear", [value, bits8, zero], axis=axis)

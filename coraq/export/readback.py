@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from coraq.artifact import Checkpoint
-from coraq.core.tensors import QTensor
+from coraq.core.tensors import QTensor, QuantizedLayer
 from coraq.export.blob import from_blob
+from coraq.export.integer import is_rounded
 from coraq.export.onnx_file import TWO_BIT_OPSET, OnnxExport
 from coraq.export.runtimes import run_all
 from coraq.export.weights import Form, adapter_form, is_centred, middle, typed_bits
@@ -23,15 +24,19 @@ def inexact_layers(checkpoint: Checkpoint, export: OnnxExport) -> dict[str, str]
     """Layers whose weights in the runtime are, on purpose, not the checkpoint's bit for bit, and why."""
     found: dict[str, str] = {}
     for name, layer in checkpoint.layers.items():
-        if layer.adapter is not None:
-            found[name] = (
-                "codes and adapter rounded together to 8 bits at load"
-                if export.written[name] in export.integer
-                else f"adapter multiplied out by the runtime, within {ADAPTER_TOLERANCE:.0e}"
-            )
+        if is_int8(export, name, layer):
+            what = "codes" if layer.adapter is None else "codes and adapter"
+            found[name] = f"{what} rounded to symmetric 8 bits at load"
+        elif layer.adapter is not None:
+            found[name] = f"adapter multiplied out by the runtime, within {ADAPTER_TOLERANCE:.0e}"
         elif (raised := raised_channels(checkpoint, export, name)) is not None and raised.any():
             found[name] = f"scale raised in {int(raised.sum())} of {raised.size} channels, nearly dead ones"
     return found
+
+
+def is_int8(export: OnnxExport, name: str, layer: QuantizedLayer) -> bool:
+    """Whether the file makes 8-bit integers of a layer's weight, other ones than its codes."""
+    return export.written[name] in export.integer and is_rounded(layer, export.form)
 
 
 def raised_channels(checkpoint: Checkpoint, export: OnnxExport, name: str) -> np.ndarray | None:
@@ -56,7 +61,7 @@ def codes_exact(checkpoint: Checkpoint, export: OnnxExport, content: bytes) -> t
     two_bits = export.opset == TWO_BIT_OPSET
     for name, layer in checkpoint.layers.items():
         owner = export.written[name]
-        integer = owner in export.integer and layer.adapter is None
+        integer = owner in export.integer and not is_int8(export, name, layer)
         form = adapter_form(export.form) if owner in export.integer and not integer else export.form
         tensors: dict[str, tuple[QTensor, Form]] = {f"{owner}.weight": (layer.weight, form)}
         if layer.adapter is not None:
@@ -133,10 +138,10 @@ def weights_exact(checkpoint: Checkpoint, export: OnnxExport, content: bytes) ->
             wanted[which] = with_scale(checkpoint, name, export.raised[export.written[name]])[which]
         wanted = wanted.reshape(wanted.shape[0], -1).T if place.transposed else wanted.reshape(place.dims)
         got = made[place.initializer]
-        if checkpoint.layers[name].adapter is None:
-            good = np.array_equal(got, wanted)
-        elif export.written[name] in export.integer:  # half a step of 1/127 of the largest weight
+        if is_int8(export, name, checkpoint.layers[name]):  # half a step of 1/127 of the largest weight
             good = bool(np.linalg.norm(got - wanted) <= INT8_TOLERANCE * np.linalg.norm(wanted))
+        elif checkpoint.layers[name].adapter is None:
+            good = np.array_equal(got, wanted)
         else:
             good = bool(np.linalg.norm(got - wanted) <= ADAPTER_TOLERANCE * np.linalg.norm(wanted))
         if not good:
