@@ -17,6 +17,7 @@ import typer
 
 from coraq import __version__
 from coraq.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, CoraqError, exception_text
+from coraq.memory import reuse_freed_memory
 from coraq.plainfiles import append_traceback
 
 # First lines of the commands' docstrings, so that `coraq --help` need not import what they import.
@@ -117,9 +118,7 @@ def run(arguments: list[str]) -> int:
 
 def main() -> None:
     """Run the process's own command line and leave with its exit code."""
-    # Activations are large and short-lived: with huge pages the kernel clears them in far fewer faults, which was
-    # worth a third of resnet18's and half of mobilenetv2's time. torch reads this when it first allocates.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    reuse_freed_memory()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -30,6 +30,7 @@ from coraq.compare.run import Outcome
 from coraq.errors import CoraqError, UsageError
 from coraq.events import Event, LayerCommitted, Note, Sink, StageAdvanced, StageFinished, StageStarted, null_sink
 from coraq.mailbox import Began, Mailbox
+from coraq.memory import reuse_freed_memory
 from coraq.report import write_report
 from coraq.sharing import Shared
 
@@ -225,6 +226,7 @@ class RayEngine:
 
 def _task(order: Order, mailbox: Any) -> Delivery:
     """What a Ray worker does. Its events are in the mailbox before it answers: nothing that it said comes too late."""
+    reuse_freed_memory()
     ray, last, sent = _import_ray(), 0.0, None
 
     def send(event: Event) -> None:
