@@ -20,7 +20,6 @@ from coraq.report.markdown import table
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
-MARKS = ("<!-- accuracy begin -->", "<!-- accuracy end -->")
 IN_README = ["network", "bits", "method", "quantized top-1 %", "difference, points", "KL nats", "bits a weight"]
 IN_README += ["file MB", "s", "peak GB"]
 COLUMNS = ["network", "method", "bits", "first and last layer", "float top-1 %", "quantized top-1 %"]
@@ -130,9 +129,15 @@ def write_readme(rows: list[list[str]]) -> None:
         if cells["first and last layer"] == "8 bits":
             cells["network"] += f" (float {cells['float top-1 %']})"
             short.append([cells[column] for column in IN_README])
-    before, rest = README.read_text().split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    README.write_text(f"{before}{MARKS[0]}\n{table(IN_README, short)}\n{MARKS[1]}{after}")
+    put_in_readme("accuracy", table(IN_README, short))
+
+
+def put_in_readme(name: str, text: str) -> None:
+    """Text between the README's marks of that name."""
+    begin, end = f"<!-- {name} begin -->", f"<!-- {name} end -->"
+    before, rest = README.read_text().split(begin)
+    after = rest.split(end)[1]
+    README.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ The groups of methods:
 - blocks: the bytes of uniform codes again, block by block: brecq. Slow.
 
 Finished cells are reused, so groups may be added one by one. Results: examples/results/compare/NETWORK/ (the
-comparison's compare.json, compare.csv and report.html, each number from a run's metrics.json) and
-examples/results/compare.md.
+comparison's compare.json, compare.csv and report.html, each number from a run's metrics.json),
+examples/results/compare.md, and the README's table of KL between its compare marks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from accuracy import NETWORKS, RESULTS
+from accuracy import NETWORKS, RESULTS, put_in_readme
 
 from coraq.report.markdown import table
 
@@ -40,6 +40,17 @@ SEARCH = ["cora:budget=0.05:spend=ranks:edges=keep:iterations=100", "cora:preset
 PLUGINS = Path(__file__).parent.parent / "plugins"
 KEPT = ["compare.json", "compare.csv", "report.html"]
 GROUPS = {"same": SAME, "more": MORE, "search": SEARCH, "blocks": ["brecq"]}
+IN_README = {
+    "rtn": "rtn",
+    "gptq": "gptq",
+    "npot": "npot",
+    "comq": "comq",
+    "cora": "cora",
+    "qera:budget=0.05": "+ qera",
+    "cora:budget=0.05:spend=ranks:edges=keep": "+ ranks",
+    "cora:budget=0.05:edges=keep": "+ bits, edges kept",
+    "cora:budget=0.05": "+ cora",
+}
 COLUMNS = ["network", "bits", "method", "top-1 %", "agree %", "KL", "bits a weight", "file MB", "s"]
 
 
@@ -83,6 +94,16 @@ def rows_of(network: str, cells: list[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
+def in_short(network: str, cells: list[dict[str, Any]]) -> list[list[str]]:
+    """A line for each width: every method's KL."""
+    found = {(cell["bits"], cell["label"]): cell["comparison"]["kl_nats"] for cell in cells if not cell["reason"]}
+    widths = sorted({bits for bits, _ in found}, reverse=True)
+    return [
+        [network, str(bits), *(f"{found[bits, m]:.4f}" if (bits, m) in found else "–" for m in IN_README)]
+        for bits in widths
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path("../shared/assets"))
@@ -104,10 +125,14 @@ def main() -> int:
 def write_table(folder: Path) -> None:
     """The table of every network that has been measured."""
     lines: list[list[str]] = []
+    short: list[list[str]] = []
     for network in NETWORKS:
         path = folder / network / "compare.json"
         if path.exists():
-            lines += rows_of(network, json.loads(path.read_text())["cells"])
+            cells = json.loads(path.read_text())["cells"]
+            lines += rows_of(network, cells)
+            short += in_short(network, cells)
+    put_in_readme("compare", table(["network", "bits", *IN_README.values()], short))
     text = [
         "# Every method at equal bytes",
         "",
