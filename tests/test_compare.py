@@ -17,6 +17,7 @@ from coraq import pipeline
 from coraq.artifact import Predictions, read_result, write_predictions
 from coraq.cli.app import run
 from coraq.cli.commandline import command_line
+from coraq.cli.display_compare import show_comparison
 from coraq.compare import expand, parse_variants
 from coraq.compare.ranking import groups_of, reference_bytes
 from coraq.config import DataConfig, LayerScheme, RunConfig, Scheme
@@ -278,6 +279,29 @@ def test_pairs_are_counted_image_by_image_and_every_seed_must_agree(tmp_path: Pa
     assert "kept no predictions" in (pairs["a", "old"].reason or "")
     assert "other images" in (pairs["a", "other"].reason or "")
     assert pairs["a", "old"].p_value is None
+
+
+@pytest.mark.parametrize(("count", "lines"), [(4, 6), (6, 5)])
+def test_of_many_methods_the_best_is_compared_with_each_other(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, count: int, lines: int
+) -> None:
+    from test_html import compare_result  # which imports this module
+
+    monkeypatch.setenv("COLUMNS", "80")
+    labels = ["cora:budget=0.05:spend=ranks", *"abcdefg"][:count]
+    result = compare_result(groups=groups_of([cell(label, 0, 70.0 + i, 1000) for i, label in enumerate(labels)]))
+    show_comparison(result, Path("report.html"))
+    out = capsys.readouterr().out
+    pairs = [line for line in out.splitlines() if " against " in line]
+    assert len(pairs) == lines
+    best = labels[-1]
+    assert all(f"{best} " in line or f" {best}:" in line for line in pairs) == (count > 4)
+    assert (f"the other {count * (count - 1) // 2 - lines} pairs are in the report" in out) == (count > 4)
+    # options stand whole, one below the other
+    assert [line.split()[0] for line in out.splitlines() if line.strip() in ("budget=0.05", "spend=ranks")] == [
+        "budget=0.05",
+        "spend=ranks",
+    ]
 
 
 # ---------------------------------------------------------------- the grid and its command lines

@@ -13,6 +13,8 @@ from coraq.cli.display import stdout
 from coraq.report import compare_text
 from coraq.results import CompareResult, ComparisonGroup
 
+MOST_PAIRS = 6  # of four methods; of more, the best is compared with each of the others
+
 
 def show_comparison(result: CompareResult, report: Path) -> None:
     """Ranked tables, paired tests, failures, and where the files are."""
@@ -38,7 +40,12 @@ def _show_group(console: Console, group: ComparisonGroup) -> None:
         )
     for method, cells in zip(group.methods, compare_text.rows(group, narrow=True), strict=True):
         style = "bold" if method.rank == 1 else "" if method.seeds else "red"
+        cells[1] = cells[1].replace(":", "\n  ")  # a method's options below it: they would be broken anywhere
         table.add_row(*(Text(cell) for cell in cells), style=style)
     console.print(table)
-    for line in compare_text.pair_lines(group):
+    best = next((method.label for method in group.methods if method.rank == 1), "")
+    shown = [p for p in group.pairs if len(group.pairs) <= MOST_PAIRS or best in (p.first, p.second)]
+    for line in compare_text.pair_lines(group, shown):
         console.print(Text(line), soft_wrap=True)
+    if len(shown) < len(group.pairs):
+        console.print(Text(f"the other {len(group.pairs) - len(shown)} pairs are in the report", style="dim"))

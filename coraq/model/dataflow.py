@@ -107,6 +107,8 @@ class _Watcher(TorchFunctionMode):
         result = func(*args, **kwargs)
         if inputs:
             outputs = tuple(self.name(t) for t in tensors_in(result))
+            if outputs and set(outputs) <= set(inputs):  # handed back as it came: contiguous() of what is contiguous
+                return result
             where = self.stack[-1] if self.stack else ""
             self.ops.append(Op(name=name, where=where, at=self.tick(), inputs=inputs, outputs=outputs))
         return result

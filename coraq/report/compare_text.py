@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from coraq.report.summary import bytes_text, decibel_text, time_text
 from coraq.results import CellResult, ComparedMethod, CompareResult, ComparisonGroup, MethodPair, Spread
@@ -102,8 +103,9 @@ def pair_text(pair: MethodPair, labelled: bool) -> str:
     )
 
 
-def pair_lines(group: ComparisonGroup) -> list[str]:
-    return [pair_text(pair, group.measure == "top1_pct") for pair in group.pairs]
+def pair_lines(group: ComparisonGroup, pairs: Sequence[MethodPair] | None = None) -> list[str]:
+    """A line for each of a group's pairs, or for some of them."""
+    return [pair_text(pair, group.measure == "top1_pct") for pair in (group.pairs if pairs is None else pairs)]
 
 
 def notes(result: CompareResult) -> list[str]:
