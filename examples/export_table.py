@@ -1,7 +1,7 @@
 """The table of exports: networks × (W4A32, W4A8, W8A8), each written by `coraq export` and verified in its runtime.
 
     python examples/export_table.py [--assets ../shared/assets] [--networks a,b] [--schemes W4A32,W4A8] [--openvino]
-    python examples/export_table.py --families       # one small network of every family, W4A32
+    python examples/export_table.py --families       # one small network of every family, W4A32 and W4A8
 
 The demo and the networks of the assets are quantized on their own images and measured on all evaluation images; the
 others have random weights and random BatchNorm statistics, and say nothing about accuracy. Times are medians over
@@ -99,15 +99,17 @@ def export_random(architecture: str, name: str, request: Request, folder: Path) 
     return export_checkpoint(load_checkpoint(path), request, seen, calibration=seen)
 
 
-def export_family(family: Family, request: Request, folder: Path) -> ExportResult:
-    """The family's small network at 4 bits, exported and verified."""
+def export_family(family: Family, name: str, request: Request, folder: Path) -> ExportResult:
+    """The family's small network on affine grids, the command's default, exported and verified."""
     path = folder / f"{family.architecture}.safetensors"
     images = families.images(family)
     network: Any = families.build(family)
     network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (3, family.size, family.size)}
     network.pretrained_cfg.pop("test_input_size", None)
-    coraq.quantize(network, "rtn", 4, list(images[:2].split(1)), path=path)
-    return export_checkpoint(load_checkpoint(path), request, tensor_images(images))
+    scheme = scheme_of(name).model_copy(update={"symmetric": False})
+    coraq.quantize(network, "rtn", data=list(images[:2].split(1)), scheme=scheme, path=path)
+    seen = tensor_images(images)
+    return export_checkpoint(load_checkpoint(path), request, seen, calibration=seen)
 
 
 def row(network: str, scheme: str, result: ExportResult) -> str:
@@ -145,7 +147,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path("../shared/assets"))
     parser.add_argument("--networks", default=",".join([DEMO, *NETWORKS, *RANDOM]))
-    parser.add_argument("--schemes", default=",".join(SCHEMES))
+    parser.add_argument(
+        "--schemes", default=None, help=f"of {','.join(SCHEMES)} (default: all; families: the first two)"
+    )
     parser.add_argument("--method", default="comq", help="of networks with trained weights")
     parser.add_argument("--calib-size", type=int, default=512)
     parser.add_argument("--eval-size", type=int, default=1_000_000, help="verify on at most so many images")
@@ -162,11 +166,13 @@ def main() -> int:
         if arguments.families is not None:
             chosen = [f for f in FAMILIES if not arguments.families or {f.name, f.architecture} & {*arguments.families}]
             for family in chosen:
-                jobs.append((family.architecture, "W4A32", partial(export_family, family, request, folder)))
+                for scheme in (arguments.schemes or "W4A32,W4A8").split(","):
+                    job = partial(export_family, family, scheme, request, folder)
+                    jobs.append((family.architecture, scheme, job))
         else:
             import_zoo(arguments.assets)
             for network in arguments.networks.split(","):
-                for scheme in arguments.schemes.split(","):
+                for scheme in (arguments.schemes or ",".join(SCHEMES)).split(","):
                     trained = network == DEMO or network in NETWORKS
                     work = partial(export_asset, settings) if trained else export_random
                     jobs.append((network, scheme, partial(work, network, scheme, request, folder)))
