@@ -6,7 +6,7 @@ greatest value on calibration images, and the export says so: it is one rounding
 
 A SiLU then stands between grids, `x · sigmoid(x)`. With a grid behind its sigmoid, too, ONNX Runtime takes both steps
 on codes (a table of 256 entries and an integer product). In float they took longer than all convolutions together:
-efficientnet_b0 needed 1.1 of the float network's time, and 0.7 so.
+efficientnet_b0 needed 1.1 of the float network's time, and 0.6 so.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def complete_grids(model: Any, places: dict[str, Place], images: np.ndarray) -> 
 def complete_sigmoids(model: Any) -> int:
     """Put a grid behind every sigmoid between grids that does nothing but multiply; returns how many.
 
-    So far as this file knows of grids: call it after `complete_grids`.
+    Call it after `complete_grids`, whose grids count.
     """
     walk = Walk(model.graph)
 
