@@ -17,11 +17,14 @@ import coraq
 from coraq.artifact import Checkpoint, load_checkpoint
 from coraq.cli.export import weights_text
 from coraq.config import Scheme
+from coraq.core.grid import minmax_grid
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.export import verify
-from coraq.export.complete import name_pools
-from coraq.export.integer import raise_scales
+from coraq.export.complete import grid_pieces, name_pools
+from coraq.export.float_graph import Place
+from coraq.export.graph import Walk
+from coraq.export.integer import find_integer_layers, raise_scales
 from coraq.export.onnx_file import build_onnx
 from coraq.export.runtimes import OnnxRuntime, run_all
 from coraq.testing import random_images
@@ -258,22 +261,99 @@ def test_a_mean_is_written_as_a_pooling_only_where_it_is_one(
     np.testing.assert_allclose(run_all(model.SerializeToString(), x, False)[0], before[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
-def test_linear_layers_within_blocks_run_on_integer_kernels_and_put_out_float(tmp_path: Path, symmetric: bool) -> None:
-    """ConvNeXt's: LayerNorm, Linear, GELU, Linear. The runtime's product of codes is exact, so no grid is needed."""
-    torch.manual_seed(0)
-    network = timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 16, 24), num_classes=10).eval()
+def gridded_graph(nodes: list[Any], *weights: Any) -> Any:
+    """A model that reads x [1, 4, 5, 5] on a grid as `on_grid` and puts out y; scales 0.1, zero points 128."""
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    pairs = [onnx.numpy_helper.from_array(np.array(0.1, np.float32), "s")]
+    pairs.append(onnx.numpy_helper.from_array(np.array(128, np.uint8), "z"))
+    head = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["codes"]),
+        helper.make_node("DequantizeLinear", ["codes", "s", "z"], ["on_grid"]),
+    ]
+    graph = helper.make_graph(
+        [*head, *nodes],
+        "g",
+        [helper.make_tensor_value_info("x", kind, [1, 4, 5, 5])],
+        [helper.make_tensor_value_info("y", kind, None)],
+        [*pairs, *weights],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def test_each_piece_of_a_split_tensor_is_on_its_grid() -> None:
+    helper = onnx.helper
+    split = helper.make_node("Split", ["on_grid"], ["a", "b", "unread"], axis=1, num_outputs=3)
+    model = gridded_graph([split, helper.make_node("Concat", ["b", "a"], ["y"], axis=1)])
+    x = {"x": np.random.default_rng(0).standard_normal((1, 4, 5, 5)).astype(np.float32)}
+    before = run_all(model.SerializeToString(), x, False)[0]
+    assert grid_pieces(model) == 2
+    walk = Walk(model.graph)
+    (joined,) = [node for node in model.graph.node if node.op_type == "Concat"]
+    assert all(walk.grid_before(name) is not None for name in joined.input)
+    np.testing.assert_array_equal(run_all(model.SerializeToString(), x, False)[0], before)
+
+
+def test_a_weight_that_two_convolutions_read_is_one_layer_with_two_uses() -> None:
+    helper = onnx.helper
+    weight = np.ones((4, 4, 1, 1), np.float32)
+    grid = ["s", "z"]
+    nodes = [
+        helper.make_node("Conv", ["on_grid", "w"], ["one"]),
+        helper.make_node("QuantizeLinear", ["one", *grid], ["one_codes"]),
+        helper.make_node("DequantizeLinear", ["one_codes", *grid], ["one_value"]),
+        helper.make_node("Conv", ["one_value", "w"], ["two"]),
+        helper.make_node("QuantizeLinear", ["two", *grid], ["two_codes"]),
+        helper.make_node("DequantizeLinear", ["two_codes", *grid], ["y"]),
+    ]
+    model = gridded_graph(nodes, onnx.numpy_helper.from_array(weight, "w"))
+    codes = minmax_grid(torch.from_numpy(weight).reshape(1, 4, 4), 4)
+    layer = QuantizedLayer(codes.pack(codes.codes(torch.from_numpy(weight).reshape(1, 4, 4))))
+    places = {name: Place("w", (4, 4, 1, 1)) for name in ("first", "second")}
+    (found,) = find_integer_layers(model.graph, places, {"first": layer, "second": layer})
+    assert found.name == "first"
+    assert [node.output[0] for node, _ in found.uses] == ["one", "two"]
+    assert [scale for _, (_, scale) in found.uses] == pytest.approx([0.1, 0.1])
+
+
+def exported(path: Path, network: Any, scheme: Scheme) -> verify.Check:
+    """A timm network with activation grids, written, read back, exported and verified on 64-pixel images."""
     network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (3, 64, 64), "test_input_size": None}
-    path = tmp_path / "model.safetensors"
-    scheme = Scheme(bits=4, symmetric=symmetric, act_bits=8, act_placement="integer")
     images = random_images(8, 64)
     coraq.quantize(network, "rtn", data=images, scheme=scheme, path=path)
     checkpoint = load_checkpoint(path)
     export = build_onnx(checkpoint, calibration=images.numpy())
     batches = [(random_images(16, 64, seed=5), torch.full((16,), -1))]
-    found = verify.check_onnx(checkpoint, export, export.content, batches, "random", 1)
+    return verify.check_onnx(checkpoint, export, export.content, batches, "random", 1)
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
+def test_linear_layers_within_blocks_run_on_integer_kernels_and_put_out_float(tmp_path: Path, symmetric: bool) -> None:
+    """ConvNeXt's: LayerNorm, Linear, GELU, Linear. The runtime's product of codes is exact, so no grid is needed."""
+    torch.manual_seed(0)
+    network = timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 16, 24), num_classes=10).eval()
+    scheme = Scheme(bits=4, symmetric=symmetric, act_bits=8, act_placement="integer")
+    found = exported(tmp_path / "model.safetensors", network, scheme)
     assert found.failures == []
     assert found.codes_exact
     assert found.weights_exact
     assert found.integer_products == found.quantized_products == 8
     assert found.integer_convolutions == found.quantized_convolutions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "convolutions"),
+    [("mixnet_s", 123), ("gcresnext26ts", 55)],
+    ids=["a tensor that is split", "two layers of equal weights"],
+)
+def test_every_convolution_of_awkward_networks_runs_on_integer_kernels(
+    tmp_path: Path, name: str, convolutions: int
+) -> None:
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=10).eval()
+    scheme = Scheme(bits=4, act_bits=8, act_placement="integer")
+    found = exported(tmp_path / "model.safetensors", network, scheme)
+    assert found.failures == []
+    assert found.codes_exact
+    assert found.weights_exact
+    assert found.integer_convolutions == found.quantized_convolutions == convolutions

@@ -13,6 +13,7 @@ channels, OpenVINO runs weights with zero points in float, and differences of co
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +49,12 @@ class IntegerLayer:
     """A layer that integer kernels can run.
 
     Attributes:
-        node: its Conv, Gemm or MatMul.
-        input_scale: name and value of its input grid's scale.
+        uses: each Conv, Gemm or MatMul that reads its weight, with the name and value of the scale of its input's grid.
+            They are several where a layer runs twice, or where the exporter merged equal weights.
     """
 
     name: str
-    node: Any
-    input_scale: tuple[str, float]
+    uses: list[tuple[Any, tuple[str, float]]]
 
 
 def find_integer_layers(graph: Any, places: dict[str, Place], layers: dict[str, QuantizedLayer]) -> list[IntegerLayer]:
@@ -66,8 +66,10 @@ def find_integer_layers(graph: Any, places: dict[str, Place], layers: dict[str, 
     from onnx import numpy_helper
 
     walk = Walk(graph)
-    owner = {place.initializer: name for name, place in places.items()}
-    found = []
+    owner: dict[str, str] = {}
+    for name, place in places.items():
+        owner.setdefault(place.initializer, name)  # of equal weights the first layer's is written
+    found: dict[str, IntegerLayer] = {}
     for node in graph.node:
         source = walk.grid_before(node.input[0]) if node.op_type in WEIGHTED else None
         if source is None:
@@ -76,12 +78,12 @@ def find_integer_layers(graph: Any, places: dict[str, Place], layers: dict[str, 
         enough = node.op_type == "MatMul" and node.output[0] not in walk.outputs
         if (not enough and walk.quantized_behind(node.output[0]) is None) or node.input[1] in walk.producer:
             continue
-        name = owner.get(node.input[1])
-        if name is None:
+        if node.input[1] not in owner:
             raise CoraqError(
                 f"the weight {node.input[1]} stands between activation grids and has no codes",
                 "A runtime would quantize it in silence, per tensor; export the run without --act-bits.",
             )
+        name = owner[node.input[1]]
         if layers[name].weight.codebook is not None:
             raise CoraqError(
                 f"layer {name} has a codebook grid: no integer kernel multiplies by its levels",
@@ -89,8 +91,8 @@ def find_integer_layers(graph: Any, places: dict[str, Place], layers: dict[str, 
             )
         scale = source.input[1]
         value = float(numpy_helper.to_array(walk.initializers[scale]))
-        found.append(IntegerLayer(name, node, (scale, value)))
-    return found
+        found.setdefault(name, IntegerLayer(name, [])).uses.append((node, (scale, value)))
+    return list(found.values())
 
 
 def emit_integer_layer(
@@ -107,27 +109,34 @@ def emit_integer_layer(
     The weight comes out under the name of the initializer that it replaces, the bias under a name of its own.
     """
     prefix, name = f"{layer.name}.weight", place.initializer
-    bias = _bias_of(layer.node, graph)
+    biases = [(node, source, bias) for node, source in layer.uses if (bias := _bias_of(node, graph)) is not None]
     out, axis = shape[0], 1 if place.transposed else 0
     raised = None
+
+    def fitting(scale: np.ndarray) -> np.ndarray:
+        for _, source, bias in biases:
+            more = raise_scales(scale, bias, source[1])
+            scale = scale if more is None else more
+        return scale
+
     if is_rounded(q, style[0]):
-        scales = _emit_rounded(parts, layer, q, shape, place, axis, style, bias)
+        scales = _emit_rounded(parts, layer.name, q, shape, place, axis, style, fitting)
     else:
-        written = q.weight.scale.numpy().reshape(-1)
-        if bias is not None:
-            raised = raise_scales(written, bias, layer.input_scale[1])
-            written = written if raised is None else raised
+        own = q.weight.scale.numpy().reshape(-1)
+        written = fitting(own)
+        raised = None if written is own else written
         scales = parts.array(f"{prefix}_scale", written if written.size > 1 else written.reshape(()))
         codes, zero = _emit_codes(parts, prefix, q.weight, shape, place.transposed, style)
         parts.node("DequantizeLinear", [codes, scales, *zero], name, axis=axis)
-    if bias is not None:
-        step = parts.node("Mul", [scales, layer.input_scale[0]])  # folded at load: a stored one would cost 4 bytes each
-        values = _read(parts, scales).reshape(-1).astype(np.float64) * layer.input_scale[1]
+    for k, (node, source, bias) in enumerate(biases):
+        step = parts.node("Mul", [scales, source[0]])  # folded at load: a stored one would cost 4 bytes each
+        values = _read(parts, scales).reshape(-1).astype(np.float64) * source[1]
         integers = np.clip(np.rint(bias / values), -(2**31), 2**31 - 1).astype(np.int32)
-        stored = parts.array(f"{layer.name}.bias_codes", integers)
+        again = f"_{k}" if k else ""
+        stored = parts.array(f"{layer.name}.bias_codes{again}", integers)
         if values.size == 1:
             step = parts.node("Expand", [step, parts.constant(np.array([out], np.int64))])
-        layer.node.input[2] = parts.node("DequantizeLinear", [stored, step], f"{layer.name}.bias_value", axis=0)
+        node.input[2] = parts.node("DequantizeLinear", [stored, step], f"{layer.name}.bias_value{again}", axis=0)
     return raised
 
 
@@ -196,25 +205,23 @@ def is_rounded(q: QuantizedLayer, form: Form) -> bool:
 
 def _emit_rounded(
     parts: Parts,
-    layer: IntegerLayer,
+    name: str,
     q: QuantizedLayer,
     shape: tuple[int, ...],
     place: Place,
     axis: int,
     style: Style,
-    bias: np.ndarray | None,
+    fitting: Callable[[np.ndarray], np.ndarray],
 ) -> str:
     """Codes and adapter multiplied out and rounded to int8 per channel, at load; returns the int8 grid's scales."""
-    form, two_bits, name = adapter_form(style[0]), style[1], layer.name
+    form, two_bits = adapter_form(style[0]), style[1]
     value = emit_qtensor(parts, f"{name}.weight", q.weight, shape, "", form, two_bits)
     if q.adapter is not None:
         value = parts.node("Add", [value, emit_adapter(parts, name, q, shape, form, two_bits)])
     if place.transposed:
         value = parts.node("Transpose", [value], perm=[1, 0])
     effective = q.dequantize().reshape(shape[0], -1).abs().amax(1).numpy()
-    steps = np.where(effective > 0, effective / INT8_TOP, 1.0).astype(np.float32)
-    if bias is not None and (raised := raise_scales(steps, bias, layer.input_scale[1])) is not None:
-        steps = raised
+    steps = fitting(np.where(effective > 0, effective / INT8_TOP, 1.0).astype(np.float32))
     bits8 = parts.array(f"{name}.weight_int8_scale", steps)
     zero = parts.constant(np.zeros(shape[0], np.int8))
     codes = parts.node("QuantizeLinear", [value, bits8, zero], axis=axis)

@@ -13,7 +13,7 @@ import torch
 from coraq.artifact import Checkpoint
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
-from coraq.export.complete import complete_grids, complete_sigmoids, name_pools
+from coraq.export.complete import complete_grids, complete_sigmoids, grid_pieces, name_pools
 from coraq.export.float_graph import FloatGraph, export_float
 from coraq.export.graph import without_grids
 from coraq.export.integer import IntegerLayer, emit_integer_layer, find_integer_layers, is_rounded
@@ -63,8 +63,8 @@ class OnnxExport:
     wants_integer: bool
 
     def integer_layers(self, kind: str) -> list[str]:
-        """Layers written for integer kernels that are a Conv, MatMul or Gemm."""
-        return [name for name, layer in self.integer.items() if layer.node.op_type == kind]
+        """Layers written for integer kernels that are a Conv, MatMul or Gemm; one that runs twice stands here twice."""
+        return [name for name, layer in self.integer.items() for node, _ in layer.uses if node.op_type == kind]
 
 
 def build_onnx(
@@ -88,6 +88,8 @@ def build_onnx(
     wants_integer = getattr(checkpoint.info.scheme, "act_placement", "inputs") == "integer" and any(
         node.op_type == "QuantizeLinear" for node in graph.model.graph.node
     )
+    if wants_integer:
+        grid_pieces(graph.model)
     if wants_integer and calibration is not None:
         added = complete_grids(graph.model, graph.places, calibration)
         if added:
@@ -151,12 +153,11 @@ def build_onnx(
             f"{', '.join(affine)}: affine codes of 8 bits are rounded to symmetric ones, as integer kernels take them, "
             "by about 0.5 % of the weight (quantize with --symmetric to avoid it)"
         )
-    convolutions = {place.initializer for place in graph.places.values()} & {
-        node.input[1] for node in graph.model.graph.node if node.op_type == "Conv"
-    }
+    quantized = {place.initializer for place in graph.places.values()}
+    convolutions = sum(node.op_type == "Conv" and node.input[1] in quantized for node in graph.model.graph.node)
     has_grids = any(node.op_type == "QuantizeLinear" for node in graph.model.graph.node)
-    running = sum(layer.node.op_type == "Conv" for layer in integer.values())
-    label = "integer kernels" if running and running == len(convolutions) else label_of(checkpoint)
+    running = sum(node.op_type == "Conv" for layer in integer.values() for node, _ in layer.uses)
+    label = "integer kernels" if running and running == convolutions else label_of(checkpoint)
     finish(model, checkpoint, opset, label, form, labels)
     content = model.SerializeToString()
     small = set(parts.constants.values())  # shapes, shifts and the like
@@ -174,7 +175,7 @@ def build_onnx(
         written=written,
         integer=integer,
         raised=raised,
-        convolutions=len(convolutions),
+        convolutions=convolutions,
         has_grids=has_grids,
         wants_integer=wants_integer,
     )
