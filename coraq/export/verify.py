@@ -60,7 +60,7 @@ def check_onnx(
             failures.append(f"{found} of {export.convolutions} quantized convolutions run on integer kernels")
         facts["quantized_products"] = products = len(export.integer_layers("MatMul"))
         facts["integer_products"] = running = sum(kernels[kind] for kind in INTEGER_PRODUCTS)
-        if running != products:
+        if running < products:  # products of activations with each other may be integer, too (SHViT's attention)
             failures.append(f"{running} matrix products run on integer kernels, {products} were written for them")
         facts["largest_step"] = step = largest_step(export, content, threads)
         if step > 1:
