@@ -21,6 +21,7 @@ import torch
 from coraq import registry
 from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.data import Preprocess, open_images
+from coraq.memory import reuse_freed_memory
 from coraq.model.calibration import CalibrationTask
 from coraq.model.fold import fold
 from coraq.model.load import load_model
@@ -28,6 +29,7 @@ from coraq.system import peak_memory
 
 
 def main() -> None:
+    reuse_freed_memory()  # as the command does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--calib-dir")
