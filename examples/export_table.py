@@ -83,14 +83,18 @@ def export_asset(settings: Settings, network: str, name: str, request: Request, 
     return export_run(Path(result.run_dir), request)
 
 
+def evaluate_at(network: Any, size: int) -> None:
+    """Let the checkpoint say this size, and not timm's own for evaluation (resnet50: 288): a file takes one alone."""
+    network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (3, size, size)}
+    network.pretrained_cfg.pop("test_input_size", None)
+
+
 def export_random(architecture: str, name: str, request: Request, folder: Path) -> ExportResult:
     """A timm network with random weights: bytes, parity and speed."""
     torch.manual_seed(0)
     network: Any = timm.create_model(architecture).eval()
-    # the checkpoint keeps timm's evaluation size where there is one (resnet50: 288), and the file takes that size alone
-    network.pretrained_cfg = {**network.pretrained_cfg}
-    network.pretrained_cfg.pop("test_input_size", None)
     size = network.pretrained_cfg["input_size"][-1]
+    evaluate_at(network, size)
     images = random_images(16, size, seed=2)
     randomise_batchnorm(network, torch.Generator().manual_seed(1), images)
     path = folder / f"{architecture}.safetensors"
@@ -104,8 +108,7 @@ def export_family(family: Family, name: str, request: Request, folder: Path) -> 
     path = folder / f"{family.architecture}.safetensors"
     images = families.images(family)
     network: Any = families.build(family)
-    network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (3, family.size, family.size)}
-    network.pretrained_cfg.pop("test_input_size", None)
+    evaluate_at(network, family.size)
     scheme = scheme_of(name).model_copy(update={"symmetric": False})
     coraq.quantize(network, "rtn", data=list(images[:2].split(1)), scheme=scheme, path=path)
     seen = tensor_images(images)

@@ -309,7 +309,7 @@ def test_a_weight_that_two_convolutions_read_is_one_layer_with_two_uses() -> Non
     codes = minmax_grid(torch.from_numpy(weight).reshape(1, 4, 4), 4)
     layer = QuantizedLayer(codes.pack(codes.codes(torch.from_numpy(weight).reshape(1, 4, 4))))
     places = {name: Place("w", (4, 4, 1, 1)) for name in ("first", "second")}
-    (found,) = find_integer_layers(model.graph, places, {"first": layer, "second": layer})
+    (found,) = find_integer_layers(model.graph, places, {"first": layer, "second": layer}).values()
     assert found.name == "first"
     assert [node.output[0] for node, _ in found.uses] == ["one", "two"]
     assert [scale for _, (_, scale) in found.uses] == pytest.approx([0.1, 0.1])

@@ -54,10 +54,10 @@ def complete_grids(model: Any, places: dict[str, Place], images: np.ndarray) -> 
         values = run_all(probe.SerializeToString(), {model.graph.input[0].name: images[start : start + 4]}, False)[1:]
         low = np.minimum(low, [value.min() for value in values])
         high = np.maximum(high, [value.max() for value in values])
-    grids: dict[str, tuple[float, int]] = {}
+    grids: dict[str, list[str]] = {}
     for name, least, greatest in zip(names, low, high, strict=True):
         step = max(greatest - least, 1e-12) / TOP
-        grids[name] = step, round(-least / float(np.float32(step)))
+        grids[name] = _grid(model.graph, name, step, round(-least / float(np.float32(step))))
     _insert(model.graph, grids)
     return len(names)
 
@@ -87,7 +87,7 @@ def complete_sigmoids(model: Any) -> int:
         and (readers := walk.readers.get(node.output[0], []))
         and all(multiplies(reader, node.output[0]) for reader in readers)
     ]
-    _insert(model.graph, dict.fromkeys(found, SIGMOID))
+    _insert(model.graph, {name: _grid(model.graph, name, *SIGMOID) for name in found})
     return len(found)
 
 
@@ -96,25 +96,15 @@ def grid_pieces(model: Any) -> int:
 
     It changes no value. Runtimes move codes through a Split only where every piece is quantized behind it.
     """
-    from onnx import helper
-
     walk = Walk(model.graph)
-    nodes, count = [], 0
+    grids: dict[str, list[str]] = {}
     for node in model.graph.node:
-        nodes.append(node)
         source = walk.grid_before(node.input[0]) if node.op_type == "Split" else None
-        if source is None:
-            continue
-        grid = list(source.input[1:])
-        for k, name in enumerate(node.output):
-            if name not in walk.readers or name in walk.outputs:
-                continue
-            node.output[k] = f"{name}__float"
-            nodes.append(helper.make_node("QuantizeLinear", [f"{name}__float", *grid], [f"{name}__codes"]))
-            nodes.append(helper.make_node("DequantizeLinear", [f"{name}__codes", *grid], [name]))
-            count += 1
-    _replace(model.graph, nodes)
-    return count
+        if source is not None:
+            pieces = [name for name in node.output if name in walk.readers and name not in walk.outputs]
+            grids |= {name: list(source.input[1:]) for name in pieces}
+    _insert(model.graph, grids)
+    return len(grids)
 
 
 def name_pools(model: Any) -> int:
@@ -141,23 +131,28 @@ def name_pools(model: Any) -> int:
     return count
 
 
-def _insert(graph: Any, grids: Mapping[str, tuple[float, int]]) -> None:
-    """Put a grid of unsigned 8-bit codes, scale and zero point, behind each of these values."""
-    from onnx import helper, numpy_helper
+def _grid(graph: Any, name: str, step: float, zero: int) -> list[str]:
+    """A grid of unsigned 8-bit codes for a value: the names of its scale and zero point."""
+    from onnx import numpy_helper
+
+    pair = [f"{name}__scale", f"{name}__zero"]
+    graph.initializer.append(numpy_helper.from_array(np.array(step, np.float32), pair[0]))
+    graph.initializer.append(numpy_helper.from_array(np.array(np.clip(zero, 0, TOP), np.uint8), pair[1]))
+    return pair
+
+
+def _insert(graph: Any, grids: Mapping[str, Sequence[str]]) -> None:
+    """Put a grid, the names of its scale and zero point, behind each of these values."""
+    from onnx import helper
 
     nodes: list[Any] = []
     for node in graph.node:
         nodes.append(node)
-        name = node.output[0]
-        if name not in grids:
-            continue
-        step, zero = grids[name]
-        pair = [f"{name}__scale", f"{name}__zero"]
-        graph.initializer.append(numpy_helper.from_array(np.array(step, np.float32), pair[0]))
-        graph.initializer.append(numpy_helper.from_array(np.array(np.clip(zero, 0, TOP), np.uint8), pair[1]))
-        node.output[0] = f"{name}__float"
-        nodes.append(helper.make_node("QuantizeLinear", [node.output[0], *pair], [f"{name}__codes"]))
-        nodes.append(helper.make_node("DequantizeLinear", [f"{name}__codes", *pair], [name]))
+        for k, name in enumerate(node.output):
+            if name in grids:
+                node.output[k] = f"{name}__float"
+                nodes.append(helper.make_node("QuantizeLinear", [node.output[k], *grids[name]], [f"{name}__codes"]))
+                nodes.append(helper.make_node("DequantizeLinear", [f"{name}__codes", *grids[name]], [name]))
     _replace(graph, nodes)
 
 

@@ -57,8 +57,10 @@ class IntegerLayer:
     uses: list[tuple[Any, tuple[str, float]]]
 
 
-def find_integer_layers(graph: Any, places: dict[str, Place], layers: dict[str, QuantizedLayer]) -> list[IntegerLayer]:
-    """Layers whose input comes from a grid and whose output goes into one, if their kernel asks for that.
+def find_integer_layers(
+    graph: Any, places: dict[str, Place], layers: dict[str, QuantizedLayer]
+) -> dict[str, IntegerLayer]:
+    """Layers, by name, whose input comes from a grid and whose output goes into one, if their kernel asks for that.
 
     Raises:
         CoraqError: a weight that is no integer times a scale stands between grids, or one without any codes.
@@ -92,7 +94,7 @@ def find_integer_layers(graph: Any, places: dict[str, Place], layers: dict[str, 
         scale = source.input[1]
         value = float(numpy_helper.to_array(walk.initializers[scale]))
         found.setdefault(name, IntegerLayer(name, [])).uses.append((node, (scale, value)))
-    return list(found.values())
+    return found
 
 
 def emit_integer_layer(
@@ -173,9 +175,9 @@ def _emit_codes(
         values = signed_codes(q, shape) if centred else codes_of(q, shape)
         codes = parts.integers(f"{prefix}_codes", values.T if transposed else values, bits, centred)
         return codes, [] if centred else [parts.integers(f"{prefix}_zero_point", zero, bits, False)]
-    if q.zero_point is not None and zero.size > 1 and np.ptp(zero) > 0:
+    stored = (zero - middle(q)).astype(np.int8) if centred else zero.astype(np.uint8)
+    if zeros_differ(q):
         codes = emit_codes(parts, prefix, q, shape, form, two_bits, "INT32", transposed, integer=True)
-        stored = (zero - middle(q)).astype(np.int8) if centred else zero.astype(np.uint8)
         dims = (1, -1) if transposed else (-1, *[1] * (len(shape) - 1))
         zeros = parts.node("Cast", [parts.array(f"{prefix}_zero_point", stored.reshape(dims))], to=INT32)
         return parts.node("Cast", [parts.node("Sub", [codes, zeros])], to=INT8), []
@@ -183,8 +185,12 @@ def _emit_codes(
     codes = emit_codes(parts, prefix, q, shape, form, two_bits, kind, transposed, integer=True)
     if q.zero_point is None:
         return codes, []
-    stored = (zero - middle(q)).astype(np.int8) if centred else zero.astype(np.uint8)
     return codes, [parts.array(f"{prefix}_zero_point", stored)]
+
+
+def zeros_differ(q: QTensor) -> bool:
+    """Whether channels have zero points of their own, which not every integer kernel takes."""
+    return q.zero_point is not None and int(q.zero_point.min()) < int(q.zero_point.max())
 
 
 def is_rounded(q: QuantizedLayer, form: Form) -> bool:
@@ -194,12 +200,10 @@ def is_rounded(q: QuantizedLayer, form: Form) -> bool:
     """
     if q.adapter is not None:
         return True
-    if form == "dq" or q.weight.zero_point is None:
+    if form == "dq" or not zeros_differ(q.weight):
         return False
-    zero = q.weight.zero_point.long()
-    if zero.numel() == 1 or bool((zero == zero.reshape(-1)[0]).all()):
-        return False
-    less = q.weight.codes.long() - zero
+    assert q.weight.zero_point is not None
+    less = q.weight.codes.long() - q.weight.zero_point.long()
     return int(less.min()) < -INT8_TOP or int(less.max()) > INT8_TOP
 
 

@@ -114,7 +114,7 @@ def build_onnx(
         opset = TWO_BIT_OPSET
     parts = Parts()
     modules: dict[str, Any] = dict(checkpoint.module.named_modules())
-    integer = {found.name: found for found in find_integer_layers(model.graph, graph.places, layers)}
+    integer = find_integer_layers(model.graph, graph.places, layers)
     replaced: dict[str, str] = {}
     raised: dict[str, np.ndarray] = {}
     for name, layer in layers.items():

@@ -225,10 +225,10 @@ class CoRa:
         weights = sum(layer.weight.numel() for layer in task.layers)
         budget = sum(stored_bytes(layer.shape, layer.bits, 0, 0) for layer in task.layers) + config.budget * weights
         taken = allocate(layers, budget)
-        predicted = sum(choices[i].loss for choices, i in zip(layers, taken, strict=True))
-        if not config.budget and predicted > WORTH * sum(kl.values()):
+        predicted, uniform = sum(c[i].loss for c, i in zip(layers, taken, strict=True)), sum(kl.values())
+        if not config.budget and predicted > WORTH * uniform:
             task.note(
-                f"sharing the bytes out is predicted to leave {predicted / sum(kl.values()):.2f} of the KL of uniform "
+                f"sharing the bytes out is predicted to leave {predicted / uniform:.2f} of the KL of uniform "
                 "codes, too little to tell from none (-o budget=0.05 gives it more bytes): the codes are the base's"
             )
             return _uniform(task)
