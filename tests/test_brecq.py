@@ -250,6 +250,22 @@ def test_the_paper_s_preset_is_the_paper_s() -> None:
     assert configure(QDrop, {"preset": "paper"}).joint  # type: ignore[attr-defined]
 
 
+def test_products_are_in_bfloat16_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def codes(has: bool, **options: Any) -> list[torch.Tensor]:
+        monkeypatch.setattr("coraq.methods.brecq.multiplies_bfloat16", lambda device: has)
+        task = solved(BRECQ, Scheme(bits=2), resnet(), iterations=30, guard=False, **options)
+        return [layer.weight.codes for layer in task.quantized.values()]
+
+    def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    single, half = codes(True, precision="float32"), codes(False, precision="bfloat16")
+    assert not same(single, half)
+    assert same(codes(False), single)
+    assert same(codes(True), half)
+    assert configure(BRECQ, {"preset": "paper"}).precision == "float32"  # type: ignore[attr-defined]
+
+
 def test_fisher_information_is_that_of_the_float_network_and_changes_the_result() -> None:
     model = resnet()
     task = CalibrationTask(model, fold(model, random_images(2, 32)), Scheme(), [random_images(6, 32)], seed=1)

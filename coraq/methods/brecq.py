@@ -44,6 +44,7 @@ PAPER = {
     "bias_lr": 0.0,
     "patience": 0,
     "joint": False,
+    "precision": "float32",
     "guard": False,
 }
 TRAVEL = 20.0  # learning rate times steps, as published
@@ -56,7 +57,7 @@ class BRECQ:
 
     name: ClassVar[str] = "brecq"
     summary: ClassVar[str] = "learned rounding that preserves each block's output, activation steps learned"
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     needs_data: ClassVar[bool] = True
 
     class Config(MethodConfig):
@@ -110,8 +111,10 @@ class BRECQ:
             lt=1,
             description="share of activation elements and of block inputs that stay float in a step (QDrop: 0.5)",
         )
-        precision: Literal["float32", "bfloat16"] = Field(
-            default="float32", description="of the products while learning; what is learned stays float32"
+        precision: Literal["auto", "float32", "bfloat16"] = Field(
+            default="auto",
+            description="of the products while learning (what is learned stays float32); auto: bfloat16 where the "
+            "device multiplies it itself (AVX-512 BF16, CUDA from 8.0)",
         )
         guard: bool = Field(default=True, description="keep the base codes of a unit where they are better")
 
@@ -120,6 +123,9 @@ class BRECQ:
 
     def quantize(self, task: Task) -> None:
         views = {view.name: view for view in task.layers}
+        if self.config.precision == "auto" and views:
+            half = multiplies_bfloat16(next(iter(views.values())).weight.device)
+            task.note(f"roundings are learned in {'bfloat16' if half else 'float32'} here (-o precision=auto)")
         for unit in task.partition(self.config.granularity, self.config.blocks):
             views |= {view.name: view for view in task.layers}  # a unit cut off by a kill comes back whole
             data = task.block_io(unit)
@@ -136,7 +142,7 @@ class QDrop(BRECQ):
 
     name: ClassVar[str] = "qdrop"
     summary: ClassVar[str] = "learned rounding as brecq, half of the activations dropped to float while learning"
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
 
     class Config(BRECQ.Config):
         # QDrop's own paper learns roundings and steps together
@@ -148,6 +154,14 @@ class QDrop(BRECQ):
             lt=1,
             description="share of activation elements and of block inputs that stay float in a step",
         )
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are the device's own (twice as fast), not emulated (slower than float)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return device.type == "cpu" and known is not None and bool(known())
 
 
 @dataclass
@@ -309,7 +323,7 @@ class Unit:
         if config.drop:
             keep = torch.empty_like(x).uniform_(generator=self.task.rng) < config.drop
             x = torch.where(keep, data.teacher_input[rows], x)
-        half = config.precision == "bfloat16"
+        half = config.precision == "bfloat16" or (config.precision == "auto" and multiplies_bfloat16(x.device))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             got = functional_call(data.module, self._soft() if weights else self._hard(), (x,))
         square = (got.float() - wanted).square()
