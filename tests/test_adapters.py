@@ -17,7 +17,7 @@ from coraq.api import LowRank, QuantizedLayer, minmax_grid
 from coraq.artifact import RunFolder
 from coraq.config import LayerScheme, Scheme
 from coraq.core.alternate import alternate
-from coraq.core.lowrank import adapter, directions
+from coraq.core.lowrank import adapter, adapter_bytes, can_pay, directions
 from coraq.events import ListSink, Metric, Note
 from coraq.methods import cora
 from coraq.methods.cora import PAPER, CoRa
@@ -173,7 +173,7 @@ def test_a_plan_that_promises_less_than_its_own_error_is_not_taken(monkeypatch: 
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "up"])
-def test_the_search_logs_its_loss_and_budget_and_the_repair_holds_it(rounding: str) -> None:
+def test_the_search_logs_its_loss_and_budget_and_whole_ranks_hold_it(rounding: str) -> None:
     sink = ListSink()
     one = task(sink=sink)
     base = run(task(), registry.load("comq"))
@@ -184,8 +184,30 @@ def test_the_search_logs_its_loss_and_budget_and_the_repair_holds_it(rounding: s
     assert logged == {"kl": list(range(12)), "budget": list(range(12))}
     weights = sum(layer.weight.codes.numel() for layer in layers.values())
     within = extra_bytes(layers, base) <= 0.2 * weights
-    # twelve steps of 0.01 from 0.9 are far over any budget: only the repair brings the bytes down
+    # twelve steps of 0.01 from 0.9 are far over any budget: only whole ranks within the budget bring the bytes down
     assert within == (rounding == "nearest")
+
+
+@pytest.mark.parametrize("spent", [0.05, 0.7, 1.0, 5.0])
+def test_searched_ranks_fill_the_budget_in_their_proportions(spent: float) -> None:
+    views = {layer.name: layer for layer in task().layers if can_pay(layer.shape, layer.bits)}
+    generator = torch.Generator().manual_seed(0)
+    most = {name: min(view.shape[1:]) for name, view in views.items()}
+
+    def size(ranks: dict[str, int]) -> int:
+        return sum(adapter_bytes(views[name].shape, rank, 8) for name, rank in ranks.items())
+
+    allowed = 0.3 * size(most)
+    for _ in range(20):
+        share = torch.rand(len(most), generator=generator).tolist()
+        ranks = {name: spent * 0.3 * full * x for (name, full), x in zip(most.items(), share, strict=True)}
+        got = cora._within(ranks, views, allowed, 8)
+        assert size(got) <= allowed
+        # one step further in the same proportions, and the bytes are too many
+        times = min((got[name] + 0.5) / rank for name, rank in ranks.items() if got[name] < most[name])
+        after = {name: min(round(times * (1 + 1e-9) * rank), most[name]) for name, rank in ranks.items()}
+        assert size(after) > allowed
+        assert all(after[name] >= rank for name, rank in got.items())
 
 
 def test_the_paper_s_preset_is_what_the_paper_says_and_can_be_varied() -> None:

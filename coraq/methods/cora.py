@@ -128,7 +128,8 @@ class CoRa:
         )
         rounding: Literal["nearest", "up"] = Field(
             default="nearest",
-            description="ranks from cutoffs: nearest, then repaired to the budget; or up and as they are (the paper)",
+            description="ranks from cutoffs: nearest, in their proportions, to fill the budget; or up and as they are "
+            "(the paper)",
         )
         rounds: int = Field(default=0, ge=0, description="more rounds of quantizing W − BA and decomposing W − Q")
         adapter_bits: int = Field(default=8, ge=2, le=8, description="bits of the adapters' codes")
@@ -278,7 +279,7 @@ class CoRa:
         if config.rounding == "up":
             whole = {name: max(1, math.ceil(rank)) for name, rank in ranks.items()}
         else:
-            whole = _repaired(ranks, layers, seen, config)
+            whole = _within(ranks, {s.layer.name: s.layer for s in seen}, config.budget * weights, config.adapter_bits)
         return {name: [bits, whole.get(name, 0)] for name, (bits, _) in plan.items()}
 
 
@@ -308,25 +309,25 @@ def _is_plan(kept: object, layers: Sequence[LayerView]) -> bool:
     )
 
 
-def _repaired(
-    ranks: dict[str, float], layers: dict[str, SearchLayer], seen: Sequence[_Seen], config: CoRa.Config
-) -> dict[str, int]:
-    """Nearest ranks, less the triplets of least energy for their bytes until the budget holds."""
-    whole = {name: round(rank) for name, rank in ranks.items()}
-    shapes = {s.layer.name: s.layer.shape for s in seen}
-    allowed = config.budget * sum(s.layer.weight.numel() for s in seen)
+def _within(ranks: Mapping[str, float], layers: Mapping[str, LayerView], allowed: float, bits: int) -> dict[str, int]:
+    """Whole ranks in the proportions of these, as large as `allowed` bytes hold.
 
-    def size(name: str, rank: int) -> int:
-        return adapter_bytes(shapes[name], rank, config.adapter_bits)
+    The search's own budget is one of relaxed parameters, which whole ranks miss on either side: on mobilenetv1_075 at 2
+    bits they left 60 % of the bytes unspent.
+    """
+    shapes = {name: layers[name].shape for name in ranks}
 
-    def worth(name: str) -> float:
-        left = layers[name].found.left()
-        saved = float((left[whole[name] - 1] - left[whole[name]]) / left[0].clamp(min=1e-30))
-        return saved / (size(name, whole[name]) - size(name, whole[name] - 1))
+    def whole(times: float) -> dict[str, int]:
+        return {name: min(round(times * rank), min(shapes[name][1:])) for name, rank in ranks.items()}
 
-    while sum(size(name, rank) for name, rank in whole.items()) > allowed:
-        whole[min((name for name in whole if whole[name]), key=worth)] -= 1
-    return whole
+    def fits(times: float) -> bool:
+        return sum(adapter_bytes(shapes[name], rank, bits) for name, rank in whole(times).items()) <= allowed
+
+    low, high = 0.0, 2.0 * max(min(shape[1:]) for shape in shapes.values()) / max(min(ranks.values()), 1e-3)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return whole(low)
 
 
 def _first(task: Task, count: int) -> list[Tensor]:
