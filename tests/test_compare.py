@@ -287,8 +287,8 @@ def test_of_many_methods_the_best_is_compared_with_each_other(
 ) -> None:
     from test_html import compare_result  # which imports this module
 
-    monkeypatch.setenv("COLUMNS", "80")
-    labels = ["cora:budget=0.05:spend=ranks", *"abcdefg"][:count]
+    monkeypatch.setenv("COLUMNS", "66")  # memory and time make room for the options
+    labels = ["cora:budget=0.05:spend=ranks", "brecq:precision=bfloat16", *"abcdef"][:count]
     result = compare_result(groups=groups_of([cell(label, 0, 70.0 + i, 1000) for i, label in enumerate(labels)]))
     show_comparison(result, Path("report.html"))
     out = capsys.readouterr().out
@@ -298,10 +298,12 @@ def test_of_many_methods_the_best_is_compared_with_each_other(
     assert all(f"{best} " in line or f" {best}:" in line for line in pairs) == (count > 4)
     assert (f"the other {count * (count - 1) // 2 - lines} pairs are in the report" in out) == (count > 4)
     # options stand whole, one below the other
-    assert [line.split()[0] for line in out.splitlines() if line.strip() in ("budget=0.05", "spend=ranks")] == [
+    assert [line.split()[0] for line in out.splitlines() if line.startswith("       ") and line.strip()] == [
+        "precision=bfloat16",
         "budget=0.05",
         "spend=ranks",
     ]
+    assert "memory" not in out
 
 
 # ---------------------------------------------------------------- the grid and its command lines

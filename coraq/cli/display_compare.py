@@ -33,15 +33,22 @@ def show_comparison(result: CompareResult, report: Path) -> None:
 def _show_group(console: Console, group: ComparisonGroup) -> None:
     console.print()
     console.print(Text(compare_text.title(group), style="bold"))
+    header, rows = compare_text.header(group, narrow=True), compare_text.rows(group, narrow=True)
+    for cells in rows:
+        cells[1] = cells[1].replace(":", "\n  ")  # a method's options below it: they would be broken anywhere
+    widths = [
+        max(len(line) for cell in column for line in cell.split("\n")) for column in zip(header, *rows, strict=True)
+    ]
+    while sum(widths) + 3 * len(widths) > console.width and len(widths) > len(header) - 2:  # memory, then time
+        widths.pop()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in compare_text.header(group, narrow=True):
+    for name, _ in zip(header, widths, strict=False):
         table.add_column(
             name, justify="left" if name == "method" else "right", overflow="fold", no_wrap=name != "method"
         )
-    for method, cells in zip(group.methods, compare_text.rows(group, narrow=True), strict=True):
+    for method, cells in zip(group.methods, rows, strict=True):
         style = "bold" if method.rank == 1 else "" if method.seeds else "red"
-        cells[1] = cells[1].replace(":", "\n  ")  # a method's options below it: they would be broken anywhere
-        table.add_row(*(Text(cell) for cell in cells), style=style)
+        table.add_row(*(Text(cell) for cell in cells[: len(widths)]), style=style)
     console.print(table)
     best = next((method.label for method in group.methods if method.rank == 1), "")
     shown = [p for p in group.pairs if len(group.pairs) <= MOST_PAIRS or best in (p.first, p.second)]
