@@ -21,7 +21,7 @@ from coraq.core.grid import minmax_grid
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.export import verify
-from coraq.export.complete import grid_pieces, name_pools
+from coraq.export.complete import grid_pieces, name_pools, write_out_hard_swishes
 from coraq.export.float_graph import Place
 from coraq.export.graph import Walk
 from coraq.export.integer import find_integer_layers, raise_scales
@@ -233,6 +233,43 @@ def test_a_silu_between_grids_is_computed_on_codes(tmp_path: Path) -> None:
     # the grid behind the sigmoid costs no more than the other roundings that an execution may take another way
     assert found.logits_error is not None
     assert found.logits_error < 0.1
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_hard_swish_between_grids_is_computed_on_codes(signed: bool) -> None:
+    """All 256 codes; a signed grid, which an integer sum does not take beside unsigned ones, is left alone."""
+    helper, kind = onnx.helper, onnx.TensorProto
+    dtype = np.int8 if signed else np.uint8
+    values = {"s": np.float32(10 / 255), "z": dtype(0 if signed else 128), "t": np.float32(6 / 255), "u": np.uint8(16)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
+        helper.make_node("HardSwish", ["xd"], ["y"]),
+        helper.make_node("QuantizeLinear", ["y", "t", "u"], ["yq"]),
+        helper.make_node("DequantizeLinear", ["yq", "t", "u"], ["yd"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "swish",
+        [helper.make_tensor_value_info("x", kind.FLOAT, [1, 256])],
+        [helper.make_tensor_value_info("yd", kind.FLOAT, [1, 256])],
+        [onnx.numpy_helper.from_array(np.array(value), name) for name, value in values.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    codes = np.arange(256, dtype=np.float32)[None] - 128
+    feeds = {"x": (codes * values["s"]).astype(np.float32)}
+    (before,) = run_all(model.SerializeToString(), feeds, False)
+    count = write_out_hard_swishes(model)
+    assert count == (0 if signed else 1)
+    onnx.checker.check_model(model)
+    kinds = OnnxRuntime(model.SerializeToString(), 1).kernels()
+    assert ("HardSigmoid" in kinds or "HardSwish" in kinds) == signed
+    for optimised in (False, True):
+        (after,) = run_all(model.SerializeToString(), feeds, optimised)
+        # half a step of the gate times the input, and half a step of the output's own grid once more
+        allowed = np.abs(feeds["x"]) * 0.51 / 255 + values["t"] * 1.01
+        assert (np.abs(after - before) <= allowed).all()
+    assert np.ptp(before) > 3
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ greatest value on calibration images, and the export says so: it is one rounding
 
 A SiLU then stands between grids, `x · sigmoid(x)`. With a grid behind its sigmoid, too, ONNX Runtime takes both steps
 on codes (a table of 256 entries and an integer product). In float they took longer than all convolutions together:
-efficientnet_b0 needed 1.1 of the float network's time, and 0.6 so.
+efficientnet_b0 needed 1.1 of the float network's time, and 0.6 so. A hard swish is written out likewise, as an integer
+sum, whose codes end where the clipping does, and an integer product.
 """
 
 from __future__ import annotations
@@ -89,6 +90,48 @@ def complete_sigmoids(model: Any) -> int:
     ]
     _insert(model.graph, {name: _grid(model.graph, name, *SIGMOID) for name in found})
     return len(found)
+
+
+def write_out_hard_swishes(model: Any) -> int:
+    """Write every hard swish between grids, `x · relu6(x + 3) / 6`, as a sum and a product; returns how many.
+
+    ONNX Runtime has no integer kernel for the operator, but it has both of these. The sum's grid runs from 0 to 6, so
+    that its codes clip as relu6 does; read back on a grid from 0 to 1, the same codes are divided by 6.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    walk = Walk(model.graph)
+
+    def is_unsigned(grid: Any) -> bool:  # an integer sum takes codes of one kind only
+        zero = walk.initializers.get(grid.input[2]) if len(grid.input) > 2 else None
+        return zero is not None and bool(zero.data_type == TensorProto.UINT8)
+
+    nodes, count = [], 0
+    for node in model.graph.node:
+        nodes.append(node)
+        if node.op_type != "HardSwish" or not walk.is_made_by(node.input[0], "DequantizeLinear"):
+            continue
+        behind = walk.quantized_behind(node.output[0])
+        if behind is None or not all(is_unsigned(grid) for grid in (walk.producer[node.input[0]], behind)):
+            continue
+        x, y = node.input[0], node.output[0]
+        codes = f"{y}__sum_codes"
+        nodes[-1:] = [
+            helper.make_node("Add", [x, "hard_swish__three"], [f"{y}__sum"]),
+            helper.make_node("QuantizeLinear", [f"{y}__sum", "hard_swish__six", "hard_swish__zero"], [codes]),
+            helper.make_node("DequantizeLinear", [codes, "hard_swish__one", "hard_swish__zero"], [f"{y}__gate"]),
+            helper.make_node("Mul", [x, f"{y}__gate"], [y]),
+        ]
+        count += 1
+    if count:
+        three = ["hard_swish__top", "hard_swish__half", "hard_swish__zero"]
+        nodes.insert(0, helper.make_node("DequantizeLinear", three, ["hard_swish__three"]))
+        values = {"six": np.float32(6 / TOP), "one": np.float32(1 / TOP), "half": np.float32(3 / TOP)}
+        codes = {"top": np.uint8(TOP), "zero": np.uint8(0)}
+        for name, value in {**values, **codes}.items():
+            model.graph.initializer.append(numpy_helper.from_array(np.array(value), f"hard_swish__{name}"))
+        _replace(model.graph, nodes)
+    return count
 
 
 def grid_pieces(model: Any) -> int:

@@ -13,7 +13,7 @@ import torch
 from coraq.artifact import Checkpoint
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
-from coraq.export.complete import complete_grids, complete_sigmoids, grid_pieces, name_pools
+from coraq.export.complete import complete_grids, complete_sigmoids, grid_pieces, name_pools, write_out_hard_swishes
 from coraq.export.float_graph import FloatGraph, export_float
 from coraq.export.graph import without_grids
 from coraq.export.integer import IntegerLayer, emit_integer_layer, find_integer_layers, is_rounded
@@ -109,6 +109,12 @@ def build_onnx(
     float_content = without_grids(graph.model).SerializeToString()
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
+    swishes = write_out_hard_swishes(model) if wants_integer else 0
+    if swishes:
+        notes.append(
+            f"{swishes} hard swishes between grids are computed on codes here, their gates in 255 steps from 0 to 1; "
+            "the checkpoint has them in float"
+        )
     two_bits = form != "packed" and any(layer.weight.bits == 2 for layer in layers.values()) and takes_two_bits()
     if two_bits:
         opset = TWO_BIT_OPSET
