@@ -126,10 +126,10 @@ def write_out_hard_swishes(model: Any) -> int:
     if count:
         three = ["hard_swish__top", "hard_swish__half", "hard_swish__zero"]
         nodes.insert(0, helper.make_node("DequantizeLinear", three, ["hard_swish__three"]))
-        values = {"six": np.float32(6 / TOP), "one": np.float32(1 / TOP), "half": np.float32(3 / TOP)}
-        codes = {"top": np.uint8(TOP), "zero": np.uint8(0)}
-        for name, value in {**values, **codes}.items():
-            model.graph.initializer.append(numpy_helper.from_array(np.array(value), f"hard_swish__{name}"))
+        scales = {name: np.array(most / TOP, np.float32) for name, most in {"six": 6, "one": 1, "half": 3}.items()}
+        whole = {name: np.array(code, np.uint8) for name, code in {"top": TOP, "zero": 0}.items()}
+        for name, value in (scales | whole).items():
+            model.graph.initializer.append(numpy_helper.from_array(value, f"hard_swish__{name}"))
         _replace(model.graph, nodes)
     return count
 
