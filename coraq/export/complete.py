@@ -106,32 +106,33 @@ def write_out_hard_swishes(model: Any) -> int:
         zero = walk.initializers.get(grid.input[2]) if len(grid.input) > 2 else None
         return zero is not None and bool(zero.data_type == TensorProto.UINT8)
 
-    nodes, count = [], 0
+    found = {
+        node.output[0]: node.input[0]
+        for node in model.graph.node
+        if node.op_type == "HardSwish"
+        and walk.is_made_by(node.input[0], "DequantizeLinear")
+        and (behind := walk.quantized_behind(node.output[0])) is not None
+        and is_unsigned(walk.producer[node.input[0]])
+        and is_unsigned(behind)
+    }
+    if not found:
+        return 0
+    three, clip, gate = (_grid(model.graph, f"hard_swish_{most}", most / TOP, 0) for most in (3, 6, 1))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(TOP, np.uint8), "hard_swish_top"))
+    nodes = [helper.make_node("DequantizeLinear", ["hard_swish_top", *three], ["hard_swish_three"])]
     for node in model.graph.node:
-        nodes.append(node)
-        if node.op_type != "HardSwish" or not walk.is_made_by(node.input[0], "DequantizeLinear"):
+        y = node.output[0]
+        if y not in found:
+            nodes.append(node)
             continue
-        behind = walk.quantized_behind(node.output[0])
-        if behind is None or not all(is_unsigned(grid) for grid in (walk.producer[node.input[0]], behind)):
-            continue
-        x, y = node.input[0], node.output[0]
-        codes = f"{y}__sum_codes"
-        nodes[-1:] = [
-            helper.make_node("Add", [x, "hard_swish__three"], [f"{y}__sum"]),
-            helper.make_node("QuantizeLinear", [f"{y}__sum", "hard_swish__six", "hard_swish__zero"], [codes]),
-            helper.make_node("DequantizeLinear", [codes, "hard_swish__one", "hard_swish__zero"], [f"{y}__gate"]),
-            helper.make_node("Mul", [x, f"{y}__gate"], [y]),
+        nodes += [
+            helper.make_node("Add", [found[y], "hard_swish_three"], [f"{y}__sum"]),
+            helper.make_node("QuantizeLinear", [f"{y}__sum", *clip], [f"{y}__sum_codes"]),
+            helper.make_node("DequantizeLinear", [f"{y}__sum_codes", *gate], [f"{y}__gate"]),
+            helper.make_node("Mul", [found[y], f"{y}__gate"], [y]),
         ]
-        count += 1
-    if count:
-        three = ["hard_swish__top", "hard_swish__half", "hard_swish__zero"]
-        nodes.insert(0, helper.make_node("DequantizeLinear", three, ["hard_swish__three"]))
-        scales = {name: np.array(most / TOP, np.float32) for name, most in {"six": 6, "one": 1, "half": 3}.items()}
-        whole = {name: np.array(code, np.uint8) for name, code in {"top": TOP, "zero": 0}.items()}
-        for name, value in (scales | whole).items():
-            model.graph.initializer.append(numpy_helper.from_array(value, f"hard_swish__{name}"))
-        _replace(model.graph, nodes)
-    return count
+    _replace(model.graph, nodes)
+    return len(found)
 
 
 def grid_pieces(model: Any) -> int:

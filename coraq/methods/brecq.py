@@ -124,7 +124,7 @@ class BRECQ:
     def quantize(self, task: Task) -> None:
         views = {view.name: view for view in task.layers}
         if self.config.precision == "auto" and views:
-            half = multiplies_bfloat16(next(iter(views.values())).weight.device)
+            half = in_half(self.config, next(iter(views.values())).weight.device)
             task.note(f"roundings are learned in {'bfloat16' if half else 'float32'} here (-o precision=auto)")
         for unit in task.partition(self.config.granularity, self.config.blocks):
             views |= {view.name: view for view in task.layers}  # a unit cut off by a kill comes back whole
@@ -154,6 +154,11 @@ class QDrop(BRECQ):
             lt=1,
             description="share of activation elements and of block inputs that stay float in a step",
         )
+
+
+def in_half(config: BRECQ.Config, device: torch.device) -> bool:
+    """Whether products are in bfloat16 while learning."""
+    return config.precision == "bfloat16" or (config.precision == "auto" and multiplies_bfloat16(device))
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -323,8 +328,7 @@ class Unit:
         if config.drop:
             keep = torch.empty_like(x).uniform_(generator=self.task.rng) < config.drop
             x = torch.where(keep, data.teacher_input[rows], x)
-        half = config.precision == "bfloat16" or (config.precision == "auto" and multiplies_bfloat16(x.device))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=in_half(config, x.device)):
             got = functional_call(data.module, self._soft() if weights else self._hard(), (x,))
         square = (got.float() - wanted).square()
         if weigh is not None:
