@@ -205,6 +205,14 @@ class Task(Protocol):
             less: [groups, out, in], taken off the weight before it is quantized.
         """
 
+    def unit_codes(
+        self, data: BlockData, method: str, options: Mapping[str, Any] | None = None
+    ) -> dict[str, QuantizedLayer]:
+        """What a method that works layer by layer makes of a unit, each layer behind those before it as quantized.
+
+        The layers, with their gain and bias as the scheme says, are then in `data.module`; nothing is committed.
+        """
+
     def remember(self, key: str, compute: Callable[[], Any], valid: Callable[[Any], bool] | None = None) -> Any:
         """A decision, JSON-able, that the layers' commits rest on: computed once, kept for a resumed run.
 

@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import nn
 
+from coraq import registry
 from coraq.config import Scheme
 from coraq.core.grid import mse_grid
 from coraq.core.ranges import grid_between
@@ -146,7 +147,9 @@ def resnet() -> nn.Module:
 
 def solved(method: Any, scheme: Scheme, model: nn.Module, size: int = 32, **options: Any) -> CalibrationTask:
     found = fold(model, random_images(2, size))
-    task = CalibrationTask(model, found, scheme, list(random_images(24, size, seed=3).split(8)), seed=5)
+    task = CalibrationTask(
+        model, found, scheme, list(random_images(24, size, seed=3).split(8)), seed=5, find_method=registry.make
+    )
     method(configure(method, options)).quantize(task)
     task.finish(method.name)
     return task
@@ -170,7 +173,7 @@ def test_a_block_never_ends_worse_than_its_start_and_one_pass_does(method: Any, 
 def test_the_committed_student_has_the_block_error_that_was_reported() -> None:
     """What is measured on the cached data is what the engine's own student does."""
     scheme = Scheme(bits=3, act_bits=4)
-    task = solved(BRECQ, scheme, resnet(), iterations=20)
+    task = solved(BRECQ, scheme, resnet(), iterations=20, correction=1.0, holdout=0.0)
     outputs = []
     for network in (task.teacher, task.student):
         got: list[torch.Tensor] = []
@@ -183,6 +186,21 @@ def test_the_committed_student_has_the_block_error_that_was_reported() -> None:
     error = (found - wanted).square().sum() / (wanted - wanted.mean()).square().sum()
     reported = metrics(task, "block_error")["layer2.0.conv1"]
     assert float(error) == pytest.approx(reported, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "gain"), [("comq", "float"), ("rtn", "keep")])
+def test_a_unit_s_start_is_what_the_method_itself_makes_of_the_network(name: str, gain: Any) -> None:
+    """Roundings that do not move leave the codes of a plain run, layer after layer, unit after unit."""
+    scheme = Scheme(bits=2, gain=gain)
+    plain = solved(registry.load(name), scheme, resnet())
+    task = solved(BRECQ, scheme, resnet(), start=name, iterations=2, lr=1e-9, bias_lr=0.0)
+    for layer, mine in task.quantized.items():
+        theirs = plain.quantized[layer]
+        assert torch.equal(mine.weight.codes, theirs.weight.codes), layer
+        assert torch.allclose(mine.weight.scale, theirs.weight.scale, rtol=1e-5)
+        assert mine.bias is not None and theirs.bias is not None
+        assert torch.allclose(mine.bias, theirs.bias, atol=1e-5)
+    assert task.passes == 1
 
 
 def test_layers_that_read_one_tensor_get_one_learned_grid() -> None:
@@ -215,7 +233,9 @@ def test_a_single_linear_layer_is_solved_as_by_enumeration(start: str, exact: in
         model.layer.weight.data = 0.3 * torch.randn(2, 6, generator=torch.Generator().manual_seed(seed))
         scheme = Scheme(bits=2, first_bits=None, last_bits=None, bias="keep", gain="keep")
         batches = list(random_images(64, 8, seed=3).split(32))
-        task = CalibrationTask(model, fold(model, random_images(2, 8)), scheme, batches, seed=5)
+        task = CalibrationTask(
+            model, fold(model, random_images(2, 8)), scheme, batches, seed=5, find_method=registry.make
+        )
         data = task.block_io(task.partition()[0])
         inputs, wanted = data.student_input, data.teacher_output
         options = {"iterations": 800, "start": start, "batch": 64, "trust": 0.0, "patience": 0}
@@ -234,8 +254,8 @@ def test_a_single_linear_layer_is_solved_as_by_enumeration(start: str, exact: in
 
 
 def test_the_warm_up_ends_where_the_loss_stops_falling() -> None:
-    long = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=0)
-    short = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=5)
+    long = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=0, edges=True)
+    short = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=5, edges=True)
     assert set(metrics(long, "iterations").values()) == {200}
     taken = metrics(short, "iterations")
     assert max(taken.values()) <= 200
@@ -268,7 +288,9 @@ def test_products_are_in_bfloat16_where_the_device_has_it(monkeypatch: pytest.Mo
 
 def test_fisher_information_is_that_of_the_float_network_and_changes_the_result() -> None:
     model = resnet()
-    task = CalibrationTask(model, fold(model, random_images(2, 32)), Scheme(), [random_images(6, 32)], seed=1)
+    task = CalibrationTask(
+        model, fold(model, random_images(2, 32)), Scheme(), [random_images(6, 32)], seed=1, find_method=registry.make
+    )
     units = task.partition()
     head = units[-1]
     weigh = task.fisher(head)
@@ -291,7 +313,9 @@ def test_block_data_past_the_memory_bound_waits_in_files(tmp_path: Any) -> None:
         model = small_network()
         found = fold(model, random_images(2))
         batches = list(random_images(12, seed=3).split(4))
-        task = CalibrationTask(model, found, Scheme(bits=3), batches, memory_bytes=bound, folder=tmp_path)
+        task = CalibrationTask(
+            model, found, Scheme(bits=3), batches, memory_bytes=bound, folder=tmp_path, find_method=registry.make
+        )
         BRECQ(configure(BRECQ, {"iterations": 5})).quantize(task)
         task.finish("brecq")
         return [layer.weight.codes for layer in task.quantized.values()]
@@ -303,6 +327,6 @@ def test_block_data_past_the_memory_bound_waits_in_files(tmp_path: Any) -> None:
 
 def test_a_block_method_needs_images() -> None:
     model = small_network()
-    task = CalibrationTask(model, fold(model, random_images(2)), Scheme(), [])
+    task = CalibrationTask(model, fold(model, random_images(2)), Scheme(), [], find_method=registry.make)
     with pytest.raises(CoraqError, match="needs calibration images"):
         BRECQ(configure(BRECQ, {})).quantize(task)

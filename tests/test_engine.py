@@ -18,10 +18,11 @@ from coraq.api import QuantizedLayer, minmax_grid
 from coraq.config import Scheme
 from coraq.errors import CoraqError
 from coraq.events import LayerCommitted, ListSink, Metric, Note
-from coraq.model.calibration import CalibrationTask, _regress
+from coraq.model.calibration import CalibrationTask
 from coraq.model.engine import LiveStorages, LockStep
 from coraq.model.fold import Structure, fold
 from coraq.model.layers import as_matrices, groups_of
+from coraq.model.layerwise import _regress
 from coraq.testing import (
     hook_count,
     mean_output_error,

@@ -2,14 +2,16 @@
 
 Minimises `Σ (block(x̂) − y)²` over up or down for every weight of a block (AdaRound's rectified sigmoid), its biases
 and its activation steps; x̂ comes from the quantized prefix, y from the float network. The published settings are
-`-o preset=paper`. The default differs where measurement says so: codes start from GPTQ's rounding and COMQ's sweeps,
-learning is short and shortens itself where the loss stops falling, and roundings and activation steps are
-learned together.
+`-o preset=paper`. The default differs where measurement says so: roundings start from the codes and scales that COMQ
+gives the unit's layers one after another, the target keeps half of what earlier units lost, learning is short and
+shortens itself where the loss stops falling, roundings and activation steps are learned together, and images that
+nothing was learned on decide whether a unit is better for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +22,7 @@ from torch.func import functional_call
 from coraq.api import (
     ActivationGrid,
     BlockData,
+    CoraqError,
     Field,
     Granularity,
     Grid,
@@ -30,8 +33,6 @@ from coraq.api import (
     mse_grid,
     set_grid,
 )
-from coraq.core.rounding import descend, factorise, feedback, prepare, search
-from coraq.core.rounding import pack as pack_rounding
 from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at
 
 PAPER = {
@@ -46,10 +47,16 @@ PAPER = {
     "joint": False,
     "precision": "float32",
     "guard": False,
+    "holdout": 0.0,
+    "correction": 1.0,
+    "positions": 0,
+    "edges": True,
 }
 TRAVEL = 20.0  # learning rate times steps, as published
 MOST_LR = 0.1
 NORM = 2.4  # of the nearest start's range search, as published
+FEWEST = 4  # images in a step, however large their maps
+FINE = 8  # bits at which a nearest code is as good as any
 
 
 class BRECQ:
@@ -57,7 +64,7 @@ class BRECQ:
 
     name: ClassVar[str] = "brecq"
     summary: ClassVar[str] = "learned rounding that preserves each block's output, activation steps learned"
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
     needs_data: ClassVar[bool] = True
 
     class Config(MethodConfig):
@@ -70,8 +77,9 @@ class BRECQ:
         blocks: str | None = Field(
             default=None, description="regular expression over module paths: those that match are units (see --dry-run)"
         )
-        start: Literal["comq", "nearest"] = Field(
-            default="comq", description="base codes and scales: GPTQ's with COMQ's sweeps, or the nearest"
+        start: str = Field(
+            default="comq",
+            description="base codes and scales: those of a method that works layer by layer, or the nearest",
         )
         trust: float = Field(
             default=0.75,
@@ -81,6 +89,11 @@ class BRECQ:
         )
         iterations: int = Field(default=400, ge=1, description="at most so many steps for a unit")
         batch: int = Field(default=32, ge=1, description="images in a step")
+        positions: int = Field(
+            default=32 * 28 * 28,
+            ge=0,
+            description="output positions in a step, at most: of large maps fewer images, down to 4; 0: no bound",
+        )
         lr: float | None = Field(
             default=None,
             gt=0,
@@ -116,7 +129,24 @@ class BRECQ:
             description="of the products while learning (what is learned stays float32); auto: bfloat16 where the "
             "device multiplies it itself (AVX-512 BF16, CUDA from 8.0)",
         )
+        correction: float = Field(
+            default=0.5,
+            ge=0,
+            le=1,
+            description="share of the earlier units' errors that a unit's target undoes: 1 is the float network's "
+            "output (the paper), 0 what the float unit makes of the quantized network's input",
+        )
         guard: bool = Field(default=True, description="keep the base codes of a unit where they are better")
+        holdout: float = Field(
+            default=0.125,
+            ge=0,
+            le=0.5,
+            description="share of the images that nothing is learned on and `guard` judges by; 0: it judges by all",
+        )
+        edges: bool = Field(default=False, description="learn units whose layers all have 8 bits, too")
+
+        def bases(self) -> Sequence[str]:
+            return () if self.start == "nearest" else (self.start,)
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -142,7 +172,7 @@ class QDrop(BRECQ):
 
     name: ClassVar[str] = "qdrop"
     summary: ClassVar[str] = "learned rounding as brecq, half of the activations dropped to float while learning"
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
 
     class Config(BRECQ.Config):
         # QDrop's own paper learns roundings and steps together
@@ -196,8 +226,12 @@ class Unit:
 
     def solve(self) -> tuple[dict[str, QuantizedLayer], dict[str, float]]:
         """The unit's layers, and how well its output is preserved: errors relative to the output's energy."""
+        self._aim()
         self.start()
         before = self._error()
+        if not self.config.edges and not self.steps and all(view.bits >= FINE for view in self.views):
+            self._go_back()
+            return self._result(), {"block_error": before, "block_start_error": before, "iterations": 0}
         fisher = self.task.fisher(self.data.block) if self.config.loss == "fisher" else None
         taken = self._learn(fisher, weights=True, steps=self.config.joint)
         if self.steps and not self.config.joint:
@@ -213,47 +247,85 @@ class Unit:
     def lr(self) -> float:
         return self.config.lr or min(MOST_LR, TRAVEL / self.config.iterations)
 
+    @property
+    def learned_on(self) -> int:
+        """Rows that are learned on, the first so many; the others judge."""
+        rows = self.data.rows
+        return min(rows, max(1, round(rows * (1 - self.config.holdout))))
+
+    @property
+    def batch(self) -> int:
+        """Rows in a step."""
+        config, most = self.config, min(self.config.batch, self.learned_on)
+        if not config.positions:
+            return most
+        fit = math.ceil(config.positions / math.prod(self.data.teacher_output.shape[2:]))
+        return min(most, max(FEWEST, fit))
+
+    @torch.no_grad()
+    def _aim(self) -> None:
+        """The wanted outputs, as far from what the float unit makes of the student's input as `correction` says."""
+        data, share = self.data, self.config.correction
+        if share == 1:
+            return
+        teacher = self.task.teacher.get_submodule(data.block.module)
+        for start in range(0, data.rows, self.config.batch):
+            part = slice(start, start + self.config.batch)
+            own = teacher.forward(data.student_input[part].clone())
+            data.teacher_output[part].mul_(share).add_(own, alpha=1 - share)
+
     def start(self) -> None:
         """Base codes, biases and grids into the copy; the variables that are learned start there."""
-        data, config = self.data, self.config
-        moments = data.moments(config.batch)
+        config, data = self.config, self.data
+        base = self._nearest() if config.start == "nearest" else self._from_method()
         for view in self.views:
-            module, moment = data.layer(view.name), moments[view.name]
-            mean = moment.mean
-            covariance = moment.gram - mean[:, :, None] * mean[:, None, :]
-            keep = self.task.scheme.bias == "keep"
-            grid, codes = self._base(view, moment.gram if keep else covariance)
-            bias = torch.zeros(module.weight.shape[0]) if view.bias is None else view.bias.clone()
-            bias = bias.to(view.weight.device)
-            if not keep:  # the bias absorbs the mean of the rounding errors
-                rest = (view.weight - grid.values(codes)).double()
-                bias += torch.einsum("goi,gi->go", rest, mean).reshape(-1).float()
-            rounding = SoftRounding(view.weight, grid, codes, config.trust)
-            learned = not keep and config.bias_lr > 0
+            grid, codes, bias = base[view.name]
+            learned = self.task.scheme.bias != "keep" and config.bias_lr > 0
             self.layers[view.name] = _Layer(
-                view, rounding, codes, bias.clone().requires_grad_(learned), bias, module.weight.shape
+                view,
+                SoftRounding(view.weight, grid, codes, config.trust),
+                codes,
+                bias.clone().requires_grad_(learned),
+                bias,
+                data.layer(view.name).weight.shape,
             )
-            module.bias = torch.nn.Parameter(bias.clone(), requires_grad=False)
+            data.layer(view.name).bias = torch.nn.Parameter(bias.clone(), requires_grad=False)
         self._put_base()
         for site in data.sites:
-            step = LearnedGrid(data.grids[site.name], config.drop, self.task.rng)
-            self.steps[site.name] = step
+            self.steps[site.name] = LearnedGrid(data.grids[site.name], config.drop, self.task.rng)
 
-    def _base(self, view: LayerView, gram: Tensor) -> tuple[Grid, Tensor]:
-        """Grid and base codes of a layer."""
-        scheme, weight = self.task.scheme, view.weight
-        if self.config.start == "nearest":
-            grid = mse_grid(weight, view.bits, scheme.symmetric, scheme.granularity, NORM)
-            return grid, grid.codes(weight)
-        grid = mse_grid(weight, view.bits, scheme.symmetric, scheme.granularity)
-        problem = prepare(weight, gram)
-        factor = factorise(problem, gram)
-        ranges = [grid.scaled(1.25 - 0.075 * i) for i in range(9)]
-        best = descend(problem, search(problem, (feedback(problem, factor, one) for one in ranges)), 4, tolerance=1e-3)
-        packed = pack_rounding(problem, best, grid)
-        zero = torch.full_like(packed.scale, 2 ** (view.bits - 1))
-        zero = zero if packed.zero_point is None else packed.zero_point.float()
-        return Grid(packed.scale, zero, view.bits, scheme.symmetric), packed.codes.float()
+    def _nearest(self) -> dict[str, tuple[Grid, Tensor, Tensor]]:
+        """Grid, nearest codes and bias of each layer; the bias absorbs the mean of the rounding errors."""
+        scheme, found = self.task.scheme, {}
+        moments = self.data.moments(self.config.batch)
+        for view in self.views:
+            grid = mse_grid(view.weight, view.bits, scheme.symmetric, scheme.granularity, NORM)
+            codes, bias = grid.codes(view.weight), _bias_of(view)
+            if scheme.bias != "keep":
+                rest = (view.weight - grid.values(codes)).double()
+                bias += torch.einsum("goi,gi->go", rest, moments[view.name].mean).reshape(-1).float()
+            found[view.name] = grid, codes, bias
+        return found
+
+    def _from_method(self) -> dict[str, tuple[Grid, Tensor, Tensor]]:
+        """The same as another method gives it, with gain and bias as the scheme says."""
+        found = {}
+        for name, layer in self.task.unit_codes(self.data, self.config.start).items():
+            weight, view = layer.weight, next(view for view in self.views if view.name == name)
+            if layer.adapter is not None or weight.codebook is not None:
+                raise CoraqError(
+                    f"{self.config.start} gives layer {name} no codes on a uniform grid",
+                    "Give -o start= a method that does, such as comq, gptq or rtn.",
+                )
+            zero = torch.full_like(weight.scale, 2 ** (weight.bits - 1))
+            zero = zero if weight.zero_point is None else weight.zero_point.float()
+            bias = _bias_of(view) if layer.bias is None else layer.bias.clone()
+            found[name] = (
+                Grid(weight.scale, zero, weight.bits, weight.zero_point is None),
+                weight.codes.to(zero.dtype),
+                bias.to(view.weight.device),
+            )
+        return found
 
     def _put_base(self) -> None:
         """Base codes, starting biases and calibrated grids into the copy."""
@@ -278,15 +350,20 @@ class Unit:
 
     @torch.no_grad()
     def _error(self) -> float:
-        """Squared error of the copy's output as it is, over the energy of the wanted output about its mean."""
-        data, error, energy, total = self.data, 0.0, 0.0, 0.0
-        for start in range(0, data.rows, self.config.batch):
+        """Squared error of the copy's output as it is, over the energy of the wanted output about its mean.
+
+        On the images that nothing is learned on, if there are any.
+        """
+        data, error, energy, total, count = self.data, 0.0, 0.0, 0.0, 0
+        first = self.learned_on if self.learned_on < data.rows else 0
+        for start in range(first, data.rows, self.config.batch):
             part = slice(start, start + self.config.batch)
             wanted = data.teacher_output[part]
             error += float((data.module(data.student_input[part].clone()) - wanted).square().sum(dtype=torch.float64))
             energy += float(wanted.square().sum(dtype=torch.float64))
             total += float(wanted.sum(dtype=torch.float64))
-        return error / max(energy - total**2 / data.teacher_output.numel(), 1e-30)
+            count += wanted.numel()
+        return error / max(energy - total**2 / count, 1e-30)
 
     def _learn(self, fisher: Tensor | None, weights: bool, steps: bool) -> int:
         """Gradient descent; returns the steps taken."""
@@ -323,7 +400,7 @@ class Unit:
     def step(self, adam: torch.optim.Optimizer, weights: bool, beta: float | None, weigh: Tensor | None) -> float:
         """One step on a fresh batch, with the regulariser if `beta` is given; returns the loss without it."""
         config, data = self.config, self.data
-        rows = torch.randperm(data.rows, generator=self.task.rng)[: config.batch]
+        rows = torch.randperm(self.learned_on, generator=self.task.rng)[: self.batch]
         x, wanted = data.student_input[rows], data.teacher_output[rows]
         if config.drop:
             keep = torch.empty_like(x).uniform_(generator=self.task.rng) < config.drop
@@ -375,10 +452,17 @@ class Unit:
         self.grids = {site.name: self.data.grids[site.name] for site in self.data.sites}
 
     def _result(self) -> dict[str, QuantizedLayer]:
+        # biases that were not learned are set as the scheme says, and the gain with them, behind the layers before
+        given = self.task.scheme.bias != "keep" and self.config.bias_lr > 0
         inputs = {reader: self.grids[site.name] for site in self.data.sites for reader in site.readers}
         layers = {}
         for name, (codes, bias) in self.final.items():
             weight = self.layers[name].rounding.grid.pack(codes)
-            given = None if self.task.scheme.bias == "keep" else bias.contiguous()
-            layers[name] = QuantizedLayer(weight, bias=given, input=inputs.get(name))
+            layers[name] = QuantizedLayer(weight, bias=bias.contiguous() if given else None, input=inputs.get(name))
         return layers
+
+
+def _bias_of(view: LayerView) -> Tensor:
+    """A layer's float bias [groups · out], zeros if it has none; the caller's own."""
+    out = view.shape[0] * view.shape[1]
+    return torch.zeros(out, device=view.weight.device) if view.bias is None else view.bias.clone()

@@ -8,7 +8,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,22 @@ from torch import Tensor, nn
 
 from coraq.config import Scheme
 from coraq.core.tensors import ActivationGrid, QuantizedLayer
-from coraq.errors import OVERFLOW_HINT, CoraqError, MethodError
+from coraq.errors import CoraqError, MethodError
 from coraq.events import LayerCommitted, Metric, Note, Sink, null_sink
 from coraq.model.activations import ActivationGrids, ActivationRecord, find_sites
 from coraq.model.blocks import Block, Granularity, partition
-from coraq.model.delegate import OneLayer
+from coraq.model.delegate import OneLayer, OneUnit
 from coraq.model.engine import Arrival, LockStep
 from coraq.model.fold import Trace
 from coraq.model.layers import LayerView, as_matrices, groups_of, install, kernel_of, kind_of
+from coraq.model.layerwise import ROWS_PER_INPUT, LayerByLayer
 from coraq.model.reconstruction import BlockData, Collector, calibrate_inside, cut_out
-from coraq.model.statistics import LayerStats, LeastSquares
+from coraq.model.statistics import LayerStats
 
-ROWS_PER_INPUT = 64
-DAMPING = 1e-3  # of the Gram's mean diagonal, at least, where the float outputs are projected on the student's inputs
-MOST_GAIN = 2.0  # factor on a channel's scale that matches its variance; more would be a channel beyond repair
 Metrics = dict[str, float | int | str]
 
 
-class CalibrationTask:
+class CalibrationTask(LayerByLayer):
     """One network to quantize under one Scheme; implements `coraq.api.Task`.
 
     Args:
@@ -72,27 +69,22 @@ class CalibrationTask:
         self._memory: MutableMapping[str, Any] = {} if memory is None else memory
         self.teacher = teacher.requires_grad_(False)
         self.student = copy.deepcopy(self.teacher)
-        self.scheme = scheme
+        super().__init__(scheme, self._describe(found, scheme), defaultdict(float), rows_per_input)
         self.method = "the method"  # what errors call it
         self.committed: dict[str, tuple[QuantizedLayer, Metrics]] = {}
-        self.clock: dict[str, float] = defaultdict(float)
         self.spilled = 0
         self.passes = 0
         self._found = found
         self._entries: list[str] = []  # modules, no layers, in front of which the engine must stop
-        self._views = self._describe(found)
         self._batches = list(batches)
         self._seed, self._sink, self._on_commit = seed, sink, on_commit
         self.grids = self._find_grids(found)
-        self.memory_bytes, self._folder = memory_bytes, folder
-        self._rows_per_input = rows_per_input
+        self.memory_bytes, self.folder = memory_bytes, folder
         self._engine: LockStep | None = None
         self._stats: LayerStats | None = None
         self._at: str | None = None
         self._arrival: Arrival | None = None
-        self._squares: dict[float, LeastSquares] = {}  # of the layer that the engine stands at, by correction
         self._passed: set[str] = set()
-        self._blocks: dict[str, int] = {}  # of each layer whose Gram is taken in several
         for name, (layer, metrics) in (done or {}).items():
             if not self._fits(name, layer):
                 self.note(
@@ -125,8 +117,8 @@ class CalibrationTask:
         """The calibrated activation grids, by site."""
         return self.grids.records
 
-    def _describe(self, found: Trace) -> dict[str, LayerView]:
-        own = self.scheme.resolve(found.order)
+    def _describe(self, found: Trace, scheme: Scheme) -> dict[str, LayerView]:
+        own = scheme.resolve(found.order)
         views = {}
         for name in found.order:
             module: Any = self.teacher.get_submodule(name)
@@ -223,7 +215,7 @@ class CalibrationTask:
             self._step(block.module)
         assert self._arrival is not None
         start = time.perf_counter()
-        collector = Collector(self._arrival.images, self.memory_bytes, self._folder)
+        collector = Collector(self._arrival.images, self.memory_bytes, self.folder)
         teacher = self.teacher.get_submodule(block.module)
         for size, (x, y) in zip(self._arrival.sizes, self._arrival.pairs(raw=True), strict=True):
             # the unit's own forward, past its hooks, on a copy: it may work in place
@@ -280,7 +272,7 @@ class CalibrationTask:
         stops = [name for name in self._views if name not in self.committed] + self.grids.begin() + self._entries
         streams = [self.teacher, self.student]
         self._engine = LockStep(
-            streams, self._batches, stops, self.memory_bytes, self._folder, rewrite=self.grids.rewrite
+            streams, self._batches, stops, self.memory_bytes, self.folder, rewrite=self.grids.rewrite
         )
         self.spilled = max(self.spilled, self._engine.spilled)
         self.passes += 1
@@ -312,40 +304,7 @@ class CalibrationTask:
         self.grids.arrive(arrival)
         self.clock["activation grids"] += time.perf_counter() - start
         if arrival.name in self._views:
-            module, weight = self.student.get_submodule(arrival.name), self._views[arrival.name].weight
-            blocks = partial(self._in_blocks, arrival.name)
-            self._stats = LayerStats(module, weight, arrival, self.clock, self._rows_per_input, blocks)
-
-    def _in_blocks(self, name: str, blocks: int) -> None:
-        """A layer's Gram is taken in blocks: say so, once."""
-        if name not in self._blocks:
-            inputs = self._view(name).weight.shape[2]
-            self.note(
-                f"layer {name} has {inputs:,} inputs: its Gram is taken in {blocks} blocks of them, without the "
-                "correlations between blocks"
-            )
-        self._blocks[name] = blocks
-
-    @torch.no_grad()
-    def least_squares(self, name: str, correction: float = 0.5) -> LeastSquares:
-        """See `coraq.api.Task.least_squares`. The regression is damped: see `_regress`."""
-        stats = self.stats(name)
-        if correction not in self._squares:  # a method and the base that it asks for codes pose the same problem
-            self._squares[correction] = self._pose(stats, self._view(name).weight, correction)
-        return self._squares[correction]
-
-    def _pose(self, stats: LayerStats, weight: Tensor, correction: float) -> LeastSquares:
-        centred = self.scheme.bias != "keep"
-        # the drift before the Gram: it takes that along on its visit
-        drift = correction * stats.drift(weight, centred) if correction else None
-        gram = stats.covariance if centred else stats.gram
-        self._check_finite(str(self._at), gram, *(() if drift is None else (drift,)))
-        squares = LeastSquares(weight, gram, stats.rows(centred), stats.count)
-        if drift is None:
-            return squares
-        # W C (H + λ)⁻¹ written as a change of W, so that strong damping leads back to W
-        change = squares.join(_regress(drift, gram, stats.drift_rows))
-        return replace(squares, weight=(weight.double() + change).float())
+            self._stats = self._stats_at(arrival, arrival.name)
 
     @torch.no_grad()
     def commit(self, name: str, layer: QuantizedLayer, **metrics: float | int | str) -> None:
@@ -379,15 +338,6 @@ class CalibrationTask:
             raise CoraqError(f"layer {name} is committed already", "Only layers of task.layers can be previewed.")
         return self._settle(view, layer)
 
-    def _settle(self, view: LayerView, layer: QuantizedLayer) -> QuantizedLayer:
-        """The layer with gain and bias as the scheme says, now in the student."""
-        if layer.bias is None and self.has_data:
-            layer = self._gain(view, layer)
-        layer = replace(layer, bias=self._bias(view, layer))
-        self._check_finite(view.name, layer.weight.scale, *(() if layer.bias is None else (layer.bias,)))
-        self._put(view.name, layer)
-        return layer
-
     def codes(
         self,
         name: str,
@@ -399,22 +349,43 @@ class CalibrationTask:
         scheme: Scheme | None = None,
     ) -> QuantizedLayer:
         """See `coraq.api.Task.codes`."""
+        view = self._view(name)
+        if bits is not None:
+            view = replace(view, bits=bits)
+        part = OneLayer(self, view, less, scheme or self.scheme)
+        self._base(method, options).quantize(part)
+        if part.result is None:
+            raise CoraqError(f"method {method} made no codes for layer {name}", "It cannot serve as a base.")
+        return part.result
+
+    def unit_codes(
+        self, data: BlockData, method: str, options: Mapping[str, Any] | None = None
+    ) -> dict[str, QuantizedLayer]:
+        """See `coraq.api.Task.unit_codes`."""
+        teacher = cut_out(self.teacher, data.block)
+        views = {name: self._view(name) for name in data.block.layers}
+        batch = max(1, data.rows * max(map(len, self._batches)) // sum(map(len, self._batches)))
+        unit = OneUnit(self, teacher, data, views, batch)
+        try:
+            self._base(method, options).quantize(unit)
+        finally:
+            unit.close()
+        missing = [name for name in views if name not in unit.result]
+        if missing:
+            raise CoraqError(f"method {method} made no codes for layer {missing[0]}", "It cannot serve as a base.")
+        return unit.result
+
+    def _base(self, method: str, options: Mapping[str, Any] | None) -> Any:
+        """A method that makes codes for another."""
         if self._find_method is None:
             raise CoraqError(
                 f"there is no method {method!r} to make codes with",
                 "Give CalibrationTask a find_method (coraq.registry).",
             )
-        view = self._view(name)
-        if bits is not None:
-            view = replace(view, bits=bits)
-        part = OneLayer(self, view, less, scheme or self.scheme)
         key = f"{method} {sorted((options or {}).items())}"
         if key not in self._bases:
             self._bases[key] = self._find_method(method, dict(options or {}))
-        self._bases[key].quantize(part)
-        if part.result is None:
-            raise CoraqError(f"method {method} made no codes for layer {name}", "It cannot serve as a base.")
-        return part.result
+        return self._bases[key]
 
     def remember(self, key: str, compute: Callable[[], Any], valid: Callable[[Any], bool] | None = None) -> Any:
         """See `coraq.api.Task.remember`.
@@ -434,52 +405,11 @@ class CalibrationTask:
         self._memory[key] = compute()
         return self._memory[key]
 
-    def _check_finite(self, name: str, *values: Tensor) -> None:
-        """Raise if what was measured of a layer's inputs or outputs overflowed: no method can work on that."""
-        if not all(bool(torch.isfinite(value).all()) for value in values):
-            raise CoraqError(
-                f"the inputs or outputs of {name} are not finite, or too large for their squares to be",
-                OVERFLOW_HINT,
-            )
-
-    def _gain(self, view: LayerView, layer: QuantizedLayer) -> QuantizedLayer:
-        """The layer with its scales such that every output channel varies as in the float network.
-
-        Codes of least squared error shrink what they stand for, as any regression does, and the shrinkage compounds
-        from layer to layer. Re-estimating BatchNorm's variances would undo it; here the norm is folded, and the
-        channel's scale takes the factor, at no cost in bytes.
-        """
-        if self.scheme.gain == "keep" or self.scheme.granularity == "tensor" or layer.weight.scale.numel() == 1:
-            return layer
-        stats = self.stats(view.name)
-        wanted, found = stats.wanted_spread.variance, stats.output_spread(layer.dequantize()).variance
-        alive = (wanted > 0) & (found > 0) & torch.isfinite(wanted) & torch.isfinite(found)
-        ratio = torch.where(alive, wanted / torch.where(alive, found, 1.0), 1.0)
-        factor = ratio.sqrt().clamp(1 / MOST_GAIN, MOST_GAIN).float()
-        return layer.scaled(factor.reshape(*view.shape[:2], 1))
-
     def _input_grid(self, name: str, layer: QuantizedLayer) -> ActivationGrid | None:
         """The grid of the layer's input: the method's own or the calibrated one."""
         if layer.input is None and self.grids.site_of(name) is not None and self.grids.grid_of(name) is None:
             self.stats(name)  # the engine calibrates it on the way
         return self.grids.commit(name, layer.input)
-
-    def _bias(self, view: LayerView, layer: QuantizedLayer) -> Tensor | None:
-        """The committed bias: the method's own, or the one that makes the mean output right."""
-        if layer.bias is not None or self.scheme.bias == "keep" or not self.has_data:
-            return layer.bias if layer.bias is not None else view.bias
-        stats = self.stats(view.name)
-        weight, effective = view.weight.double(), layer.dequantize().double()
-        mean = stats.mean
-        wanted = stats.teacher_mean if self.scheme.bias == "float" else mean
-        shift = torch.einsum("goi,gi->go", weight, wanted) - torch.einsum("goi,gi->go", effective, mean)
-        bias = shift.reshape(-1) if view.bias is None else view.bias.double() + shift.reshape(-1)
-        return bias.float()
-
-    def _put(self, name: str, layer: QuantizedLayer) -> None:
-        device = self._view(name).weight.device
-        bias = None if layer.bias is None else layer.bias.to(device)
-        install(self.student.get_submodule(name), layer.dequantize().to(device), bias)
 
     def _measure(self, view: LayerView, layer: QuantizedLayer) -> Metrics:
         """Weight error, and relative error of some inputs and outputs against the float network."""
@@ -506,6 +436,9 @@ class CalibrationTask:
 
     def note(self, message: str) -> None:
         self._sink(Note(message))
+
+    def _module(self, name: str) -> nn.Module:
+        return self.student.get_submodule(name)
 
     def _reseed(self) -> None:
         # a function of the seed and of what is committed, so that a resumed run draws what a straight run draws
@@ -546,24 +479,3 @@ class CalibrationTask:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
-
-
-def _regress(target: Tensor, gram: Tensor, rows: int) -> Tensor:
-    """`target (gram + λ)⁻¹` of [blocks, k, in] and [blocks, in, in], both means over so many rows.
-
-    λ is inputs over rows, and at least DAMPING, of the mean diagonal. With about as many rows as inputs a regression
-    fits its own noise, and less so with few rows or with many ("double descent"): resnet18_cifar10 at 2 bits, whose
-    last layers have 4,608 inputs, was best with 128 or 1,024 calibration images and worst with the 512 that give
-    4,608 rows (KL .084); so damped it is .046 there. What is damped away is left to the float weight.
-    """
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1)
-    damping = max(DAMPING, gram.shape[2] / rows) * torch.where(mean > 0, mean, 1.0)
-    # an input that never varies tells nothing; what rounding left of its column would be blown up without bound
-    target = torch.where((diagonal > 0)[:, None, :], target, 0.0)
-    damped = gram.clone()
-    damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if bool(failed.any()):  # no Gram, strictly: rounding made it indefinite by more than the damping
-        return torch.linalg.solve(damped, target, left=False)
-    return torch.cholesky_solve(target.mT, lower).mT

@@ -1,4 +1,4 @@
-"""One layer as a task of its own, so that a method can have codes made by any other method."""
+"""One layer or one unit as a task of its own, so that a method can have codes made by any other method."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from torch import Tensor, nn
 from coraq.config import Scheme
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
+from coraq.model.engine import Arrival, LockStep
+from coraq.model.gridded import grids_of
 from coraq.model.layers import LayerView
+from coraq.model.layerwise import LayerByLayer
+from coraq.model.reconstruction import BlockData
+from coraq.model.statistics import STUDENT, LayerStats, LeastSquares
 
 if TYPE_CHECKING:
-    from coraq.model.calibration import CalibrationTask, LayerStats, LeastSquares
+    from coraq.model.calibration import CalibrationTask
 
 
 class OneLayer:
@@ -79,3 +84,91 @@ class OneLayer:
 
     def remember(self, key: str, compute: Any, valid: Any = None) -> Any:
         return compute()
+
+
+class OneUnit(LayerByLayer):
+    """A `coraq.api.Task` that holds one unit's layers, each read behind the unit's own earlier ones as quantized.
+
+    The unit's copy is the network being quantized: what is committed goes into it, with gain and bias as the scheme
+    says, and into `result`. Layers must be committed in order, as the pass goes through the unit once.
+
+    Args:
+        task: the whole task.
+        teacher: a copy of the float unit, without hooks.
+        data: of the unit.
+        views: its layers.
+        batch: rows in a micro-batch.
+    """
+
+    def __init__(
+        self, task: CalibrationTask, teacher: nn.Module, data: BlockData, views: dict[str, LayerView], batch: int
+    ) -> None:
+        super().__init__(task.scheme, views, task.clock, task.rows_per_input)
+        self._task, self._data = task, data
+        self.layers: Sequence[LayerView] = list(views.values())
+        self.teacher, self.student = teacher, data.module
+        self.result: dict[str, QuantizedLayer] = {}
+        pairs = list(zip(data.teacher_input.split(batch), data.student_input.split(batch), strict=True))
+        self._names = {data.block.inner(name): name for name in views}
+        streams = [teacher, data.module]
+        self._engine = LockStep(streams, pairs, list(self._names), task.memory_bytes, task.folder)
+        self._arrival: Arrival | None = None
+        self._stats: LayerStats | None = None
+
+    @property
+    def has_data(self) -> bool:
+        return True
+
+    @property
+    def rng(self) -> torch.Generator:
+        return self._task.rng
+
+    def batches(self) -> Iterator[Tensor]:
+        return self._task.batches()
+
+    def stats(self, name: str) -> LayerStats:
+        """Advance to a layer, over those that are not asked for."""
+        while self._arrival is None or self._names[self._arrival.name] != name:
+            self._squares.clear()
+            arrival = self._engine.advance()
+            if arrival is None:
+                raise CoraqError(
+                    f"the unit {self._data.block.module} has no layer {name}, or it has been passed",
+                    "A base method must take the layers in the order of task.layers.",
+                )
+            grid = grids_of(self._data.layer(self._names[arrival.name])).input
+            if grid is not None:
+                arrival.transforms[STUDENT] = grid  # what the layer will really see
+            if self._stats is not None:
+                self._stats.current = False
+            self._arrival, self._stats = arrival, self._stats_at(arrival, self._names[arrival.name])
+        assert self._stats is not None
+        return self._stats
+
+    def commit(self, name: str, layer: QuantizedLayer, **metrics: Any) -> None:
+        with torch.no_grad():
+            self.result[name] = self._settle(self._views[name], layer)
+
+    def partition(self, granularity: str = "block", override: str | None = None) -> Sequence[Any]:
+        raise CoraqError(
+            "a method that works on blocks cannot make codes for another's unit",
+            "Take a base method that works layer by layer, such as comq.",
+        )
+
+    def log(self, metric: str, value: float, step: int) -> None:
+        pass
+
+    def note(self, message: str) -> None:
+        self._task.note(message)
+
+    def remember(self, key: str, compute: Any, valid: Any = None) -> Any:
+        return compute()
+
+    def _module(self, name: str) -> nn.Module:
+        return self._data.layer(name)
+
+    def close(self) -> None:
+        """Leave the pass."""
+        if self._stats is not None:
+            self._stats.current = False
+        self._engine.close()

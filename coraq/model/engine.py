@@ -194,9 +194,11 @@ def _as_it_is(x: Tensor) -> Tensor:
 class _MicroBatch:
     """One forward pass of one micro-batch in one stream."""
 
-    def __init__(self, model: nn.Module, images: Tensor, spill: Spill | None) -> None:
+    def __init__(self, model: nn.Module, batch: Tensor | Sequence[Tensor], stream: int, spill: Spill | None) -> None:
+        shared = isinstance(batch, Tensor)
+        images = batch if isinstance(batch, Tensor) else batch[stream]
         self.size = len(images)
-        self._greenlet = greenlet(lambda: model(images))
+        self._greenlet = greenlet(lambda: model(images if shared else images.clone()))
         self._greenlet.coraq_seen = set()
         self._spill = spill
         self._input: Tensor | None = None
@@ -247,8 +249,9 @@ class LockStep:
     """One lock-step pass; iterate `advance()` over the stops, then `close()`.
 
     Args:
-        streams: networks in eval mode that take the same images; the same stops, under the same names.
-        batches: micro-batches [n, channels, height, width], all on the networks' device.
+        streams: networks in eval mode, or the same part of each; the same stops, under the same names.
+        batches: micro-batches [n, channels, height, width], all on the networks' device; or, where the streams do not
+            take the same, one for each stream (of which they get copies: a part of a network may work in place).
         stops: names of the modules to stop at, and `output_stop`s.
         memory_bytes: bound on live activations; None does not bound them.
         folder: where the activation files go if the bound asks for them; default: the system's temporary folder.
@@ -258,7 +261,7 @@ class LockStep:
     def __init__(
         self,
         streams: Sequence[nn.Module],
-        batches: Sequence[Tensor],
+        batches: Sequence[Tensor] | Sequence[Sequence[Tensor]],
         stops: Sequence[str],
         memory_bytes: int | None = None,
         folder: Path | None = None,
@@ -270,19 +273,20 @@ class LockStep:
         self._folder = folder or Path(tempfile.gettempdir())
         self._handles = [self._hook(index, name) for index in range(len(self._streams)) for name in self._stops]
         self.live_bytes_needed = 0
+        given = [b for batch in batches for b in ([batch] if isinstance(batch, Tensor) else batch)]
         resident = len(batches) * len(self._streams)
         if memory_bytes is not None and batches:
-            self.live_bytes_needed, one = self._measure(batches)
+            self.live_bytes_needed, one = self._measure(batches, given)
             resident = (
                 int((memory_bytes - 2 * one) // max(1, one)) if self.live_bytes_needed > memory_bytes else resident
             )
         self.spilled = max(0, len(batches) * len(self._streams) - max(0, resident))
         self._batches: list[list[_MicroBatch]] = [[] for _ in self._streams]
         count = 0
-        for images in batches:
+        for batch in batches:
             for stream, model in enumerate(self._streams):
-                spill = Spill(LiveStorages(self._streams, batches), self._folder) if count < self.spilled else None
-                self._batches[stream].append(_MicroBatch(model, images, spill))
+                spill = Spill(LiveStorages(self._streams, given), self._folder) if count < self.spilled else None
+                self._batches[stream].append(_MicroBatch(model, batch, stream, spill))
                 count += 1
 
     def _hook(self, stream: int, name: str) -> Any:
@@ -308,10 +312,12 @@ class LockStep:
             return model.get_submodule(name.removesuffix(_OUTPUT)).register_forward_hook(park_behind)
         return model.get_submodule(name).register_forward_pre_hook(park, with_kwargs=True)
 
-    def _measure(self, batches: Sequence[Tensor]) -> tuple[int, int]:
+    def _measure(
+        self, batches: Sequence[Tensor] | Sequence[Sequence[Tensor]], given: Sequence[Tensor]
+    ) -> tuple[int, int]:
         """Bytes that the whole pass would keep alive at its widest stop, and one micro-batch's share."""
-        live = LiveStorages(self._streams, batches)
-        probe = _MicroBatch(self._streams[0], batches[0], None)
+        live = LiveStorages(self._streams, given)
+        probe = _MicroBatch(self._streams[0], batches[0], 0, None)
         widest = 0
         with live:
             while probe.advance(getcurrent()) is not None:
