@@ -8,7 +8,7 @@ The groups of methods:
 - more: 0.05 bytes a weight more, spent on adapters in closed form (qera, cora with spend=ranks), on more bits for the
   most sensitive layers without adapters (the control, cora with edges=keep), or of all layers (cora).
 - search: the same bytes as `more`, for adapters of searched ranks (100 steps); and the paper's form.
-- blocks: the bytes of uniform codes again, block by block: brecq, its products in bfloat16. Slow.
+- blocks: the bytes of uniform codes again, block by block: brecq; qdrop, which learns roundings after it. Slow.
 
 Finished cells are reused, so groups may be added one by one. Results: examples/results/compare/NETWORK/ (the
 comparison's compare.json, compare.csv and report.html, each number from a run's metrics.json),
@@ -39,13 +39,14 @@ MORE = [
 SEARCH = ["cora:budget=0.05:spend=ranks:edges=keep:iterations=100", "cora:preset=paper:iterations=100"]
 PLUGINS = Path(__file__).parent.parent / "plugins"
 KEPT = ["compare.json", "compare.csv", "report.html"]
-GROUPS = {"same": SAME, "more": MORE, "search": SEARCH, "blocks": ["brecq:precision=bfloat16"]}
+GROUPS = {"same": SAME, "more": MORE, "search": SEARCH, "blocks": ["brecq", "qdrop"]}
 IN_README = {
     "rtn": "rtn",
     "gptq": "gptq",
     "npot": "npot",
     "comq": "comq",
-    "brecq:precision=bfloat16": "brecq",
+    "brecq": "brecq",
+    "qdrop": "qdrop",
     "cora": "cora",
     "qera:budget=0.05": "+ qera",
     "cora:budget=0.05:spend=ranks:edges=keep": "+ ranks",

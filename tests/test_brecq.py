@@ -159,10 +159,12 @@ def metrics(task: CalibrationTask, key: str) -> dict[str, float]:
     return {name: float(numbers[key]) for name, (_, numbers) in task.committed.items()}
 
 
-@pytest.mark.parametrize("method", [BRECQ, QDrop])
+@pytest.mark.parametrize(("method", "learn"), [(BRECQ, "steps"), (BRECQ, "all"), (QDrop, "all")])
 @pytest.mark.parametrize("act_bits", [None, 4])
-def test_a_block_never_ends_worse_than_its_start_and_one_pass_does(method: Any, act_bits: int | None) -> None:
-    options = {"iterations": 60, "start": "nearest", "batch": 16}
+def test_a_block_never_ends_worse_than_its_start_and_one_pass_does(
+    method: Any, learn: str, act_bits: int | None
+) -> None:
+    options = {"iterations": 60, "start": "nearest", "batch": 16, "learn": learn}
     task = solved(method, Scheme(bits=2, act_bits=act_bits), resnet(), **options)
     start, end = metrics(task, "block_start_error"), metrics(task, "block_error")
     assert all(end[name] <= start[name] for name in start)
@@ -170,10 +172,11 @@ def test_a_block_never_ends_worse_than_its_start_and_one_pass_does(method: Any, 
     assert task.passes == 1
 
 
-def test_the_committed_student_has_the_block_error_that_was_reported() -> None:
+@pytest.mark.parametrize("learn", ["steps", "all"])
+def test_the_committed_student_has_the_block_error_that_was_reported(learn: str) -> None:
     """What is measured on the cached data is what the engine's own student does."""
     scheme = Scheme(bits=3, act_bits=4)
-    task = solved(BRECQ, scheme, resnet(), iterations=20, correction=1.0, holdout=0.0)
+    task = solved(BRECQ, scheme, resnet(), iterations=20, learn=learn, bias_lr=1e-3, correction=1.0, holdout=0.0)
     outputs = []
     for network in (task.teacher, task.student):
         got: list[torch.Tensor] = []
@@ -193,12 +196,13 @@ def test_a_unit_s_start_is_what_the_method_itself_makes_of_the_network(name: str
     """Roundings that do not move leave the codes of a plain run, layer after layer, unit after unit."""
     scheme = Scheme(bits=2, gain=gain)
     plain = solved(registry.load(name), scheme, resnet())
-    task = solved(BRECQ, scheme, resnet(), start=name, iterations=2, lr=1e-9, bias_lr=0.0)
+    task = solved(BRECQ, scheme, resnet(), start=name, rounds=0, learn="all", iterations=2, lr=1e-9)
     for layer, mine in task.quantized.items():
         theirs = plain.quantized[layer]
         assert torch.equal(mine.weight.codes, theirs.weight.codes), layer
         assert torch.allclose(mine.weight.scale, theirs.weight.scale, rtol=1e-5)
-        assert mine.bias is not None and theirs.bias is not None
+        assert mine.bias is not None
+        assert theirs.bias is not None
         assert torch.allclose(mine.bias, theirs.bias, atol=1e-5)
     assert task.passes == 1
 
@@ -224,8 +228,8 @@ class OneLinear(nn.Module):
         return self.layer(x.mean((2, 3)).repeat(1, 2) * torch.tensor([1.0, 2, 3, 1.5, -2, 0.5]) + x[:, 0, 0, :6])
 
 
-@pytest.mark.parametrize(("start", "exact"), [("nearest", 4), ("comq", 6)])
-def test_a_single_linear_layer_is_solved_as_by_enumeration(start: str, exact: int) -> None:
+@pytest.mark.parametrize(("learn", "start", "exact"), [("all", "nearest", 4), ("all", "comq", 6), ("steps", "comq", 5)])
+def test_a_single_linear_layer_is_solved_as_by_enumeration(learn: str, start: str, exact: int) -> None:
     """Against all 4⁶ codes of six channels: all of them from comq's codes, most from the nearest (the paper's)."""
     found_exactly = 0
     for seed in range(3):
@@ -238,7 +242,8 @@ def test_a_single_linear_layer_is_solved_as_by_enumeration(start: str, exact: in
         )
         data = task.block_io(task.partition()[0])
         inputs, wanted = data.student_input, data.teacher_output
-        options = {"iterations": 800, "start": start, "batch": 64, "trust": 0.0, "patience": 0}
+        options = {"iterations": 800, "start": start, "batch": 64, "trust": 0.0, "patience": 0, "learn": learn}
+        options["rounds"] = int(learn == "steps")
         BRECQ(configure(BRECQ, options)).quantize(task)
         task.finish("brecq")
         chosen = task.quantized["layer"].weight
@@ -254,8 +259,8 @@ def test_a_single_linear_layer_is_solved_as_by_enumeration(start: str, exact: in
 
 
 def test_the_warm_up_ends_where_the_loss_stops_falling() -> None:
-    long = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=0, edges=True)
-    short = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=5, edges=True)
+    long = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=0, edges=True, learn="all")
+    short = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=5, edges=True, learn="all")
     assert set(metrics(long, "iterations").values()) == {200}
     taken = metrics(short, "iterations")
     assert max(taken.values()) <= 200
@@ -273,7 +278,7 @@ def test_the_paper_s_preset_is_the_paper_s() -> None:
 def test_products_are_in_bfloat16_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def codes(has: bool, **options: Any) -> list[torch.Tensor]:
         monkeypatch.setattr("coraq.methods.brecq.multiplies_bfloat16", lambda device: has)
-        task = solved(BRECQ, Scheme(bits=2), resnet(), iterations=30, guard=False, **options)
+        task = solved(BRECQ, Scheme(bits=2), resnet(), iterations=30, guard=False, learn="all", **options)
         return [layer.weight.codes for layer in task.quantized.values()]
 
     def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
@@ -300,8 +305,8 @@ def test_fisher_information_is_that_of_the_float_network_and_changes_the_result(
     error = weigh[:, None] - (torch.eye(10)[None] - probability[:, None]).square()
     assert float(error.abs().amax(2).amin(1).max()) < 1e-5
     task.close()
-    plain = solved(BRECQ, Scheme(bits=2), resnet(), iterations=30, guard=False)
-    other = solved(BRECQ, Scheme(bits=2), resnet(), iterations=30, guard=False, loss="fisher")
+    plain = solved(BRECQ, Scheme(bits=2), resnet(), iterations=30, guard=False, learn="all")
+    other = solved(BRECQ, Scheme(bits=2), resnet(), iterations=30, guard=False, learn="all", loss="fisher")
     assert any(
         not torch.equal(plain.quantized[name].weight.codes, other.quantized[name].weight.codes)
         for name in plain.quantized

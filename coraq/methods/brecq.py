@@ -1,11 +1,11 @@
-"""BRECQ (arXiv 2102.05426) and QDrop (arXiv 2203.05740): least error of a block's output over its weights' roundings.
+"""BRECQ (arXiv 2102.05426) and QDrop (arXiv 2203.05740): least error of a block's output over its weights' codes.
 
-Minimises `Σ (block(x̂) − y)²` over up or down for every weight of a block (AdaRound's rectified sigmoid), its biases
-and its activation steps; x̂ comes from the quantized prefix, y from the float network. The published settings are
-`-o preset=paper`. The default differs where measurement says so: roundings start from the codes and scales that COMQ
-gives the unit's layers one after another, the target keeps half of what earlier units lost, learning is short and
-shortens itself where the loss stops falling, roundings and activation steps are learned together, and images that
-nothing was learned on decide whether a unit is better for it.
+Minimises `Σ (block(x̂) − y)²` over the codes and scales of a block's weights and its activation steps; x̂ comes from
+the quantized prefix, y from the float network. The paper learns up or down for every weight by gradient descent
+(AdaRound's rectified sigmoid): `-o preset=paper`, in hours. The default differs where measurement says so: a unit
+starts from the codes and scales that COMQ gives its layers one after another, COMQ's sweeps on a second-order
+model of the whole unit's error take them further (`coraq.core.newton`), activation steps are learned by gradient
+descent, and images that nothing was learned on judge every step.
 """
 
 from __future__ import annotations
@@ -33,16 +33,18 @@ from coraq.api import (
     mse_grid,
     set_grid,
 )
+from coraq.core.newton import Model
 from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at
 
 PAPER = {
     "start": "nearest",
+    "rounds": 0,
+    "learn": "all",
     "trust": 0.0,
     "weight": 0.01,
     "iterations": 20000,
     "lr": 1e-3,
     "act_lr": 4e-5,
-    "bias_lr": 0.0,
     "patience": 0,
     "joint": False,
     "precision": "float32",
@@ -57,13 +59,15 @@ MOST_LR = 0.1
 NORM = 2.4  # of the nearest start's range search, as published
 FEWEST = 4  # images in a step, however large their maps
 FINE = 8  # bits at which a nearest code is as good as any
+DAMPINGS = (1.0, 2.0, 4.0)  # that a Newton step is tried with
+MOST_INPUTS = 8192  # of a layer that descent works on: its Gram must fit
 
 
 class BRECQ:
-    """Minimises each block's output error over roundings, biases and activation steps, by gradient descent."""
+    """Minimises each block's output error over codes, scales and activation steps."""
 
     name: ClassVar[str] = "brecq"
-    summary: ClassVar[str] = "learned rounding that preserves each block's output, activation steps learned"
+    summary: ClassVar[str] = "codes that preserve each block's output, by descent or learned; activation steps learned"
     version: ClassVar[str] = "4"
     needs_data: ClassVar[bool] = True
 
@@ -81,11 +85,20 @@ class BRECQ:
             default="comq",
             description="base codes and scales: those of a method that works layer by layer, or the nearest",
         )
+        rounds: int = Field(
+            default=1,
+            ge=0,
+            description="visits to every layer of a unit by coordinate descent on a second-order model of its error",
+        )
+        learn: Literal["steps", "all"] = Field(
+            default="steps",
+            description="what gradient descent then learns: activation steps, or roundings, too (the paper)",
+        )
         trust: float = Field(
             default=0.75,
             ge=0,
             le=1,
-            description="where between the float weight (0, the paper) and its base code (1) a rounding starts",
+            description="where a rounding starts, from the float weight (0, the paper) to its base code (1)",
         )
         iterations: int = Field(default=400, ge=1, description="at most so many steps for a unit")
         batch: int = Field(default=32, ge=1, description="images in a step")
@@ -100,7 +113,12 @@ class BRECQ:
             description="learning rate of the rounding variables (Adam); default: 20 over the number of steps, as in "
             "the paper, and at most 0.1: a variable needs the way to be decided, however few the steps",
         )
-        bias_lr: float = Field(default=1e-3, ge=0, description="learning rate of biases, as a share of their spread")
+        bias_lr: float = Field(
+            default=0.0,
+            ge=0,
+            description="learning rate of biases, as a share of their spread; 0: biases and gains are what "
+            "the scheme says, as for every method",
+        )
         act_lr: float = Field(default=2e-3, ge=0, description="learning rate of the logarithms of activation steps")
         loss: Literal["mse", "fisher"] = Field(
             default="mse", description="plain squared error, or weighted by the Fisher information at the output"
@@ -178,6 +196,9 @@ class QDrop(BRECQ):
         # QDrop's own paper learns roundings and steps together
         presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {**PAPER, "joint": True}}
 
+        learn: Literal["steps", "all"] = Field(
+            default="all", description="what gradient descent learns: activation steps, or roundings, too"
+        )
         drop: float = Field(
             default=0.5,
             ge=0,
@@ -210,6 +231,12 @@ class _Layer:
     start_bias: Tensor
     shape: torch.Size
 
+    def at(self, grid: Grid, codes: Tensor, bias: Tensor, trust: float) -> _Layer:
+        """The same layer with another start."""
+        rounding = SoftRounding(self.view.weight, grid, codes, trust)
+        learned = bias.clone().requires_grad_(self.bias.requires_grad)
+        return _Layer(self.view, rounding, codes, learned, bias, self.shape)
+
 
 @dataclass
 class Unit:
@@ -231,17 +258,22 @@ class Unit:
         before = self._error()
         if not self.config.edges and not self.steps and all(view.bits >= FINE for view in self.views):
             self._go_back()
-            return self._result(), {"block_error": before, "block_start_error": before, "iterations": 0}
+            return self._result(), {"block_error": before, "block_start_error": before, "iterations": 0, "moves": 0}
         fisher = self.task.fisher(self.data.block) if self.config.loss == "fisher" else None
-        taken = self._learn(fisher, weights=True, steps=self.config.joint)
-        if self.steps and not self.config.joint:
+        moves, reached = self._descend(before)
+        rounding = self.config.learn == "all"
+        taken = self._learn(fisher, weights=True, steps=self.config.joint) if rounding else 0
+        if self.steps and not (rounding and self.config.joint):
             taken += self._learn(fisher, weights=False, steps=True)
-        self._harden()
-        after = self._error()
-        if self.config.guard and not after <= before:
+        after = reached
+        if taken:
+            self._harden()
+            after = self._error()
+        if not taken or (self.config.guard and not after <= reached):
             self._go_back()
-            after = before
-        return self._result(), {"block_error": after, "block_start_error": before, "iterations": taken}
+            after = reached
+        metrics = {"block_error": after, "block_start_error": before, "iterations": taken, "moves": moves}
+        return self._result(), metrics
 
     @property
     def lr(self) -> float:
@@ -293,6 +325,36 @@ class Unit:
         self._put_base()
         for site in data.sites:
             self.steps[site.name] = LearnedGrid(data.grids[site.name], config.drop, self.task.rng)
+
+    def _descend(self, error: float) -> tuple[int, float]:
+        """Codes, scales and biases by Newton steps on one layer after another; they become the start.
+
+        Returns the number of steps taken, and the error that is reached.
+
+        Each is tried at several dampings, and stays if it lowers the error on the images that judge.
+        """
+        config, data, taken = self.config, self.data, 0
+        centred = self.task.scheme.bias != "keep"
+        for number in range(config.rounds):
+            for name, layer in self.layers.items():
+                if layer.base.shape[2] > MOST_INPUTS:
+                    if not number:
+                        self.task.note(f"layer {name} has {layer.base.shape[2]:,} inputs: its codes stay the start's")
+                    continue
+                model = Model.of(data.expand(name, config.batch, self.learned_on, self.task.rng), centred)
+                best = None
+                for damping in DAMPINGS:
+                    grid, codes, shift = model.solve(layer.rounding.grid, layer.base, damping)
+                    tried = layer.at(grid, codes, layer.start_bias + shift.reshape(-1).float(), config.trust)
+                    self.layers[name] = tried
+                    self._put(name, codes, tried.start_bias)
+                    found = self._error()
+                    if found < error:
+                        best, error = tried, found
+                taken += best is not None
+                self.layers[name] = layer if best is None else best
+                self._put(name, self.layers[name].base, self.layers[name].start_bias)
+        return taken, error
 
     def _nearest(self) -> dict[str, tuple[Grid, Tensor, Tensor]]:
         """Grid, nearest codes and bias of each layer; the bias absorbs the mean of the rounding errors."""
@@ -435,12 +497,16 @@ class Unit:
         for name, layer in self.layers.items():
             inner = self.data.block.inner(name)
             path = inner + ".weight" if inner else "weight"
-            found[path] = layer.rounding.grid.values(layer.rounding.codes()).reshape(layer.shape)
+            found[path] = layer.rounding.grid.values(self._codes(layer)).reshape(layer.shape)
         return {key: value.detach() for key, value in found.items()}
 
+    def _codes(self, layer: _Layer) -> Tensor:
+        """The layer's final codes."""
+        return layer.rounding.codes() if self.config.learn == "all" else layer.base
+
     def _harden(self) -> None:
-        """The learned codes, biases and steps are the result, and go into the copy."""
-        self.final = {name: (layer.rounding.codes(), layer.bias.detach()) for name, layer in self.layers.items()}
+        """The final codes, biases and learned steps are the result, and go into the copy."""
+        self.final = {name: (self._codes(layer), layer.bias.detach()) for name, layer in self.layers.items()}
         self.grids = {name: step.result() for name, step in self.steps.items()}
         for name, (codes, bias) in self.final.items():
             self._put(name, codes, bias)

@@ -74,7 +74,8 @@ def ours(
         weight = layer.weight.detach().reshape(1, layer.out_channels, -1).clone()
         views.append(LayerView(f"block.{name}", weight, layer.bias, bits, None, "conv", (3, 3), 0))
     task: Any = SimpleNamespace(scheme=Scheme(bits=bits, bias="keep"), rng=torch.Generator().manual_seed(0))
-    config: Any = configure(BRECQ, {"batch": batch, "start": "nearest", "precision": precision})
+    options = {"batch": batch, "start": "nearest", "precision": precision, "learn": "all", "holdout": 0, "positions": 0}
+    config: Any = configure(BRECQ, options)
     reconstruction = Unit(config, task, data, views)
     reconstruction.start()
     groups = [{"params": [layer.rounding.alpha for layer in reconstruction.layers.values()], "lr": 1e-3}]
