@@ -66,7 +66,7 @@ def squared_error(data: BlockData) -> float:
 def test_the_sensitivity_is_the_squared_norm_of_what_follows() -> None:
     """Of the chain's first layer: the columns of the second's weight; of its last layer: 1."""
     data = unit()
-    found = [data.expand(name, 16, data.rows, torch.Generator().manual_seed(0)) for name in data.block.layers]
+    found = [data.expand(name, 8, data.rows, torch.Generator().manual_seed(0)) for name in data.block.layers]
     wanted = data.layer("chain.second").weight.flatten(1).square().sum(0)
     assert torch.allclose(found[0].sensitivity[0], wanted.double(), rtol=0.1)
     assert torch.allclose(found[1].sensitivity, torch.ones(1, 4, dtype=torch.float64))
