@@ -428,7 +428,9 @@ class CalibrationTask(LayerByLayer):
         if self.has_data:
             stats = self.stats(view.name)
             numbers["input_error"] = stats.input_error
-            numbers["output_error"] = stats.output_error(layer.dequantize(), layer.bias, view.bias)
+            outputs, self._outputs = self._outputs, None
+            outputs = stats.outputs(layer.dequantize()) if outputs is None else outputs
+            numbers["output_error"] = stats.output_error(outputs, layer.bias, view.bias)
         return numbers
 
     def log(self, metric: str, value: float, step: int) -> None:

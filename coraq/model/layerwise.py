@@ -14,7 +14,7 @@ from coraq.core.tensors import QuantizedLayer
 from coraq.errors import OVERFLOW_HINT, CoraqError
 from coraq.model.engine import Arrival
 from coraq.model.layers import LayerView, install
-from coraq.model.statistics import LayerStats, LeastSquares
+from coraq.model.statistics import LayerStats, LeastSquares, spread
 
 ROWS_PER_INPUT = 64
 DAMPING = 1e-3  # of the Gram's mean diagonal, at least, where the float outputs are projected on the student's inputs
@@ -43,6 +43,7 @@ class LayerByLayer:
         self._views = views
         self.rows_per_input = rows_per_input
         self._squares: dict[float, LeastSquares] = {}  # of the layer that the engine stands at, by correction
+        self._outputs: list[Tensor] | None = None  # of the layer last settled, where its gain made them known
         self._blocks: dict[str, int] = {}  # of each layer whose Gram is taken in several
 
     @property
@@ -101,6 +102,7 @@ class LayerByLayer:
 
     def _settle(self, view: LayerView, layer: QuantizedLayer) -> QuantizedLayer:
         """The layer with gain and bias as the scheme says, now in the network being quantized."""
+        self._outputs = None
         if layer.bias is None and self.has_data:
             layer = self._gain(view, layer)
         layer = replace(layer, bias=self._bias(view, layer))
@@ -118,10 +120,12 @@ class LayerByLayer:
         if self.scheme.gain == "keep" or self.scheme.granularity == "tensor" or layer.weight.scale.numel() == 1:
             return layer
         stats = self.stats(view.name)
-        wanted, found = stats.wanted_spread.variance, stats.output_spread(layer.dequantize()).variance
+        outputs = stats.outputs(layer.dequantize())
+        wanted, found = stats.wanted_spread.variance, spread(outputs).variance
         alive = (wanted > 0) & (found > 0) & torch.isfinite(wanted) & torch.isfinite(found)
         ratio = torch.where(alive, wanted / torch.where(alive, found, 1.0), 1.0)
         factor = ratio.sqrt().clamp(1 / MOST_GAIN, MOST_GAIN).float()
+        self._outputs = [piece.mul_(factor) for piece in outputs]
         return layer.scaled(factor.reshape(*view.shape[:2], 1))
 
     def _bias(self, view: LayerView, layer: QuantizedLayer) -> Tensor | None:

@@ -315,14 +315,9 @@ class LayerStats:
         paired, weight = self.paired, weight.to(self._weight.device)
         return self._timed(lambda: window_products([student for _, student in paired], weight))
 
-    def output_spread(self, weight: Tensor) -> Spread:
-        """Mean and variance of each output channel of `outputs`."""
-        found = self.outputs(weight)
-        return self._timed(lambda: spread(found))
-
-    def output_error(self, weight: Tensor, bias: Tensor | None, float_bias: Tensor | None) -> float:
-        """Relative Frobenius error of the outputs, biases [groups · out] included."""
-        wanted, found, scale = self.wanted, self.outputs(weight), self.wanted_spread
+    def output_error(self, found: list[Tensor], bias: Tensor | None, float_bias: Tensor | None) -> float:
+        """Relative Frobenius error of what `outputs` gave, which it overwrites; biases [groups · out] included."""
+        wanted, scale = self.wanted, self.wanted_spread
 
         def compute() -> float:
             noise = spread([y.sub_(z) for y, z in zip(found, wanted, strict=True)])
