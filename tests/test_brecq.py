@@ -159,7 +159,7 @@ def metrics(task: CalibrationTask, key: str) -> dict[str, float]:
     return {name: float(numbers[key]) for name, (_, numbers) in task.committed.items()}
 
 
-@pytest.mark.parametrize(("method", "learn"), [(BRECQ, "steps"), (BRECQ, "all"), (QDrop, "all")])
+@pytest.mark.parametrize(("method", "learn"), [(BRECQ, "none"), (BRECQ, "steps"), (BRECQ, "all"), (QDrop, "all")])
 @pytest.mark.parametrize("act_bits", [None, 4])
 def test_a_block_never_ends_worse_than_its_start_and_one_pass_does(
     method: Any, learn: str, act_bits: int | None
@@ -172,7 +172,7 @@ def test_a_block_never_ends_worse_than_its_start_and_one_pass_does(
     assert task.passes == 1
 
 
-@pytest.mark.parametrize("learn", ["steps", "all"])
+@pytest.mark.parametrize("learn", ["none", "steps", "all"])
 def test_the_committed_student_has_the_block_error_that_was_reported(learn: str) -> None:
     """What is measured on the cached data is what the engine's own student does."""
     scheme = Scheme(bits=3, act_bits=4)
@@ -208,12 +208,34 @@ def test_a_unit_s_start_is_what_the_method_itself_makes_of_the_network(name: str
 
 
 def test_layers_that_read_one_tensor_get_one_learned_grid() -> None:
-    task = solved(BRECQ, Scheme(bits=4, act_bits=4), resnet(), iterations=30, act_lr=0.05, guard=False)
+    options = {"iterations": 30, "guard": False, "rounds": 0, "learn": "steps"}
+    task = solved(BRECQ, Scheme(bits=4, act_bits=4), resnet(), act_lr=0.05, **options)
     first, second = (task.quantized[name].input for name in ("layer2.0.conv1", "layer2.0.downsample.0"))
     assert first is not None
     assert first == second
-    plain = solved(BRECQ, Scheme(bits=4, act_bits=4), resnet(), iterations=30, act_lr=0, guard=False)
+    plain = solved(BRECQ, Scheme(bits=4, act_bits=4), resnet(), act_lr=0, **options)
     assert plain.quantized["layer2.0.conv1"].input != first
+
+
+def test_searched_steps_are_of_the_calibrated_ones_and_lower_the_error() -> None:
+    """At 2 bits the step of least error in the tensor is not that of least error in the unit's output."""
+    scheme = Scheme(bits=8, act_bits=2, act_first_bits=2, act_last_bits=2)
+    plain = solved(BRECQ, scheme, resnet(), rounds=0, edges=True)
+    task = solved(BRECQ, scheme, resnet(), rounds=1, edges=True)
+    # of the first unit: what later ones read differs
+    first = plain.quantized["conv1"].input
+    found = task.quantized["conv1"].input
+    assert first is not None
+    assert found is not None
+    assert min(abs(found.scale / first.scale - factor) for factor in (0.7, 0.85, 1.0, 1.15, 1.3)) < 1e-6
+    ratios = []
+    for name, layer in task.quantized.items():
+        one, other = layer.input, plain.quantized[name].input
+        assert one is not None
+        assert other is not None
+        ratios.append(one.scale / other.scale)
+    assert any(ratio != 1 for ratio in ratios)
+    assert metrics(task, "block_error")["layer1.0.conv1"] < metrics(plain, "block_error")["layer1.0.conv1"]
 
 
 class OneLinear(nn.Module):

@@ -4,15 +4,15 @@ Minimises `Σ (block(x̂) − y)²` over the codes and scales of a block's weigh
 the quantized prefix, y from the float network. The paper learns up or down for every weight by gradient descent
 (AdaRound's rectified sigmoid): `-o preset=paper`, in hours. The default differs where measurement says so: a unit
 starts from the codes and scales that COMQ gives its layers one after another, COMQ's sweeps on a second-order
-model of the whole unit's error take them further (`coraq.core.newton`), activation steps are learned by gradient
-descent, and images that nothing was learned on judge every step.
+model of the whole unit's error take them further (`coraq.core.newton`), activation steps are searched, and images that
+nothing was learned on judge every step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -35,6 +35,7 @@ from coraq.api import (
 )
 from coraq.core.newton import Model
 from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at
+from coraq.model.activations import Site
 
 PAPER = {
     "start": "nearest",
@@ -59,6 +60,7 @@ MOST_LR = 0.1
 NORM = 2.4  # of the nearest start's range search, as published
 FEWEST = 4  # images in a step, however large their maps
 FINE = 8  # bits at which a nearest code is as good as any
+STEP_FACTORS = (0.7, 0.85, 1.15, 1.3)  # that an activation step is tried at
 DAMPINGS = (1.0, 2.0, 4.0)  # that a Newton step is tried with
 MOST_INPUTS = 8192  # of a layer that descent works on: its Gram must fit
 
@@ -90,9 +92,9 @@ class BRECQ:
             ge=0,
             description="visits to every layer of a unit by coordinate descent on a second-order model of its error",
         )
-        learn: Literal["steps", "all"] = Field(
-            default="steps",
-            description="what gradient descent then learns: activation steps, or roundings, too (the paper)",
+        learn: Literal["none", "steps", "all"] = Field(
+            default="none",
+            description="what gradient descent then learns: nothing, activation steps, or roundings, too (the paper)",
         )
         trust: float = Field(
             default=0.75,
@@ -196,8 +198,8 @@ class QDrop(BRECQ):
         # QDrop's own paper learns roundings and steps together
         presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {**PAPER, "joint": True}}
 
-        learn: Literal["steps", "all"] = Field(
-            default="all", description="what gradient descent learns: activation steps, or roundings, too"
+        learn: Literal["none", "steps", "all"] = Field(
+            default="all", description="what gradient descent learns: nothing, activation steps, or roundings, too"
         )
         drop: float = Field(
             default=0.5,
@@ -261,9 +263,9 @@ class Unit:
             return self._result(), {"block_error": before, "block_start_error": before, "iterations": 0, "moves": 0}
         fisher = self.task.fisher(self.data.block) if self.config.loss == "fisher" else None
         moves, reached = self._descend(before)
-        rounding = self.config.learn == "all"
+        rounding, steps = self.config.learn == "all", self.config.learn != "none"
         taken = self._learn(fisher, weights=True, steps=self.config.joint) if rounding else 0
-        if self.steps and not (rounding and self.config.joint):
+        if self.steps and steps and not (rounding and self.config.joint):
             taken += self._learn(fisher, weights=False, steps=True)
         after = reached
         if taken:
@@ -336,6 +338,8 @@ class Unit:
         config, data, taken = self.config, self.data, 0
         centred = self.task.scheme.bias != "keep"
         for number in range(config.rounds):
+            moves, error = self._search_steps(error)
+            taken += moves
             for name, layer in self.layers.items():
                 if layer.base.shape[2] > MOST_INPUTS:
                     if not number:
@@ -355,6 +359,31 @@ class Unit:
                 self.layers[name] = layer if best is None else best
                 self._put(name, self.layers[name].base, self.layers[name].start_bias)
         return taken, error
+
+    def _search_steps(self, error: float) -> tuple[int, float]:
+        """Activation steps, one after another, by trial on the images that judge: one number needs no gradient.
+
+        Returns the number of steps changed, and the error that is reached.
+        """
+        data, changed = self.data, 0
+        for site in data.sites:
+            best = None
+            for factor in STEP_FACTORS:
+                old = data.grids[site.name]
+                tried = replace(old, scale=float(torch.tensor(old.scale * factor, dtype=torch.float32)))
+                self._set_grid(site, tried)
+                found = self._error()
+                if found < error:
+                    best, error = tried, found
+            changed += best is not None
+            data.grids[site.name] = best or data.grids[site.name]
+            self._set_grid(site, data.grids[site.name])
+            self.steps[site.name] = LearnedGrid(data.grids[site.name], self.config.drop, self.task.rng)
+        return changed, error
+
+    def _set_grid(self, site: Site, grid: ActivationGrid | LearnedGrid) -> None:
+        for reader in self.data.readers(site):
+            set_grid(reader, "input", grid)
 
     def _nearest(self) -> dict[str, tuple[Grid, Tensor, Tensor]]:
         """Grid, nearest codes and bias of each layer; the bias absorbs the mean of the rounding errors."""
@@ -401,10 +430,9 @@ class Unit:
         module.weight.copy_(layer.rounding.grid.values(codes).reshape(layer.shape))
         module.bias.copy_(bias)
 
-    def _set_grids(self, grids: dict[str, Any]) -> None:
+    def _set_grids(self, grids: Mapping[str, ActivationGrid | LearnedGrid]) -> None:
         for site in self.data.sites:
-            for reader in self.data.readers(site):
-                set_grid(reader, "input", grids[site.name])
+            self._set_grid(site, grids[site.name])
 
     def use_learned_grids(self) -> None:
         """The copy's activation steps are the ones being learned."""
