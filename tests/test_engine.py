@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from coraq.api import QuantizedLayer, minmax_grid
 from coraq.config import Scheme
+from coraq.core.gram import regress
 from coraq.errors import CoraqError
 from coraq.events import LayerCommitted, ListSink, Metric, Note
 from coraq.model.calibration import CalibrationTask
 from coraq.model.engine import LiveStorages, LockStep
 from coraq.model.fold import Structure, fold
 from coraq.model.layers import as_matrices, groups_of
-from coraq.model.layerwise import _regress
 from coraq.testing import (
     hook_count,
     mean_output_error,
@@ -539,7 +539,7 @@ def test_a_regression_does_not_fit_the_noise_of_few_rows(rows: int) -> None:
     inputs = torch.randn(rows, 200, generator=generator, dtype=torch.float64)
     noise = torch.randn(rows, 8, generator=generator, dtype=torch.float64)
     gram, drift = inputs.T @ inputs / rows, noise.T @ inputs / rows
-    fitted = _regress(drift[None], gram[None], rows)[0]
+    fitted = regress(drift[None], gram[None], rows)[0]
     assert fitted.square().sum(1).mean() < 0.3  # of the noise's variance of 1, on inputs not seen
 
 

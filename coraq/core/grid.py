@@ -27,6 +27,13 @@ class Grid:
     bits: int
     symmetric: bool
 
+    @classmethod
+    def of(cls, stored: QTensor) -> Grid:
+        """The grid of uniform codes as stored."""
+        zero = stored.zero_point
+        middle = torch.full_like(stored.scale, 2 ** (stored.bits - 1))
+        return cls(stored.scale, middle if zero is None else zero.float(), stored.bits, zero is None)
+
     @property
     def top(self) -> int:
         return 2**self.bits - 1

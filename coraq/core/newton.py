@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from coraq.core.gram import Moments
+from coraq.core.gram import Moments, regress, shrunk
 from coraq.core.grid import Grid
 from coraq.core.rounding import Rounding, descend, prepare, reassess
 
@@ -45,7 +45,7 @@ class Model:
     """The expansion as a rounding problem; `centred`: the bias takes up what a change does to the mean.
 
     Attributes:
-        gram: float64 [groups, in, in], shrunk as `LeastSquares.shrunk` does, for few rows say little of many inputs.
+        gram: float64 [groups, in, in], shrunk.
         step: float64 [groups, out, in], to the model's minimum.
         bias_step: float64 [groups, out], the bias's own.
         mean: float64 [groups, in] where centred.
@@ -66,19 +66,10 @@ class Model:
             gradient = gradient - expansion.bias_gradient[:, :, None] * mean[:, None, :]
         sensitivity = expansion.sensitivity
         sensitivity = sensitivity.clamp(min=max(INSENSITIVE * float(sensitivity.mean()), 1e-30))
-        diagonal = gram.diagonal(dim1=1, dim2=2)
-        diagonal.clamp_(min=0)
-        few = gram.shape[2] / moments.count
-        level = diagonal.mean(1, keepdim=True)
-        damped = gram.clone()
-        damped.diagonal(dim1=1, dim2=2).add_(torch.where(level > 0, max(RIDGE, few) * level, 1.0))
-        gradient = torch.where((diagonal > 0)[:, None, :], gradient, 0.0)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        wanted = (gradient / (2 * sensitivity[:, :, None])).mT
-        solved = torch.linalg.solve(damped, wanted) if bool(failed.any()) else torch.cholesky_solve(wanted, lower)
-        diagonal += few * level
+        gram.diagonal(dim1=1, dim2=2).clamp_(min=0)
+        step = -regress(gradient / (2 * sensitivity[:, :, None]), gram, moments.count, RIDGE)
         bias_step = torch.zeros_like(sensitivity) if mean is None else -expansion.bias_gradient / (2 * sensitivity)
-        return cls(gram, -solved.mT, bias_step, mean)
+        return cls(shrunk(gram, moments.count), step, bias_step, mean)
 
     def solve(self, grid: Grid, codes: Tensor, damping: float) -> tuple[Grid, Tensor, Tensor]:
         """Grid (its scale refitted), codes [groups, out, in] and change of the bias [groups, out], one step further.

@@ -84,9 +84,7 @@ class LearnedGrid:
 
     def result(self) -> ActivationGrid:
         """The grid with the step as learned, exact in float32."""
-        step = self.grid.scale * math.exp(float(self.log_factor.detach()))
-        scale = float(torch.tensor(step, dtype=torch.float32))
-        return ActivationGrid(scale, self.grid.zero_point, self.grid.bits, self.grid.signed)
+        return self.grid.scaled(math.exp(float(self.log_factor.detach())))
 
 
 class _LearnedStep(torch.autograd.Function):

@@ -138,6 +138,10 @@ class ActivationGrid:
         """The greatest code."""
         return self.low + 2**self.bits - 1
 
+    def scaled(self, factor: float) -> ActivationGrid:
+        """The same codes for values `factor` times as large; the scale exact in float32."""
+        return replace(self, scale=float(torch.tensor(self.scale * factor, dtype=torch.float32)))
+
     def round(self, x: Tensor) -> Tensor:
         """The nearest levels to `x`, in a new tensor of the same shape; rounding twice changes nothing."""
         return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.low, self.high)

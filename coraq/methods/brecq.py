@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -173,7 +173,7 @@ class BRECQ:
 
     def quantize(self, task: Task) -> None:
         views = {view.name: view for view in task.layers}
-        if self.config.precision == "auto" and views:
+        if self.config.precision == "auto" and self.config.learn == "all" and views:
             half = in_half(self.config, next(iter(views.values())).weight.device)
             task.note(f"roundings are learned in {'bfloat16' if half else 'float32'} here (-o precision=auto)")
         for unit in task.partition(self.config.granularity, self.config.blocks):
@@ -261,9 +261,9 @@ class Unit:
         if not self.config.edges and not self.steps and all(view.bits >= FINE for view in self.views):
             self._go_back()
             return self._result(), {"block_error": before, "block_start_error": before, "iterations": 0, "moves": 0}
-        fisher = self.task.fisher(self.data.block) if self.config.loss == "fisher" else None
-        moves, reached = self._descend(before)
         rounding, steps = self.config.learn == "all", self.config.learn != "none"
+        fisher = self.task.fisher(self.data.block) if steps and self.config.loss == "fisher" else None
+        moves, reached = self._descend(before)
         taken = self._learn(fisher, weights=True, steps=self.config.joint) if rounding else 0
         if self.steps and steps and not (rounding and self.config.joint):
             taken += self._learn(fisher, weights=False, steps=True)
@@ -369,8 +369,7 @@ class Unit:
         for site in data.sites:
             best = None
             for factor in STEP_FACTORS:
-                old = data.grids[site.name]
-                tried = replace(old, scale=float(torch.tensor(old.scale * factor, dtype=torch.float32)))
+                tried = data.grids[site.name].scaled(factor)
                 self._set_grid(site, tried)
                 found = self._error()
                 if found < error:
@@ -408,14 +407,8 @@ class Unit:
                     f"{self.config.start} gives layer {name} no codes on a uniform grid",
                     "Give -o start= a method that does, such as comq, gptq or rtn.",
                 )
-            zero = torch.full_like(weight.scale, 2 ** (weight.bits - 1))
-            zero = zero if weight.zero_point is None else weight.zero_point.float()
             bias = _bias_of(view) if layer.bias is None else layer.bias.clone()
-            found[name] = (
-                Grid(weight.scale, zero, weight.bits, weight.zero_point is None),
-                weight.codes.to(zero.dtype),
-                bias.to(view.weight.device),
-            )
+            found[name] = Grid.of(weight), weight.codes.float(), bias.to(view.weight.device)
         return found
 
     def _put_base(self) -> None:

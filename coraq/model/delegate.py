@@ -23,7 +23,35 @@ if TYPE_CHECKING:
     from coraq.model.calibration import CalibrationTask
 
 
-class OneLayer:
+class Part:
+    """What the tasks of a part have in common: what they hand on to the whole task, and what they keep from it."""
+
+    _task: CalibrationTask
+
+    @property
+    def rng(self) -> torch.Generator:
+        return self._task.rng
+
+    def batches(self) -> Iterator[Tensor]:
+        return self._task.batches()
+
+    def partition(self, granularity: str = "block", override: str | None = None) -> Sequence[Any]:
+        raise CoraqError(
+            "a method that works on blocks cannot make codes for a part of a network",
+            "Take a base method that works layer by layer, such as comq.",
+        )
+
+    def log(self, metric: str, value: float, step: int) -> None:
+        pass  # it would be one curve for each part and round; the outer method reports its own
+
+    def note(self, message: str) -> None:
+        self._task.note(message)
+
+    def remember(self, key: str, compute: Any, valid: Any = None) -> Any:
+        return compute()
+
+
+class OneLayer(Part):
     """A `coraq.api.Task` that holds one layer, perhaps with a matrix taken off its weight; commits go to `result`.
 
     Args:
@@ -50,10 +78,6 @@ class OneLayer:
         return self._task.student
 
     @property
-    def rng(self) -> torch.Generator:
-        return self._task.rng
-
-    @property
     def has_data(self) -> bool:
         return self._task.has_data
 
@@ -64,29 +88,11 @@ class OneLayer:
         squares = self._task.least_squares(name, correction)
         return squares if self._less is None else replace(squares, weight=squares.weight - self._less)
 
-    def batches(self) -> Iterator[Tensor]:
-        return self._task.batches()
-
-    def partition(self, granularity: str = "block", override: str | None = None) -> Sequence[Any]:
-        raise CoraqError(
-            "a method that works on blocks cannot make codes for a single layer",
-            "Take a base method that works layer by layer, such as comq.",
-        )
-
     def commit(self, name: str, layer: QuantizedLayer, **metrics: Any) -> None:
         self.result = layer
 
-    def log(self, metric: str, value: float, step: int) -> None:
-        pass  # it would be one curve for each layer and round; the outer method reports its own
 
-    def note(self, message: str) -> None:
-        self._task.note(message)
-
-    def remember(self, key: str, compute: Any, valid: Any = None) -> Any:
-        return compute()
-
-
-class OneUnit(LayerByLayer):
+class OneUnit(Part, LayerByLayer):
     """A `coraq.api.Task` that holds one unit's layers, each read behind the unit's own earlier ones as quantized.
 
     The unit's copy is the network being quantized: what is committed goes into it, with gain and bias as the scheme
@@ -119,13 +125,6 @@ class OneUnit(LayerByLayer):
     def has_data(self) -> bool:
         return True
 
-    @property
-    def rng(self) -> torch.Generator:
-        return self._task.rng
-
-    def batches(self) -> Iterator[Tensor]:
-        return self._task.batches()
-
     def stats(self, name: str) -> LayerStats:
         """Advance to a layer, over those that are not asked for."""
         while self._arrival is None or self._names[self._arrival.name] != name:
@@ -148,21 +147,6 @@ class OneUnit(LayerByLayer):
     def commit(self, name: str, layer: QuantizedLayer, **metrics: Any) -> None:
         with torch.no_grad():
             self.result[name] = self._settle(self._views[name], layer)
-
-    def partition(self, granularity: str = "block", override: str | None = None) -> Sequence[Any]:
-        raise CoraqError(
-            "a method that works on blocks cannot make codes for another's unit",
-            "Take a base method that works layer by layer, such as comq.",
-        )
-
-    def log(self, metric: str, value: float, step: int) -> None:
-        pass
-
-    def note(self, message: str) -> None:
-        self._task.note(message)
-
-    def remember(self, key: str, compute: Any, valid: Any = None) -> Any:
-        return compute()
 
     def _module(self, name: str) -> nn.Module:
         return self._data.layer(name)

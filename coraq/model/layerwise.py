@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coraq.config import Scheme
+from coraq.core.gram import regress
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import OVERFLOW_HINT, CoraqError
 from coraq.model.engine import Arrival
@@ -17,7 +18,6 @@ from coraq.model.layers import LayerView, install
 from coraq.model.statistics import LayerStats, LeastSquares, spread
 
 ROWS_PER_INPUT = 64
-DAMPING = 1e-3  # of the Gram's mean diagonal, at least, where the float outputs are projected on the student's inputs
 MOST_GAIN = 2.0  # factor on a channel's scale that matches its variance; more would be a channel beyond repair
 
 
@@ -81,7 +81,7 @@ class LayerByLayer:
 
     @torch.no_grad()
     def least_squares(self, name: str, correction: float = 0.5) -> LeastSquares:
-        """See `coraq.api.Task.least_squares`. The regression is damped: see `_regress`."""
+        """See `coraq.api.Task.least_squares`. The regression is damped: see `regress`."""
         stats = self.stats(name)
         if correction not in self._squares:  # a method and the base that it asks for codes pose the same problem
             self._squares[correction] = self._pose(name, stats, correction)
@@ -97,7 +97,7 @@ class LayerByLayer:
         if drift is None:
             return squares
         # W C (H + λ)⁻¹ written as a change of W, so that strong damping leads back to W
-        change = squares.join(_regress(drift, gram, stats.drift_rows))
+        change = squares.join(regress(drift, gram, stats.drift_rows))
         return replace(squares, weight=(weight.double() + change).float())
 
     def _settle(self, view: LayerView, layer: QuantizedLayer) -> QuantizedLayer:
@@ -153,24 +153,3 @@ class LayerByLayer:
                 f"the inputs or outputs of {name} are not finite, or too large for their squares to be",
                 OVERFLOW_HINT,
             )
-
-
-def _regress(target: Tensor, gram: Tensor, rows: int) -> Tensor:
-    """`target (gram + λ)⁻¹` of [blocks, k, in] and [blocks, in, in], both means over so many rows.
-
-    λ is inputs over rows, and at least DAMPING, of the mean diagonal. With about as many rows as inputs a regression
-    fits its own noise, and less so with few rows or with many ("double descent"): resnet18_cifar10 at 2 bits, whose
-    last layers have 4,608 inputs, was best with 128 or 1,024 calibration images and worst with the 512 that give
-    4,608 rows (KL .084); so damped it is .046 there. What is damped away is left to the float weight.
-    """
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1)
-    damping = max(DAMPING, gram.shape[2] / rows) * torch.where(mean > 0, mean, 1.0)
-    # an input that never varies tells nothing; what rounding left of its column would be blown up without bound
-    target = torch.where((diagonal > 0)[:, None, :], target, 0.0)
-    damped = gram.clone()
-    damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if bool(failed.any()):  # no Gram, strictly: rounding made it indefinite by more than the damping
-        return torch.linalg.solve(damped, target, left=False)
-    return torch.cholesky_solve(target.mT, lower).mT

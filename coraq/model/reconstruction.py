@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from coraq.model.activations import Site
 from coraq.model.blocks import Block
 from coraq.model.gridded import set_grid
 from coraq.model.layers import as_images, as_matrices, groups_of
+from coraq.model.layerwise import ROWS_PER_INPUT
 
 PROBED = 3  # micro-batches that sensitivities are estimated on
 CALIBRATED_ON = 64  # rows (images) that the grids inside a unit are calibrated on
@@ -60,18 +62,23 @@ class BlockData:
         return [self.layer(name) for name in site.readers if name in self.block.layers]
 
     @torch.no_grad()
-    def moments(
-        self, batch: int, names: Sequence[str] | None = None, rows: int | None = None, rows_per_input: int = 64
-    ) -> dict[str, Moments]:
-        """Moments of what layers (default: all) read in the copy as it is now, from the first `rows` rows."""
-        count = self.rows if rows is None else rows
+    def moments(self, batch: int) -> dict[str, Moments]:
+        """Moments of what each layer reads in the copy as it is now."""
+        with self._gathering(self.block.layers, self.rows) as taken:
+            for start in range(0, self.rows, batch):
+                self.module(self.student_input[start : start + batch].clone())
+        return {name: moments.result() for name, moments in taken.items()}
+
+    @contextmanager
+    def _gathering(self, names: Sequence[str], rows: int) -> Iterator[dict[str, SampledMoments | GramAccumulator]]:
+        """Moments of what some layers read while the copy runs on so many rows in all."""
         taken: dict[str, SampledMoments | GramAccumulator] = {}
 
         def take(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 images, geometry = as_images(module, args[0])
                 if name not in taken:
-                    wanted = positions_needed(geometry, count, rows_per_input) if rows_per_input else 0
+                    wanted = positions_needed(geometry, rows, ROWS_PER_INPUT)
                     height, width = geometry.output_size(images.shape[2], images.shape[3])
                     sampled = 0 < 2 * wanted < height * width
                     taken[name] = (
@@ -79,24 +86,23 @@ class BlockData:
                         if sampled
                         else GramAccumulator(geometry, images.device)
                     )
-                taken[name].add(images)
+                with torch.no_grad():
+                    taken[name].add(images)
 
             return hook
 
-        handles = [self.layer(name).register_forward_pre_hook(take(name)) for name in names or self.block.layers]
+        handles = [self.layer(name).register_forward_pre_hook(take(name)) for name in names]
         try:
-            for start in range(0, count, batch):
-                self.module(self.student_input[start : min(count, start + batch)].clone())
+            yield taken
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: moments.result() for name, moments in taken.items()}
 
     def expand(self, name: str, batch: int, rows: int, generator: torch.Generator) -> Expansion:
         """The unit's squared error about a layer's weight as it is in the copy now, from the first `rows` rows.
 
-        A forward pass for the moments, a forward and a backward pass for the gradient, and a backward pass of random
-        signs over the first `PROBED` micro-batches for the sensitivities (Hutchinson: E (vᵀJ)² = Σ J²).
+        A forward and a backward pass, and a backward pass of random signs over the first `PROBED` micro-batches for the
+        sensitivities (Hutchinson: E (vᵀJ)² = Σ J²).
         """
         module, seen = self.layer(name), list[Tensor]()
 
@@ -111,20 +117,21 @@ class BlockData:
         try:
             for parameter in parameters:
                 parameter.requires_grad_(True)
-            for index, start in enumerate(range(0, rows, batch)):
-                part = slice(start, min(rows, start + batch))
-                with torch.enable_grad():
-                    got = self.module(self.student_input[part].clone())
+            with self._gathering([name], rows) as taken:
+                for index, start in enumerate(range(0, rows, batch)):
+                    part = slice(start, min(rows, start + batch))
+                    with torch.enable_grad():
+                        got = self.module(self.student_input[part].clone())
+                        if index < PROBED:
+                            signs = torch.randint(0, 2, got.shape, generator=generator).to(got) * 2 - 1
+                            (slope,) = torch.autograd.grad((signs * got).sum(), seen[0], retain_graph=True)
+                        (got - self.teacher_output[part]).square().sum().backward()
+                    counted += seen[0].numel() // len(module.weight)
                     if index < PROBED:
-                        signs = torch.randint(0, 2, got.shape, generator=generator).to(got) * 2 - 1
-                        (slope,) = torch.autograd.grad((signs * got).sum(), seen[0], retain_graph=True)
-                    (got - self.teacher_output[part]).square().sum().backward()
-                counted += seen[0].numel() // len(module.weight)
-                if index < PROBED:
-                    channels = slope.ndim - 1 if isinstance(module, nn.Linear) else 1
-                    others = [axis for axis in range(slope.ndim) if axis != channels]
-                    squares += slope.square().sum(others, dtype=torch.float64)
-                    probed = counted
+                        channels = slope.ndim - 1 if isinstance(module, nn.Linear) else 1
+                        others = [axis for axis in range(slope.ndim) if axis != channels]
+                        squares += slope.square().sum(others, dtype=torch.float64)
+                        probed = counted
             gradient, bias_gradient = (parameter.grad.double() / counted for parameter in parameters)
         finally:
             handle.remove()
@@ -136,7 +143,7 @@ class BlockData:
             as_matrices(gradient, groups),
             bias_gradient.reshape(groups, -1),
             (squares / probed).reshape(groups, -1),
-            self.moments(batch, [name], rows)[name],
+            taken[name].result(),
         )
 
     def close(self) -> None:

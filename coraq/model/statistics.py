@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from coraq.core.gram import GramAccumulator, Moments, exact_cost, sampled_cost
+from coraq.core.gram import GramAccumulator, Moments, exact_cost, sampled_cost, shrunk
 from coraq.core.patches import Geometry, MeanAccumulator
 from coraq.core.sampling import (
     SampledMoments,
@@ -59,18 +59,10 @@ class LeastSquares:
         return self.gram.shape[0] // self.weight.shape[0]
 
     def shrunk(self, share: float = 1.0) -> LeastSquares:
-        """The same problem with `share · in / count` of H's mean diagonal added to its diagonal.
-
-        Of fewer rows than inputs H says nothing in most directions, and a rounding that is fitted to it puts its errors
-        there: on other images they show. A classifier has one row an image. (Ledoit and Wolf, 2004, estimate such a
-        share; in over rows is its order, and needs no fourth moments.)
-        """
+        """The same problem with H as `coraq.core.gram.shrunk` makes it."""
         if not share or self.count is None:
             return self
-        gram = self.gram.clone()
-        diagonal = gram.diagonal(dim1=1, dim2=2)
-        diagonal += share * gram.shape[2] / self.count * diagonal.mean(1, keepdim=True)
-        return replace(self, gram=gram)
+        return replace(self, gram=shrunk(self.gram, self.count, share))
 
     def split(self, weight: Tensor) -> Tensor:
         """[groups, out, in] as one matrix for each block of `gram`: [groups · blocks, out, in/blocks]."""
