@@ -117,7 +117,9 @@ class OneUnit(Part, LayerByLayer):
         pairs = list(zip(data.teacher_input.split(batch), data.student_input.split(batch), strict=True))
         self._names = {data.block.inner(name): name for name in views}
         streams = [teacher, data.module]
-        self._engine = LockStep(streams, pairs, list(self._names), task.memory_bytes, task.folder)
+        # what the unit's data holds is held once more by the passes that wait in front of the unit
+        memory = None if task.memory_bytes is None else max(0, task.memory_bytes - 2 * data.held_bytes)
+        self._engine = LockStep(streams, pairs, list(self._names), memory, task.folder)
         self._arrival: Arrival | None = None
         self._stats: LayerStats | None = None
 

@@ -53,6 +53,12 @@ class BlockData:
     def rows(self) -> int:
         return int(self.student_input.shape[0])
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory that inputs and outputs take; none where they wait in a file."""
+        held = () if self._folder is not None else (self.student_input, self.teacher_input, self.teacher_output)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
     def layer(self, name: str) -> Any:
         """A layer of the copy, by its name in the network."""
         return self.module.get_submodule(self.block.inner(name))

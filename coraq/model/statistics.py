@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -103,6 +103,14 @@ class Paired(NamedTuple):
     student: Tensor
 
 
+class _Common(NamedTuple):
+    """What settling any layer takes: a sample of its inputs, and their means in both networks, [groups, in]."""
+
+    paired: list[Paired]
+    teacher: Tensor
+    student: Tensor
+
+
 class Spread(NamedTuple):
     """Mean and (uncorrected) variance of each output channel, float64 [groups · out]."""
 
@@ -171,6 +179,7 @@ class LayerStats:
         self._arrival, self._clock, self._rows_per_input = arrival, clock, rows_per_input
         self._on_blocks = on_blocks
         self._seen: _Seen | None = None
+        self._common: _Common | None = None
         self.drift_rows = 0
         self.current = True
 
@@ -184,18 +193,6 @@ class LayerStats:
         result = compute()
         self._clock["statistics"] += time.perf_counter() - start
         return result
-
-    def _mean(self, stream: int) -> Tensor:
-        def compute() -> Tensor:
-            accumulator: MeanAccumulator | None = None
-            for x in self._arrival.inputs(stream):
-                images, geometry = as_images(self._module, x)
-                accumulator = accumulator or MeanAccumulator(geometry, images.device)
-                accumulator.add(images)
-            assert accumulator is not None
-            return accumulator.result()[1]
-
-        return self._timed(compute)
 
     def _plan(self) -> _Plan:
         for x in self._arrival.inputs(STUDENT):  # looked at inside the loop: a spilled input is gone after it
@@ -217,38 +214,55 @@ class LayerStats:
             return _Plan(geometry, positions, blocks, at_once, sampled)
         raise AssertionError("a pass has at least one micro-batch")
 
-    def _look(self, project: Tensor | None) -> SampledMoments | None:
-        """One visit to all inputs: of the student, for its moments; of both networks where there is a `project`."""
-        plan = self._plan()
-        wanted = self._seen is None
-        device = self._module.weight.device
+    def _visit(self, moments: bool = False, project: Tensor | None = None) -> SampledMoments | None:
+        """One visit to all inputs, which takes along what has not been taken yet of what every layer needs.
+
+        Inputs are read from memory, or from a file, at every visit: so there should be one.
+
+        Args:
+            moments: of the student's inputs, too, if they are not known.
+            project: what `drift` looks through; what has seen it is returned.
+        """
+        plan, device = self._plan(), self._module.weight.device
+        wanted = (moments or project is not None) and self._seen is None
         exact = GramAccumulator(plan.geometry, device) if wanted and not plan.sampled else None
-        rows = wanted and plan.sampled
         sampler = None
-        if rows or project is not None:
-            sampler = SampledMoments(plan.geometry, plan.positions, device, plan.blocks, project, rows)
-        for x, y in self._pairs(both=project is not None):
-            student = as_images(self._module, y)[0]
+        if (wanted and plan.sampled) or project is not None:
+            sampler = SampledMoments(
+                plan.geometry, plan.positions, device, plan.blocks, project, gram=wanted and plan.sampled
+            )
+        first = self._common is None
+        means = [MeanAccumulator(plan.geometry, device) for _ in (TEACHER, STUDENT)] if first else []
+        paired: list[Paired] = []
+        for x, y in self._arrival.pairs():
+            teacher, student = as_images(self._module, x)[0], as_images(self._module, y)[0]
+            if first:
+                paired.append(self._sample(plan.geometry, teacher, student, len(paired)))
+                for mean, images in zip(means, (teacher, student), strict=True):
+                    mean.add(images)
             if exact is not None:
                 exact.add(student)
             if sampler is not None:
-                teacher = None if x is None else as_images(self._module, x)[0]
                 for i in range(0, len(student), plan.at_once):
                     part = slice(i, i + plan.at_once)
-                    sampler.add(student[part], None if teacher is None else teacher[part])
+                    sampler.add(student[part], None if project is None else teacher[part])
+        if first:
+            self._common = _Common(paired, *(mean.result()[1] for mean in means))
         if exact is not None:
             self._seen = _Seen(exact.result(), None)
-        elif rows and sampler is not None:
+        elif wanted and sampler is not None:
             self._seen = _Seen(sampler.result(), sampler.rows())
         return sampler
 
-    def _pairs(self, both: bool) -> Iterator[tuple[Tensor | None, Tensor]]:
-        return self._arrival.pairs() if both else ((None, y) for y in self._arrival.inputs(STUDENT))
+    def _sample(self, geometry: Geometry, teacher: Tensor, student: Tensor, turn: int) -> Paired:
+        wanted = self._arrival.batch_size * paired_positions(geometry, self._arrival.images)
+        positions = -(-wanted // student.shape[0])
+        return Paired(*(sampled_windows(z, geometry, positions, turn) for z in (teacher, student)))
 
     @property
     def _student(self) -> _Seen:
         if self._seen is None:
-            self._timed(lambda: self._look(None))
+            self._timed(lambda: self._visit(moments=True))
         assert self._seen is not None
         return self._seen
 
@@ -259,25 +273,22 @@ class LayerStats:
         alone, against these inputs: the right-hand side of the asymmetric objective, for the price of `k` rows and
         not of a second Gram. The identity gives the cross-Gram (`cross_gram`).
         """
-        sampler = self._timed(lambda: self._look(project))
+        sampler = self._timed(lambda: self._visit(project=project))
         assert sampler is not None
         self.drift_rows = sampler.count
         return sampler.drift(centred)
 
-    @cached_property
+    @property
+    def _shared(self) -> _Common:
+        if self._common is None:
+            self._timed(self._visit)
+        assert self._common is not None
+        return self._common
+
+    @property
     def paired(self) -> list[Paired]:
         """The same sample of both networks' inputs, from all images, micro-batch by micro-batch."""
-
-        def compute() -> list[Paired]:
-            found: list[Paired] = []
-            for x, y in self._arrival.pairs():
-                (student, geometry), (teacher, _) = as_images(self._module, y), as_images(self._module, x)
-                wanted = self._arrival.batch_size * paired_positions(geometry, self._arrival.images)
-                positions = -(-wanted // student.shape[0])
-                found.append(Paired(*(sampled_windows(z, geometry, positions, len(found)) for z in (teacher, student))))
-            return found
-
-        return self._timed(compute)
+        return self._shared.paired
 
     @cached_property
     def input_error(self) -> float:
@@ -320,15 +331,15 @@ class LayerStats:
 
         return self._timed(compute)
 
-    @cached_property
+    @property
     def mean(self) -> Tensor:
         """Mean student input, float64 [groups, in]."""
-        return self._mean(STUDENT)
+        return self._shared.student
 
-    @cached_property
+    @property
     def teacher_mean(self) -> Tensor:
         """Mean teacher input, float64 [groups, in]."""
-        return self._mean(TEACHER)
+        return self._shared.teacher
 
     @property
     def count(self) -> int:
