@@ -1,10 +1,12 @@
 """Weights and activations: networks × methods × W/A bits, one `coraq quantize` each.
 
     python examples/activations.py [--assets ../shared/assets] [--networks a,b] [--methods rtn,comq,brecq,qdrop]
-        [--bits 4/8,4/4,2/4] [--placement inputs] [--calib-size 512] [--eval-size N] [-o brecq.iterations=1000]
+        [--bits 4/8,4/4,2/4] [--placement inputs] [--calib-size 256] [--calib-memory 5G] [--eval-size N]
+        [-o brecq.iterations=1000]
 
 Finished cells are reused (same run folder). Results go to examples/results/activations/NETWORK-METHOD-wBaB.json (the
-run's metrics.json) and the table to examples/results/activations.md. `-o METHOD.KEY=VALUE` is passed to that method.
+run's metrics.json; with another number of calibration images than 256 it ends in that) and the table to
+examples/results/activations.md. `-o METHOD.KEY=VALUE` is passed to that method.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ NETWORKS: dict[str, list[str]] = {
     "mobilenetv1_075": ["--data-dir", "{assets}", *IMAGENET, "{assets}/imagenet.class_map.txt"],
     "resnet18_cifar10": ["--data-dir", "{assets}/cifar10", "--split", "test", "--calib-split", "train"],
 }
+USUAL = 256  # calibration images
 COLUMNS = ["network", "method", "W/A", "placement", "float top-1 %", "quantized top-1 %", "difference, points"]
 COLUMNS += ["KL nats", "logit SQNR dB", "steps", "calibration images", "s", "peak GB"]
 
@@ -36,6 +39,8 @@ def command(arguments: argparse.Namespace, network: str, method: str, weights: s
     line += ["--method", method, "--bits", weights, "--calib-size", str(arguments.calib_size)]
     if activations != "32":
         line += ["--act-bits", activations, "--act-placement", arguments.placement]
+    if arguments.calib_memory:
+        line += ["--calib-memory", arguments.calib_memory]
     if arguments.eval_size:
         line += ["--eval-size", str(arguments.eval_size)]
     for option in arguments.option:
@@ -78,7 +83,8 @@ def main() -> int:
     parser.add_argument("--methods", default="rtn,comq,brecq,qdrop")
     parser.add_argument("--bits", default="4/32,3/32,2/32,4/8,4/4,2/4", help="weight/activation bits; 32: float")
     parser.add_argument("--placement", default="inputs", choices=["inputs", "integer"])
-    parser.add_argument("--calib-size", type=int, default=512)
+    parser.add_argument("--calib-size", type=int, default=USUAL)
+    parser.add_argument("--calib-memory", default=None, help="of a run, where several run at once")
     parser.add_argument("--eval-size", type=int, default=None)
     parser.add_argument("--option", "-o", action="append", default=[], metavar="METHOD.KEY=VALUE")
     arguments = parser.parse_args()
@@ -96,7 +102,8 @@ def main() -> int:
                     continue
                 result = json.loads(done.stdout)
                 place = "" if arguments.placement == "inputs" or activations == "32" else "-integer"
-                name = f"{network}-{method}-w{weights}a{activations}{place}.json"
+                images = "" if arguments.calib_size == USUAL else f"-{arguments.calib_size}"
+                name = f"{network}-{method}-w{weights}a{activations}{place}{images}.json"
                 (folder / name).write_text(json.dumps(result, indent=1) + "\n")
                 print(*row(network, result), sep=" | ", flush=True)
     write_table(folder)

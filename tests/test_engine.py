@@ -151,6 +151,44 @@ def test_spilling_to_a_file_changes_no_bit(share: float, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+class Waits(nn.Module):
+    """A tensor waits through two stops to be added; perhaps it is changed in place meanwhile."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third, fourth = self.layers
+        waits = first(x)
+        y = second(waits)
+        if self.in_place:
+            waits.relu_()
+        y = third(y)
+        result: Tensor = fourth(y + waits)
+        return result
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_waits_is_spilled_again_only_if_it_was_written_to(
+    in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    monkeypatch.setattr("coraq.model.engine._write", lambda file, data: written.append(file.write(data)))
+    torch.manual_seed(0)
+    network, images = Waits(in_place).eval(), random_images(4, 8)
+    order = [f"layers.{i}" for i in range(4)]
+    engine = LockStep([network, network], [images[:2], images[2:]], order, memory_bytes=0, folder=tmp_path)
+    assert engine.spilled == 4
+    seen = collected(engine)
+    engine.close()
+    for name, expected in plain_inputs(network, images, order).items():
+        assert torch.equal(torch.cat(seen[name][TEACHER]), expected)
+    # the outputs of three layers, and the sum; a second time the first layer's, which waits
+    assert sum(written) == 2 * (4 + in_place) * images.nbytes
+
+
 def test_spilling_keeps_live_activations_within_the_bound(tmp_path: Path) -> None:
     teacher, student, order, _ = two_networks("resnet10t")
     batches = list(random_images(16, 32).split(1))

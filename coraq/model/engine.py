@@ -16,7 +16,7 @@ import ctypes
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -29,10 +29,13 @@ from coraq.errors import CoraqError
 
 
 class LiveStorages(TorchDispatchMode):
-    """Knows which activations made under it are still alive.
+    """Knows which activations made under it are still alive, and which were written to after they were made.
 
     Args:
         exclude: modules whose parameters and buffers are no activations.
+
+    Attributes:
+        written: keys of storages that an operation may have changed in place; whoever reads it clears it.
     """
 
     def __init__(self, exclude: Sequence[nn.Module], images: Sequence[Tensor]) -> None:
@@ -40,11 +43,15 @@ class LiveStorages(TorchDispatchMode):
         fixed = [t for m in exclude for t in (*m.parameters(), *m.buffers())]
         self._fixed = {t.untyped_storage()._cdata for t in (*fixed, *images)}
         self._refs: dict[int, StorageWeakRef] = {}
+        self.written: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func._schema.is_mutable:  # type: ignore[attr-defined]
+            given = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            self.written.update(leaf.untyped_storage()._cdata for leaf in given)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
@@ -62,13 +69,22 @@ class LiveStorages(TorchDispatchMode):
         return sum(storage.nbytes() for storage in self.alive())
 
 
+class _Slot(NamedTuple):
+    """Where a storage's bytes lie in the file."""
+
+    storage: StorageWeakRef  # while it is held, no other storage gets the same key
+    offset: int
+    size: int
+
+
 class Spill:
     """Keeps one micro-batch's activations in a file while it is parked.
 
     The file has no name, so that it is gone with the process, however that ends.
 
     The storages themselves are emptied and refilled, so that every tensor and view in the parked forward pass
-    stays valid and nothing of it needs to be known.
+    stays valid and nothing of it needs to be known. What has only been read since it was written to the file, such as
+    a block's input that waits to be added to its output, is not written again.
     """
 
     def __init__(self, live: LiveStorages, folder: Path) -> None:
@@ -77,45 +93,60 @@ class Spill:
             self._file: Any = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (closed in `close`)
         except OSError as error:
             raise _no_spill(folder, error) from error
-        self._out: list[tuple[Any, int]] = []
+        self._slots: dict[int, _Slot] = {}
 
-    def save(self) -> int:
-        """Move all live activations to the file; returns the bytes freed.
+    def save(self) -> None:
+        """Move all live activations to the file.
 
         Raises:
             CoraqError: no room for them.
         """
-        self._file.seek(0)
-        for storage in self.live.alive():
-            size = storage.nbytes()
-            if size:
+        alive = {storage._cdata: storage for storage in self.live.alive() if storage.nbytes()}
+        stale = self.live.written
+        self._slots = {key: slot for key, slot in self._slots.items() if key in alive and key not in stale}
+        stale.clear()
+        for key, storage in alive.items():
+            if key not in self._slots:
+                size = storage.nbytes()
+                slot = _Slot(StorageWeakRef(storage), self._room(size), size)
                 try:
+                    self._file.seek(slot.offset)
                     _write(self._file, memoryview(_bytes_of(storage)).cast("B"))
                 except OSError as error:
                     raise _no_spill(self._folder, error) from error
-                storage.resize_(0)
-                self._out.append((storage, size))
-        return sum(size for _, size in self._out)
+                self._slots[key] = slot
+            storage.resize_(0)
 
-    def load(self) -> None:
-        """Bring them back."""
-        self._file.seek(0)
-        for storage, size in self._out:
-            storage.resize_(size)
-            _read(self._file, memoryview(_bytes_of(storage)).cast("B"))
+    def _room(self, size: int) -> int:
+        """The first offset with so many bytes that no slot needs."""
+        start = 0
+        for slot in sorted(self._slots.values(), key=lambda slot: slot.offset):
+            if slot.offset - start >= size:
+                break
+            start = slot.offset + slot.size
+        return start
+
+    def load(self, only: Tensor | None = None) -> None:
+        """Bring them back, or only what one tensor needs."""
+        for key, slot in self._slots.items():
+            if only is None or key == only.untyped_storage()._cdata:
+                storage = _storage_of(slot)
+                storage.resize_(slot.size)
+                self._file.seek(slot.offset)
+                _read(self._file, memoryview(_bytes_of(storage)).cast("B"))
 
     def drop(self) -> None:
         """Free them again after `load`; the file still holds what they were (nobody writes while parked)."""
-        for storage, _ in self._out:
-            storage.resize_(0)
-
-    def forget(self) -> None:
-        """The micro-batch is about to run on: the file's contents are stale from now on."""
-        self._out.clear()
+        for slot in self._slots.values():
+            _storage_of(slot).resize_(0)
 
     def close(self) -> None:
-        self._out.clear()
+        self._slots.clear()
         self._file.close()
+
+
+def _storage_of(slot: _Slot) -> Any:
+    return torch.UntypedStorage._new_with_weak_ptr(slot.storage.cdata)
 
 
 def _no_spill(folder: Path, error: OSError) -> CoraqError:
@@ -209,7 +240,7 @@ class _MicroBatch:
         if self._spill is None:
             yield self._input
             return
-        self._spill.load()
+        self._spill.load(self._input)
         try:
             yield self._input
         finally:
@@ -222,7 +253,6 @@ class _MicroBatch:
         if self._spill is None:
             return self._run()
         self._spill.load()
-        self._spill.forget()
         with self._spill.live:
             name = self._run()
         if name is not None:
