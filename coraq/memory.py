@@ -23,3 +23,12 @@ def reuse_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never: 2 GiB, the most a number can say, is less than a pass frees
+
+
+def give_back() -> None:
+    """Return freed memory to the system: what follows needs less, and may fork.
+
+    Does nothing where the C library has no such call.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

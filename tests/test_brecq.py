@@ -18,6 +18,7 @@ from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at
 from coraq.errors import CoraqError
 from coraq.methods.brecq import BRECQ, QDrop
 from coraq.model.calibration import CalibrationTask
+from coraq.model.engine import LiveStorages
 from coraq.model.fold import fold
 from coraq.registry import configure
 from coraq.testing import random_images, randomise_batchnorm, small_network
@@ -350,6 +351,32 @@ def test_block_data_past_the_memory_bound_waits_in_files(tmp_path: Any) -> None:
     for one, other in zip(codes(None), codes(1), strict=True):
         assert torch.equal(one, other)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_units_data_and_the_passes_that_wait_share_the_memory_bound(tmp_path: Any) -> None:
+    model = small_network()
+    found = fold(model, random_images(2))
+    batches = list(random_images(32, seed=3).split(1))
+
+    def widest(bound: int | None) -> int:
+        task = CalibrationTask(
+            model, found, Scheme(bits=3), batches, memory_bytes=bound, folder=tmp_path, find_method=registry.make
+        )
+        live, alive = LiveStorages([model, task.student], batches), []
+        with live:
+            for unit in task.partition():
+                data = task.block_io(unit)
+                data_bytes = sum(x.nbytes for x in (data.student_input, data.teacher_input, data.teacher_output))
+                alive.append(live.bytes_alive() - data_bytes + data.held_bytes)  # what waits in files is not in memory
+                layers = task.unit_codes(data, "rtn")
+                data.close()
+                for name, layer in layers.items():
+                    task.commit(name, layer)
+        task.finish("rtn")
+        return max(alive)
+
+    unbounded = widest(None)
+    assert widest(unbounded // 2) <= unbounded // 2 < unbounded
 
 
 def test_a_block_method_needs_images() -> None:

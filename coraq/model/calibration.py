@@ -43,7 +43,8 @@ class CalibrationTask(LayerByLayer):
         sink: takes the events.
         done: layers that a resumed run has already committed, with the metrics of then.
         on_commit: called with number, name, codes and metrics of every new layer before it counts as committed.
-        memory_bytes, folder: bound on live activations, and where the overflow goes.
+        memory_bytes, folder: bound on live activations, and where the overflow goes. Of a method that works unit by
+            unit, the passes that wait in front of a unit get half, the unit's inputs and outputs the other half.
         rows_per_input: patches for every input of a layer that second moments are estimated from (0: all).
         find_method: makes a method from its name and options, for `codes`.
         memory: what `remember` keeps beyond this process; a mapping of JSON-able values.
@@ -76,6 +77,7 @@ class CalibrationTask(LayerByLayer):
         self.passes = 0
         self._found = found
         self._entries: list[str] = []  # modules, no layers, in front of which the engine must stop
+        self._by_units = False
         self._batches = list(batches)
         self._seed, self._sink, self._on_commit = seed, sink, on_commit
         self.grids = self._find_grids(found)
@@ -178,7 +180,7 @@ class CalibrationTask(LayerByLayer):
         """See `coraq.api.Task.partition`."""
         units = partition(self.teacher, list(self._views), self._found.flow, granularity, override)
         self.close()
-        self._entries = []
+        self._entries, self._by_units = [], True
         left = []
         for unit in units:
             done = [name for name in unit.layers if name in self.committed]
@@ -215,7 +217,7 @@ class CalibrationTask(LayerByLayer):
             self._step(block.module)
         assert self._arrival is not None
         start = time.perf_counter()
-        collector = Collector(self._arrival.images, self.memory_bytes, self.folder)
+        collector = Collector(self._arrival.images, self._bound, self.folder)
         teacher = self.teacher.get_submodule(block.module)
         for size, (x, y) in zip(self._arrival.sizes, self._arrival.pairs(raw=True), strict=True):
             # the unit's own forward, past its hooks, on a copy: it may work in place
@@ -266,20 +268,23 @@ class CalibrationTask(LayerByLayer):
                 "this method needs calibration images and there are none", "Give --data-dir or --calib-dir."
             )
 
+    @property
+    def _bound(self) -> int | None:
+        """On live activations of the pass, and on the data of a unit."""
+        return None if self.memory_bytes is None else self.memory_bytes // (2 if self._by_units else 1)
+
     def _start_pass(self) -> None:
         self.close()
         self._passed.clear()
         stops = [name for name in self._views if name not in self.committed] + self.grids.begin() + self._entries
         streams = [self.teacher, self.student]
-        self._engine = LockStep(
-            streams, self._batches, stops, self.memory_bytes, self.folder, rewrite=self.grids.rewrite
-        )
+        self._engine = LockStep(streams, self._batches, stops, self._bound, self.folder, rewrite=self.grids.rewrite)
         self.spilled = max(self.spilled, self._engine.spilled)
         self.passes += 1
         if self._engine.spilled and self.passes == 1:
             self.note(
                 f"live activations need {self._engine.live_bytes_needed / 1e9:.1f} GB, more than the bound of "
-                f"{(self.memory_bytes or 0) / 1e9:.1f} GB: {self._engine.spilled} of "
+                f"{(self._bound or 0) / 1e9:.1f} GB: {self._engine.spilled} of "
                 f"{2 * len(self._batches)} micro-batches wait in a temporary file"
             )
 

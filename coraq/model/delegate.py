@@ -154,7 +154,10 @@ class OneUnit(Part, LayerByLayer):
         return self._data.layer(name)
 
     def close(self) -> None:
-        """Leave the pass."""
+        """Leave the pass, and what was sampled of the last layer."""
         if self._stats is not None:
             self._stats.current = False
+        # statistics refer back to their task: a circle, which would hold samples of every unit until it is collected
+        self._stats, self._arrival, self._outputs = None, None, None
+        self._squares.clear()
         self._engine.close()

@@ -21,6 +21,7 @@ from coraq.artifact import (
 from coraq.config import RunConfig
 from coraq.errors import MethodError
 from coraq.events import JsonLinesSink, Note, Sink, null_sink, stage, tee
+from coraq.memory import give_back
 from coraq.pipeline.calibrate import calibrate
 from coraq.pipeline.measure import Choices, measure
 from coraq.pipeline.outcome import Recorder, checkpoint_info, run_result
@@ -109,6 +110,7 @@ def _work(
         )
         folder.supersede()
     task.release()
+    give_back()  # evaluation needs little, and forks workers; the next run's bound is a share of what is free
     with stage(sink, "reload checkpoint"):
         student = load_checkpoint(folder.checkpoint).module
         student = student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
