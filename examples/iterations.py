@@ -48,7 +48,7 @@ def rows(path: Path) -> list[list[str]]:
     """The table's lines for one network and width."""
     network, lines = path.stem.rsplit("-w", 1)[0], []
     result = json.loads(path.read_text())
-    for cell in result["cells"]:
+    for cell in sorted(result["cells"], key=lambda cell: "paper" in cell["label"]):  # one curve after the other
         label, _, steps = cell["label"].partition(":iterations=")
         start = [network, str(cell["bits"]), f"`{label}`", steps or "0"]
         if cell["reason"]:
