@@ -198,8 +198,6 @@ class LayerStats:
         for x in self._arrival.inputs(STUDENT):  # looked at inside the loop: a spilled input is gone after it
             images, geometry = as_images(self._module, x)
             blocks = blocks_needed(geometry)
-            if blocks > 1 and self._on_blocks is not None:
-                self._on_blocks(blocks)
             every = math.prod(geometry.output_size(images.shape[2], images.shape[3]))
             needed = self._arrival.batch_size * positions_needed(geometry, self._arrival.images, self._rows_per_input)
             # by the leading axis and not by image: a Linear layer's inputs come as one image of many rows
@@ -225,6 +223,8 @@ class LayerStats:
         """
         plan, device = self._plan(), self._module.weight.device
         wanted = (moments or project is not None) and self._seen is None
+        if wanted and plan.blocks > 1 and self._on_blocks is not None:
+            self._on_blocks(plan.blocks)
         exact = GramAccumulator(plan.geometry, device) if wanted and not plan.sampled else None
         sampler = None
         if (wanted and plan.sampled) or project is not None:
