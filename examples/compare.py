@@ -65,14 +65,28 @@ def compare(network: str, arguments: argparse.Namespace) -> dict[str, Any]:
     # plugins/ has gptq and npot; the networks' folder registers mobilenetv1_075 with timm
     line += ["--plugins-dir", str(PLUGINS), "--plugins-dir", str(arguments.assets)]
     line += [part.format(assets=arguments.assets) for part in NETWORKS[network]]
-    line += ["--calib-size", str(arguments.calib_size), "--bits", arguments.bits]
-    done = subprocess.run(
-        [*line, "--methods", ",".join(methods), "--json"], stdout=subprocess.PIPE, text=True, check=False
-    )
+    line += ["--calib-size", str(arguments.calib_size), "--bits", arguments.bits, "--methods", ",".join(methods)]
+    return run(line)
+
+
+def run(line: list[str]) -> dict[str, Any]:
+    """What a `coraq compare` command line says as JSON."""
+    done = subprocess.run([*line, "--json"], stdout=subprocess.PIPE, text=True, check=False)
     if not done.stdout:
         raise SystemExit(f"failed ({done.returncode}): {' '.join(line)}")
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def measured(cell: dict[str, Any]) -> dict[str, str]:
+    """A finished cell's numbers as a table shows them, by column."""
+    found, top1 = cell["comparison"], cell["comparison"]["quantized_top1"]
+    return {
+        "top-1 %": f"{top1['value_pct']:.2f} [{top1['low_pct']:.1f}, {top1['high_pct']:.1f}]",
+        "agree %": f"{found['agreement']['value_pct']:.1f}",
+        "KL": f"{found['kl_nats']:.4f}",
+        "s": f"{'≥ ' if cell.get('resumed_layers') else ''}{cell['total_s']:.0f}",
+    }
 
 
 def rows_of(network: str, cells: list[dict[str, Any]]) -> list[list[str]]:
@@ -83,16 +97,14 @@ def rows_of(network: str, cells: list[dict[str, Any]]) -> list[list[str]]:
         if cell["reason"]:
             lines.append([*start, f"failed: {cell['reason']}", "", "", "", "", ""])
             continue
-        found, top1 = cell["comparison"], cell["comparison"]["quantized_top1"]
+        shown = measured(cell)
         lines.append(
             [
                 *start,
-                f"{top1['value_pct']:.2f} [{top1['low_pct']:.1f}, {top1['high_pct']:.1f}]",
-                f"{found['agreement']['value_pct']:.1f}",
-                f"{found['kl_nats']:.4f}",
+                *(shown[column] for column in ("top-1 %", "agree %", "KL")),
                 f"{cell['effective_bits']:.3f}",
                 f"{cell['file_bytes'] / 1e6:.3f}",
-                f"{'≥ ' if cell.get('resumed_layers') else ''}{cell['total_s']:.0f}",
+                shown["s"],
             ]
         )
     return lines

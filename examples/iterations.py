@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from activations import NETWORKS, RESULTS
+from compare import measured, run
 
 from coraq.report.markdown import table
 
@@ -37,11 +37,7 @@ def compare(arguments: argparse.Namespace, steps: list[str]) -> dict[str, Any]:
         line += [part.format(assets=arguments.assets) for part in NETWORKS[arguments.network]]
     methods = ["comq", "brecq", *(form.format(count) for count in steps for form in (LEARNED, PAPER))]
     line += ["--calib-size", str(arguments.calib_size), "--bits", str(arguments.bits), "--methods", ",".join(methods)]
-    done = subprocess.run([*line, "--json"], stdout=subprocess.PIPE, text=True, check=False)
-    if not done.stdout:
-        raise SystemExit(f"failed ({done.returncode}): {' '.join(line)}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return run(line)
 
 
 def rows(path: Path) -> list[list[str]]:
@@ -54,17 +50,9 @@ def rows(path: Path) -> list[list[str]]:
         if cell["reason"]:
             lines.append([*start, f"failed: {cell['reason']}", *[""] * 4])
             continue
-        found, top1 = cell["comparison"], cell["comparison"]["quantized_top1"]
-        lines.append(
-            [
-                *start,
-                f"{found['kl_nats']:.4f}",
-                f"{top1['value_pct']:.2f} [{top1['low_pct']:.1f}, {top1['high_pct']:.1f}]",
-                f"{found['agreement']['value_pct']:.1f}",
-                result["calibration"],
-                f"{'≥ ' if cell.get('resumed_layers') else ''}{cell['total_s']:.0f}",
-            ]
-        )
+        shown = measured(cell)
+        lines.append([*start, *(shown[column] for column in ("KL", "top-1 %", "agree %"))])
+        lines[-1] += [result["calibration"], shown["s"]]
     return lines
 
 
@@ -86,11 +74,13 @@ def main() -> int:
 
 def write_table(folder: Path) -> None:
     """The table of every network that has been measured."""
-    text = ["# Error against gradient steps", ""]
-    text += [
-        "Written by `python examples/iterations.py`. Weights only, first and last layer at 8 bits, seed 0; top-1 with"
+    text = [
+        "# Error against gradient steps",
+        "",
+        "Written by `python examples/iterations.py`. Weights only, first and last layer at 8 bits, seed 0; top-1 with",
+        "95 % intervals. `comq` and `brecq` without steps are where learning starts from, or is refused for.",
+        "",
     ]
-    text += ["95 % intervals. `comq` and `brecq` without steps are where learning starts from, or is refused for.", ""]
     text += [table(COLUMNS, [line for path in sorted(folder.glob("*.json")) for line in rows(path)]), ""]
     (folder.parent / "iterations.md").write_text("\n".join(text))
 

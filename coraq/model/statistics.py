@@ -226,11 +226,9 @@ class LayerStats:
         if wanted and plan.blocks > 1 and self._on_blocks is not None:
             self._on_blocks(plan.blocks)
         exact = GramAccumulator(plan.geometry, device) if wanted and not plan.sampled else None
-        sampler = None
-        if (wanted and plan.sampled) or project is not None:
-            sampler = SampledMoments(
-                plan.geometry, plan.positions, device, plan.blocks, project, gram=wanted and plan.sampled
-            )
+        rows, sampler = wanted and plan.sampled, None
+        if rows or project is not None:
+            sampler = SampledMoments(plan.geometry, plan.positions, device, plan.blocks, project, gram=rows)
         first = self._common is None
         means = [MeanAccumulator(plan.geometry, device) for _ in (TEACHER, STUDENT)] if first else []
         paired: list[Paired] = []
@@ -250,7 +248,7 @@ class LayerStats:
             self._common = _Common(paired, *(mean.result()[1] for mean in means))
         if exact is not None:
             self._seen = _Seen(exact.result(), None)
-        elif wanted and sampler is not None:
+        elif rows and sampler is not None:
             self._seen = _Seen(sampler.result(), sampler.rows())
         return sampler
 
