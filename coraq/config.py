@@ -23,6 +23,10 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+FRACTIONS = {"whole": 0, "half": 1, "quarter": 2, "eighth": 3}  # bits of a zero point behind the point
+ZERO_STEPS = {"half": "halves", "quarter": "quarters", "eighth": "eighths"}
+
+
 class LayerScheme(Frozen):
     """What one layer gets. `rank` is for methods with low-rank adapters; `None` leaves it to the method."""
 
@@ -49,6 +53,11 @@ class Scheme(Frozen):
     )
     symmetric: bool = Field(
         default=False, description="zero point fixed at the middle code: every integer runtime takes it"
+    )
+    zero_point: Literal["whole", "half", "quarter", "eighth"] = Field(
+        default="whole",
+        description="where an affine grid's zero point may lie: at a code, which is all that integer kernels of these "
+        "bits take, or between codes, too, in the same byte; exports then store 1, 2 or 3 bits more a code",
     )
     bias: Literal["float", "layer", "keep"] = Field(
         default="float",
@@ -114,6 +123,10 @@ class Scheme(Frozen):
             resolved[name] = own
         return resolved
 
+    def fraction(self, bits: int) -> int:
+        """Bits of a zero point behind the point, for codes of so many bits: as many as a byte has room for."""
+        return 0 if self.symmetric else min(FRACTIONS[self.zero_point], MAX_BITS - bits)
+
     def overrides_layer(self, name: str) -> bool:
         """Whether an override says this layer's bits."""
         return any(re.fullmatch(pattern, name) for pattern in self.overrides)
@@ -125,7 +138,9 @@ class Scheme(Frozen):
     def describe(self) -> str:
         """One line that a person can read and a paper can cite."""
         edges = f"first/last layer {self.first_bits or self.bits}/{self.last_bits or self.bits} bits"
-        grid = f"{'symmetric' if self.symmetric else 'affine'} per {self.granularity}"
+        finer = not self.symmetric and self.zero_point != "whole"
+        zero = f" with zero points in {ZERO_STEPS[self.zero_point]} of a step" if finer else ""
+        grid = f"{'symmetric' if self.symmetric else 'affine'} per {self.granularity}{zero}"
         extra = f", {len(self.overrides)} overrides" if self.overrides else ""
         return (
             f"W{self.bits}A{self.act_bits or 32}, {edges}, {grid}, bias {self.bias}, gain {self.gain}, "
@@ -208,6 +223,8 @@ class RunConfig(Frozen):
         scheme = content["scheme"]
         if self.scheme.act_bits is None:  # what does not act does not count: earlier runs stay found
             scheme = {key: value for key, value in scheme.items() if not key.startswith("act_")}
+        if self.scheme.symmetric or self.scheme.zero_point == "whole":
+            scheme = {key: value for key, value in scheme.items() if key != "zero_point"}
         own = {
             pattern: {key: value for key, value in layer.items() if key != "act_bits" or value is not None}
             for pattern, layer in scheme["overrides"].items()

@@ -40,7 +40,8 @@ class GPTQ:
         make = mse_grid if self.config.grid == "mse" else minmax_grid
         for layer in task.layers:
             squares = task.least_squares(layer.name)
-            grid = make(squares.weight, layer.bits, scheme.symmetric, scheme.granularity)
+            fraction = scheme.fraction(layer.bits)
+            grid = make(squares.weight, layer.bits, scheme.symmetric, scheme.granularity, fraction=fraction)
             problem = prepare(squares.weight, squares.gram, order)
             factor = factorise(problem, squares.gram, self.config.damping)
             result = reassess(problem, feedback(problem, factor, grid))

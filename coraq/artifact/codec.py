@@ -25,6 +25,7 @@ class LayerRecord(Frozen):
 
     shape: tuple[int, int, int] = Field(description="shape of the weight's codes")
     bits: int = Field(ge=1, le=MAX_BITS)
+    fraction: int = Field(default=0, ge=0, lt=MAX_BITS, description="bits of the zero point behind the point")
     rank: int | None = Field(default=None, ge=0)
     adapter_bits: tuple[int, int] | None = Field(default=None, description="bits of the adapter's B and A")
     input: tuple[float, int, int, bool] | None = Field(
@@ -75,6 +76,7 @@ def encode(name: str, layer: QuantizedLayer) -> tuple[dict[str, Tensor], LayerRe
     record = LayerRecord(
         shape=(groups, out, inputs),
         bits=layer.weight.bits,
+        fraction=layer.weight.fraction,
         rank=None if adapter is None else adapter.rank,
         adapter_bits=None if adapter is None else (adapter.b.bits, adapter.a.bits),
         input=None if (grid := layer.input) is None else (grid.scale, grid.zero_point, grid.bits, grid.signed),
@@ -95,7 +97,7 @@ def decode(name: str, record: LayerRecord, tensors: dict[str, Tensor]) -> Quanti
             b = _decode_qtensor(f"{name}.adapter_b_", (groups, out, record.rank), record.adapter_bits[0], tensors)
             a = _decode_qtensor(f"{name}.adapter_a_", (groups, record.rank, inputs), record.adapter_bits[1], tensors)
             adapter = LowRank(b, a)
-        weight = _decode_qtensor(f"{name}.weight_", record.shape, record.bits, tensors)
+        weight = _decode_qtensor(f"{name}.weight_", record.shape, record.bits, tensors, record.fraction)
         bias = tensors.pop(f"{name}.bias", None)
         grid = None if record.input is None else ActivationGrid(*record.input)
         layer = QuantizedLayer(weight, adapter, None if bias is None else bias.float(), grid)
@@ -120,7 +122,9 @@ def _encode_qtensor(prefix: str, q: QTensor) -> dict[str, Tensor]:
     return tensors
 
 
-def _decode_qtensor(prefix: str, shape: tuple[int, int, int], bits: int, tensors: dict[str, Tensor]) -> QTensor:
+def _decode_qtensor(
+    prefix: str, shape: tuple[int, int, int], bits: int, tensors: dict[str, Tensor], fraction: int = 0
+) -> QTensor:
     groups, out, inputs = shape
     packed = tensors.pop(prefix + _PACKED)
     if packed.dim() != 2 or packed.shape[0] != groups * out:
@@ -131,6 +135,5 @@ def _decode_qtensor(prefix: str, shape: tuple[int, int, int], bits: int, tensors
     zero = tensors.pop(prefix + _ZERO, None)
     if zero is not None and zero.dtype != torch.uint8:
         raise ValueError(f"{prefix}{_ZERO} is {zero.dtype}, not uint8")
-    return QTensor(
-        codes, scale, bits, None if zero is None else zero.reshape(grid), tensors.pop(prefix + _CODEBOOK, None)
-    )
+    zero = None if zero is None else zero.reshape(grid)
+    return QTensor(codes, scale, bits, zero, tensors.pop(prefix + _CODEBOOK, None), fraction)

@@ -31,9 +31,8 @@ def weight_histogram(name: str, weight: Tensor, layer: QuantizedLayer) -> Weight
         levels = q.codebook.double()
         position = (rest / scale).double()
     else:
-        zero = 2.0 ** (q.bits - 1) if q.zero_point is None else q.zero_point.float()
         levels = torch.arange(2**q.bits, dtype=torch.float64)
-        position = (rest / scale + zero).double()
+        position = (rest / scale + q.zero).double()
     step = float(levels.max() - levels.min()) / max(len(levels) - 1, 1) or 1.0
     low, high = float(levels.min()) - step, float(levels.max()) + step
     bins = min(4 * (len(levels) + 1), _MOST_BINS)

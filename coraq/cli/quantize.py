@@ -81,6 +81,9 @@ def quantize(
     symmetric: Annotated[
         bool, option(Scheme, "symmetric", "--symmetric/--asymmetric", panel=SCHEME_PANEL)
     ] = SCHEME.symmetric,
+    zero_point: Annotated[
+        Literal["whole", "half", "quarter", "eighth"], option(Scheme, "zero_point", "--zero-point", panel=SCHEME_PANEL)
+    ] = SCHEME.zero_point,
     bias: Annotated[
         Literal["float", "layer", "keep"], option(Scheme, "bias", "--bias", panel=SCHEME_PANEL)
     ] = SCHEME.bias,

@@ -20,29 +20,31 @@ CACHED = 1 << 15  # elements of a strip of channels that the search for a range 
 
 @dataclass(frozen=True)
 class Grid:
-    """Levels `scale · (k − zero)` for codes `k = 0 … 2**bits − 1`. `zero` is float and integral."""
+    """Levels `scale · (k − zero)` for codes `k = 0 … 2**bits − 1`.
+
+    `zero` is float, a whole number of codes or, with a `fraction`, of `2**−fraction` codes. Then no level need be zero.
+    """
 
     scale: Tensor
     zero: Tensor
     bits: int
     symmetric: bool
+    fraction: int = 0
 
     @classmethod
     def of(cls, stored: QTensor) -> Grid:
         """The grid of uniform codes as stored."""
-        zero = stored.zero_point
-        middle = torch.full_like(stored.scale, 2 ** (stored.bits - 1))
-        return cls(stored.scale, middle if zero is None else zero.float(), stored.bits, zero is None)
+        return cls(stored.scale, stored.zero, stored.bits, stored.zero_point is None, stored.fraction)
 
     @property
     def top(self) -> int:
         return 2**self.bits - 1
 
     def codes(self, weight: Tensor) -> Tensor:
-        """Nearest codes as floats; a channel whose scale is 0 gets the zero code everywhere."""
+        """Nearest codes as floats; a channel whose scale is 0 gets one code everywhere, at the zero point."""
         safe = torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
         codes = torch.round(weight / safe + self.zero).clamp_(0, self.top)
-        return torch.where(self.scale == 0, self.zero, codes)
+        return torch.where(self.scale == 0, self.zero.floor(), codes)
 
     def values(self, codes: Tensor) -> Tensor:
         return (codes - self.zero) * self.scale
@@ -55,15 +57,16 @@ class Grid:
         """The same codes for weights `factor` times as large."""
         return replace(self, scale=self.scale * factor)
 
-    def shifted(self, by: int) -> Grid:
-        """The levels moved by whole steps (an affine grid's range slides; a symmetric grid stays)."""
+    def shifted(self, by: float) -> Grid:
+        """The levels moved by steps (an affine grid's range slides; a symmetric grid stays)."""
         return self if self.symmetric else replace(self, zero=(self.zero + by).clamp(0, self.top))
 
     def pack(self, codes: Tensor) -> QTensor:
         """A QTensor from integral codes of any dtype."""
         dtype = torch.uint8 if self.bits <= 8 else torch.int32
-        zero = None if self.symmetric else self.zero.to(dtype).contiguous()
-        return QTensor(codes.to(dtype).contiguous(), self.scale.float().contiguous(), self.bits, zero)
+        zero = None if self.symmetric else (self.zero * 2**self.fraction).to(dtype).contiguous()
+        codes = codes.to(dtype).contiguous()
+        return QTensor(codes, self.scale.float().contiguous(), self.bits, zero, fraction=self.fraction)
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,8 @@ def _extremes(weight: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def grid_from_range(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
-    """The grid that covers [low, high] (low ≤ 0 ≤ high): the zero level is always exactly on it.
+def grid_from_range(low: Tensor, high: Tensor, bits: int, symmetric: bool, fraction: int = 0) -> Grid:
+    """The grid that covers [low, high] (low ≤ 0 ≤ high): without a `fraction` the zero level is exactly on it.
 
     Where the range is empty (a channel of zeros) the scale is 1: every weight there gets the zero level.
     """
@@ -125,16 +128,25 @@ def grid_from_range(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Gr
     else:
         scale = (high - low) / top
         scale = torch.where(scale < TINY, 1.0, scale)
-        zero = torch.round(-low / scale).clamp_(0, top)
-    return Grid(scale, zero, bits, symmetric)
+        zero = torch.round(-low / scale * 2**fraction).div_(2**fraction).clamp_(0, top)
+    return Grid(scale, zero, bits, symmetric, 0 if symmetric else fraction)
 
 
-def minmax_grid(weight: Tensor, bits: int, symmetric: bool = True, granularity: str = "channel") -> Grid:
-    """The grid that just holds every weight."""
-    return grid_from_range(*_extremes(weight, granularity), bits, symmetric)
+def minmax_grid(
+    weight: Tensor, bits: int, symmetric: bool = True, granularity: str = "channel", fraction: int = 0
+) -> Grid:
+    """The grid that just holds every weight. `fraction`: bits of a zero point between codes (Scheme.fraction)."""
+    return grid_from_range(*_extremes(weight, granularity), bits, symmetric, fraction)
 
 
-def sigma_grid(weight: Tensor, bits: int, symmetric: bool = True, granularity: str = "channel", k: float = 5.0) -> Grid:
+def sigma_grid(
+    weight: Tensor,
+    bits: int,
+    symmetric: bool = True,
+    granularity: str = "channel",
+    k: float = 5.0,
+    fraction: int = 0,
+) -> Grid:
     """The grid over μ ± kσ (CoRa, arXiv 2408.00923), within the weights' own extremes."""
     dims = (-1,) if granularity == "channel" else (0, 1, 2)
     low, high = _extremes(weight, granularity)
@@ -142,7 +154,7 @@ def sigma_grid(weight: Tensor, bits: int, symmetric: bool = True, granularity: s
     deviation = weight.std(dims, keepdim=True, unbiased=False)
     low = torch.maximum(low, mean - k * deviation).clamp(max=0)
     high = torch.minimum(high, mean + k * deviation).clamp(min=0)
-    return grid_from_range(low, high, bits, symmetric)
+    return grid_from_range(low, high, bits, symmetric, fraction)
 
 
 def mse_grid(
@@ -153,12 +165,13 @@ def mse_grid(
     norm: float = 2.0,
     steps: int = 80,
     floor: float = 0.2,
+    fraction: int = 0,
 ) -> Grid:
     """The grid of least `Σ |w − round(w)|^norm` among `steps` shrunk ranges (1 down to `floor` of min-max).
 
     BRECQ (arXiv 2102.05426) uses norm 2.4 and 80 steps.
     """
-    widest = minmax_grid(weight, bits, symmetric, granularity)
+    widest = minmax_grid(weight, bits, symmetric, granularity, fraction)
     shrinks = torch.linspace(1, floor, steps).tolist()
     if granularity == "tensor":
         shrink = _least_error(weight.reshape(1, -1), widest, shrinks, norm)
@@ -167,7 +180,10 @@ def mse_grid(
     strip = max(1, CACHED // max(1, rows.shape[1]))
     found = [
         _least_error(
-            rows[i : i + strip], Grid(scale[i : i + strip], zero[i : i + strip], bits, symmetric), shrinks, norm
+            rows[i : i + strip],
+            replace(widest, scale=scale[i : i + strip], zero=zero[i : i + strip]),
+            shrinks,
+            norm,
         )
         for i in range(0, len(rows), strip)
     ]
@@ -182,7 +198,8 @@ def _least_error(rows: Tensor, widest: Grid, shrinks: list[float], norm: float) 
     unit = rows / widest.scale
     for shrink in shrinks:  # in units of the shrunk scale: round, clamp, compare
         steps = unit / shrink
-        rest = torch.clamp(steps.round(), low, high).sub_(steps)
+        nearest = steps.sub(low).round_().add_(low) if widest.fraction else steps.round()
+        rest = torch.clamp(nearest, low, high).sub_(steps)
         power = rest.square_() if norm == 2 else rest.abs_().pow_(norm)
         loss = power.sum(-1, keepdim=True) * shrink**norm
         better = loss < best_loss
@@ -199,20 +216,21 @@ def best_shrink(
     loss: Callable[[Tensor], Tensor],
     steps: int = 80,
     floor: float = 0.2,
+    fraction: int = 0,
 ) -> Grid:
     """Among `steps` ranges shrunk from min-max, the grid of least `loss(rounded weight)`, per channel or tensor.
 
     `loss` maps the rounded weight [groups, out, in] to the shape of a scale.
     """
     low, high = _extremes(weight, granularity)
-    best = grid_from_range(low, high, bits, symmetric)
+    best = grid_from_range(low, high, bits, symmetric, fraction)
     best_loss = loss(best.round(weight))
     for step in range(1, steps):
         shrink = 1 - (1 - floor) * step / (steps - 1)
-        grid = grid_from_range(low * shrink, high * shrink, bits, symmetric)
+        grid = grid_from_range(low * shrink, high * shrink, bits, symmetric, fraction)
         now = loss(grid.round(weight))
         better = now < best_loss
         best_loss = torch.where(better, now, best_loss)
         scale = torch.where(better, grid.scale, best.scale)
-        best = Grid(scale, torch.where(better, grid.zero, best.zero), bits, symmetric)
+        best = replace(best, scale=scale, zero=torch.where(better, grid.zero, best.zero))
     return best

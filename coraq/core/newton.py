@@ -86,7 +86,7 @@ class Model:
         low, high = ((bound - grid.zero).mT.to(now.dtype).contiguous() for bound in (0, grid.top))
         scale = grid.scale.mT.contiguous()
         error = torch.zeros(groups, 1, out, dtype=torch.float64, device=codes.device)
-        start = reassess(problem, Rounding(levels, scale, low, high, error))
+        start = reassess(problem, Rounding(levels, scale, low, high, error, whole=grid.fraction == 0))
         best = descend(problem, start, SWEEPS, tolerance=TOLERANCE)
         moved = torch.empty_like(levels).scatter_(1, order.mT, best.levels).mT
         better = replace(grid, scale=best.scale.mT.contiguous())

@@ -13,7 +13,8 @@ The second is the usual form with `H⁻¹ = UᵀU`, since U = R⁻¹: one Choles
 `Σ_i R_ii² (target_i − q_i)²`, so comparing grids costs no more than rounding on each.
 
 Layout: transposed, `[groups, in, out]`, inputs in visiting order, so that one coordinate of all output channels is
-contiguous. `levels` are centred codes `code − zero`, or a codebook's entries; the weight is `scale · levels`.
+contiguous. `levels` are centred codes `code − zero`, or a codebook's entries; the weight is `scale · levels`. Where
+zero points lie between codes, no level is a whole number, but all are whole steps from the lowest.
 
 H may be block-diagonal: `[groups · blocks, in/blocks, in/blocks]`, each block for so many consecutive inputs. Blocks
 are then rounded side by side; a channel's scale and error are those of all its blocks.
@@ -97,11 +98,12 @@ class Rounding:
     """A rounding of a Problem's weight, in the Problem's layout.
 
     Attributes:
-        levels: [groups, in, out]: integral from `low` to `high`, or entries of `table`.
+        levels: [groups, in, out]: whole steps from `low` to `high`, or entries of `table`.
         scale: positive, [groups, 1, out], or [1, 1, 1] for one per tensor.
         low, high: like the scale; both 0 where the grid's scale was 0.
         error: float64 [groups, 1, out], the objective.
         table: the codebook, if the grid is not uniform.
+        whole: whether levels are whole numbers.
     """
 
     levels: Tensor
@@ -110,6 +112,7 @@ class Rounding:
     high: Tensor
     error: Tensor
     table: Tensor | None = None
+    whole: bool = True
 
     def better(self, other: Rounding) -> Rounding:
         """The better of two, channel by channel; as a whole where one scale serves the tensor."""
@@ -118,7 +121,7 @@ class Rounding:
         keep = self.error <= other.error
         pairs = ((getattr(self, name), getattr(other, name)) for name in ("levels", "scale", "low", "high", "error"))
         levels, scale, low, high, error = (torch.where(keep, mine, theirs) for mine, theirs in pairs)
-        return Rounding(levels, scale, low, high, error, self.table)
+        return Rounding(levels, scale, low, high, error, self.table, self.whole and other.whole)
 
 
 def prepare(
@@ -191,7 +194,7 @@ def nearest(problem: Problem, grid: Grid | Codebook) -> Rounding:
     """Nearest rounding on `grid`."""
     start = _enter(problem, grid)
     levels = torch.empty_like(start.levels)
-    _snap(start.levels, start.low, start.high, start.table, levels)
+    _snap(start.levels, start.low, start.high, start, levels)
     return reassess(problem, replace(start, levels=levels))
 
 
@@ -297,21 +300,24 @@ def _enter(problem: Problem, grid: Grid | Codebook) -> Rounding:
     empty = scale < TINY
     scale = torch.where(empty, 1.0, scale).contiguous()
     if isinstance(grid, Codebook):
-        table = grid.table.to(dtype)
+        table, whole = grid.table.to(dtype), False
         low, high = table[:1].expand_as(scale), table[-1:].expand_as(scale)
     else:
-        table, zero = None, grid.zero.mT.to(dtype)
+        table, zero, whole = None, grid.zero.mT.to(dtype), grid.fraction == 0
         low, high = -zero, grid.top - zero
     low, high = torch.where(empty, 0.0, low).contiguous(), torch.where(empty, 0.0, high).contiguous()
-    return Rounding(problem.weight / scale, scale, low, high, torch.zeros(()), table)
+    return Rounding(problem.weight / scale, scale, low, high, torch.zeros(()), table, whole)
 
 
-def _snap(targets: Tensor, low: Tensor, high: Tensor, table: Tensor | None, out: Tensor) -> None:
-    """The nearest levels to `targets`, into `out`."""
-    if table is None:
+def _snap(targets: Tensor, low: Tensor, high: Tensor, grid: Rounding, out: Tensor) -> None:
+    """The nearest levels of `grid` to `targets`, into `out`; `low` and `high` are the targets' part of its bounds."""
+    if grid.table is not None:
+        out.copy_(grid.table[nearest_entries(targets, grid.table)])
+    elif grid.whole:
         torch.round(targets, out=out)
     else:
-        out.copy_(table[nearest_entries(targets, table)])
+        torch.sub(targets, low, out=out)
+        out.round_().add_(low)
     torch.clamp(out, low, high, out=out)
 
 
@@ -323,13 +329,13 @@ def _sweep(targets: Tensor, levels: Tensor, pull: Tensor, grid: Rounding, *, onw
         strip = slice(start, start + STRIP)
         low, high = (b.squeeze(1) if b.shape[-1] == 1 else b[:, 0, strip] for b in bounds)
         ours, codes = targets[..., strip].contiguous(), levels[..., strip].contiguous()
-        _sweep_strip(ours, codes, pull, low, high, grid.table, onward=onward)
+        _sweep_strip(ours, codes, pull, low, high, grid, onward=onward)
         targets[..., strip] = ours
         levels[..., strip] = codes
 
 
 def _sweep_strip(
-    targets: Tensor, levels: Tensor, pull: Tensor, low: Tensor, high: Tensor, table: Tensor | None, *, onward: bool
+    targets: Tensor, levels: Tensor, pull: Tensor, low: Tensor, high: Tensor, grid: Rounding, *, onward: bool
 ) -> None:
     """Blocks of inputs: one by one inside a block, one matrix product for the effect on all others."""
     groups, inputs, out = levels.shape
@@ -339,7 +345,7 @@ def _sweep_strip(
         block, local = targets[:, start:stop], pull[:, start:stop, start:stop]
         change = levels.new_empty(stop - start, groups, out)  # old level minus new one
         for i in range(stop - start):
-            _snap(block[:, i], low, high, table, code)
+            _snap(block[:, i], low, high, grid, code)
             torch.sub(levels[:, start + i], code, out=change[i])
             if i + 1 < stop - start:
                 if groups == 1:
@@ -366,7 +372,7 @@ def _greedy_sweep(problem: Problem, targets: Tensor, levels: Tensor, grid: Round
     for step in range(levels.shape[1]):
         visit = visits[:, step : step + 1]
         code = targets.gather(1, visit)
-        _snap(code.clone(), low, high, grid.table, code)
+        _snap(code.clone(), low, high, grid, code)
         change = levels.gather(1, visit) - code
         levels.scatter_(1, visit, code)
         targets.addcmul_(problem.pull[groups, visit.squeeze(1)].mT, change)

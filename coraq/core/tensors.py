@@ -26,6 +26,7 @@ class QTensor:
         zero_point: same dtype as the codes, same shape as `scale`; None stands for the middle code `2**(bits−1)`
             (a symmetric grid), which costs no bytes.
         codebook: float32 [2**bits] levels of a non-uniform grid (then there is no zero point).
+        fraction: bits of the zero point behind the point: it counts in `2**−fraction` of a code.
     """
 
     codes: Tensor
@@ -33,14 +34,30 @@ class QTensor:
     bits: int
     zero_point: Tensor | None = None
     codebook: Tensor | None = None
+    fraction: int = 0
+
+    @property
+    def zero(self) -> Tensor:
+        """The zero point in codes, float32 in the scale's shape; the middle code on a symmetric grid."""
+        if self.zero_point is None:
+            return torch.full_like(self.scale, 2 ** (self.bits - 1))
+        return self.zero_point.float() / 2**self.fraction
 
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for: float32 [groups, out, in]. Deterministic to the last bit."""
         if self.codebook is not None:
             return self.codebook[self.codes.long()] * self.scale
-        middle = float(2 ** (self.bits - 1))
-        zero = middle if self.zero_point is None else self.zero_point.float()
-        return (self.codes.float() - zero) * self.scale
+        return (self.codes.float() - self.zero) * self.scale
+
+    def whole(self) -> QTensor:
+        """The same weight, bit for bit, with a zero point that is a code: of `bits + fraction` bits.
+
+        Integer formats know no other. A zero point in quarters makes 2-bit codes 4-bit ones, 0, 4, 8 and 12.
+        """
+        if not self.fraction:
+            return self
+        codes, scale = self.codes << self.fraction, self.scale / 2**self.fraction
+        return replace(self, codes=codes, scale=scale, bits=self.bits + self.fraction, fraction=0)
 
     def check(self, shape: tuple[int, int, int]) -> None:
         """Raise ValueError unless this is a finite, in-range quantization of a weight of `shape`."""
@@ -63,6 +80,8 @@ class QTensor:
                 raise ValueError("a codebook has no zero point")
             if self.zero_point.shape != self.scale.shape or self.zero_point.dtype != self.codes.dtype:
                 raise ValueError("zero point must have the scale's shape and the codes' type")
+        if self.fraction and (self.zero_point is None or self.fraction < 0 or self.bits + self.fraction > 8):
+            raise ValueError(f"{self.bits} bits leave no room for a zero point with {self.fraction} bits of fraction")
         if self.codebook is not None:
             if tuple(self.codebook.shape) != (2**self.bits,) or self.codebook.dtype != torch.float32:
                 raise ValueError(f"codebook must be float32 [{2**self.bits}]")
@@ -183,6 +202,10 @@ class QuantizedLayer:
         """The effective weight, float32 [groups, out, in]."""
         weight = self.weight.dequantize()
         return weight if self.adapter is None else weight + self.adapter.dequantize()
+
+    def whole(self) -> QuantizedLayer:
+        """The same layer with a zero point that is a code, see `QTensor.whole`."""
+        return replace(self, weight=self.weight.whole())
 
     def scaled(self, factor: Tensor) -> QuantizedLayer:
         """The layer with its codes' scale times `factor` [groups, out, 1]; adapter and bias as they are."""

@@ -389,7 +389,8 @@ class Unit:
         scheme, found = self.task.scheme, {}
         moments = self.data.moments(self.config.batch)
         for view in self.views:
-            grid = mse_grid(view.weight, view.bits, scheme.symmetric, scheme.granularity, NORM)
+            fraction = scheme.fraction(view.bits)
+            grid = mse_grid(view.weight, view.bits, scheme.symmetric, scheme.granularity, NORM, fraction=fraction)
             codes, bias = grid.codes(view.weight), _bias_of(view)
             if scheme.bias != "keep":
                 rest = (view.weight - grid.values(codes)).double()

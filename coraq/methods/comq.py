@@ -105,9 +105,12 @@ class COMQ:
         weight, bits, symmetric = squares.weight, layer.bits, scheme.symmetric
         order: Order = "common" if config.order == "common" else "cyclic"
         problem = prepare(weight, squares.gram, order, rows=squares.rows)
-        by_weight = mse_grid(weight, bits, symmetric, scheme.granularity)
+        fraction = scheme.fraction(bits)
+        by_weight = mse_grid(weight, bits, symmetric, scheme.granularity, fraction=fraction)
         baseline = nearest(problem, by_weight)
-        grid = minmax_grid(weight, bits, symmetric, scheme.granularity) if config.grid == "minmax" else by_weight
+        grid = by_weight
+        if config.grid == "minmax":
+            grid = minmax_grid(weight, bits, symmetric, scheme.granularity, fraction)
         best = descend(
             problem,
             self._start(problem, squares, grid),
@@ -132,7 +135,7 @@ class COMQ:
         return search(problem, (feedback(problem, factor, grid) for grid in self._grids(grid, problem)))
 
     def _grids(self, grid: Grid, problem: Problem) -> list[Grid]:
-        """The ranges to try; on an affine grid also with the zero point one step up and down."""
+        """The ranges to try; on an affine grid also with the zero point up to one step up and down."""
         count = self.config.candidates
         if self.config.grid != "search" or count == 1:
             return [grid]
@@ -142,4 +145,7 @@ class COMQ:
         ranges = [grid.scaled(high + (low - high) * i / (count - 1)) for i in range(count)]
         if not grid.symmetric:
             ranges += [grid.shifted(by).scaled(factor) for by in (-1, 1) for factor in (0.9, 1.0, 1.1)]
+            parts = 2**grid.fraction  # of a step
+            between = [part / parts for part in range(1 - parts, parts) if part]
+            ranges += [grid.shifted(by).scaled(factor) for by in between for factor in (0.8, 0.9, 1.0, 1.1)]
         return ranges

@@ -37,9 +37,10 @@ class RoundToNearest:
 
     def grid(self, weight: Tensor, bits: int, scheme: Scheme) -> Grid:
         """The grid for a weight [groups, out, in]."""
-        config = self.config
+        config, fraction = self.config, scheme.fraction(bits)
         if config.clip == "minmax":
-            return minmax_grid(weight, bits, scheme.symmetric, scheme.granularity)
+            return minmax_grid(weight, bits, scheme.symmetric, scheme.granularity, fraction)
         if config.clip == "sigma":
-            return sigma_grid(weight, bits, scheme.symmetric, scheme.granularity, config.k)
-        return mse_grid(weight, bits, scheme.symmetric, scheme.granularity, config.norm, config.steps)
+            return sigma_grid(weight, bits, scheme.symmetric, scheme.granularity, config.k, fraction)
+        norm, steps = config.norm, config.steps
+        return mse_grid(weight, bits, scheme.symmetric, scheme.granularity, norm, steps, fraction=fraction)

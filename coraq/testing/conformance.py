@@ -398,7 +398,7 @@ def _check_layer(view: LayerView, layer: QuantizedLayer, scheme: Scheme, where: 
         "Pass task.scheme.granularity on to the grid.",
     )
     _require(
-        weight.zero_point is None or int(weight.zero_point.max()) < 2**weight.bits,
+        weight.zero_point is None or float(weight.zero.max()) < 2**weight.bits,
         f"{where}: a zero point outside the codes' range",
         "Clamp it to 0 … 2**bits − 1, so that zero is on the grid.",
     )
