@@ -41,6 +41,9 @@ def random_layer(shape: tuple[int, int, int], bits: int, kind: str, seed: int = 
     scale = torch.rand(scales, generator=g) * 0.1 + 1e-3
     zero = torch.randint(0, 2**bits, scales, generator=g).to(torch.uint8) if kind == "affine" else None
     codebook = torch.randn(2**bits, generator=g) if kind == "codebook" else None
+    fraction = min(3, 8 - bits) if kind == "finer" else 0
+    if kind == "finer":
+        zero = torch.randint(0, 2 ** (bits + fraction), scales, generator=g).to(torch.uint8)
     adapter = None
     if kind == "adapter":
         b = minmax_grid(torch.randn(groups, out, 3, generator=g), 8)
@@ -50,15 +53,15 @@ def random_layer(shape: tuple[int, int, int], bits: int, kind: str, seed: int = 
             a.pack(torch.randint(0, 16, (groups, 3, inputs), generator=g)),
         )
     bias = torch.randn(groups * out, generator=g)
-    return QuantizedLayer(QTensor(codes, scale, bits, zero, codebook), adapter, bias)
+    return QuantizedLayer(QTensor(codes, scale, bits, zero, codebook, fraction), adapter, bias)
 
 
-KINDS = ["symmetric", "affine", "tensor", "codebook", "adapter"]
+KINDS = ["symmetric", "affine", "finer", "tensor", "codebook", "adapter"]
 
 
 def same(a: QTensor, b: QTensor) -> bool:
     pairs = ((a.codes, b.codes), (a.scale, b.scale), (a.zero_point, b.zero_point), (a.codebook, b.codebook))
-    return a.bits == b.bits and all(
+    return (a.bits, a.fraction) == (b.bits, b.fraction) and all(
         (x is None and y is None) or (x is not None and y is not None and x.dtype == y.dtype and torch.equal(x, y))
         for x, y in pairs
     )

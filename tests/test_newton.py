@@ -129,6 +129,11 @@ def test_damping_shortens_the_step_and_dead_inputs_stay() -> None:
     assert torch.allclose(model.step, torch.tensor([[[-1.0, 1.0, 0.0]]], dtype=torch.float64), rtol=0.02)
     grid = Grid(torch.full((1, 1, 1), 0.25), torch.full((1, 1, 1), 8.0), 4, False)
     codes = torch.full((1, 1, 3), 8.0)
+    between = Grid(grid.scale, grid.zero - 0.5, 4, False, fraction=1)
+    shifted, moved, _ = model.solve(between, codes, 1.0)  # from an eighth above zero to −7/8 and 9/8
+    assert torch.equal(shifted.zero, between.zero)
+    assert torch.equal(moved, moved.round())
+    assert torch.allclose(shifted.values(moved)[0, 0, :2], torch.tensor([-0.875, 1.125]), atol=0.2)
     near, far = (model.solve(grid, codes, damping) for damping in (4.0, 1.0))
     assert torch.allclose(far[0].values(far[1])[0, 0], torch.tensor([-1.0, 1.0, 0.0]), atol=0.03)
     assert torch.allclose(near[0].values(near[1])[0, 0], torch.tensor([-0.25, 0.25, 0.0]), atol=0.03)
