@@ -6,7 +6,7 @@ Weights are [groups, out, in]. A grid is `(scale, zero_point)` as in `QTensor`: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from coraq.core.tensors import QTensor
 
 TINY = 1e-30  # a range below this is no range: its reciprocal would leave float32
 CACHED = 1 << 15  # elements of a strip of channels that the search for a range keeps in cache
+SHIFTED_SCALES = (0.8, 0.9, 1.0, 1.1)  # factors on the scale that a moved zero point is tried with
 
 
 @dataclass(frozen=True)
@@ -174,24 +175,46 @@ def mse_grid(
     widest = minmax_grid(weight, bits, symmetric, granularity, fraction)
     shrinks = torch.linspace(1, floor, steps).tolist()
     if granularity == "tensor":
-        shrink = _least_error(weight.reshape(1, -1), widest, shrinks, norm)
-        return replace(widest, scale=widest.scale * shrink.reshape(1, 1, 1))
-    rows, scale, zero = weight.flatten(0, 1), widest.scale.flatten(0, 1), widest.zero.flatten(0, 1)
-    strip = max(1, CACHED // max(1, rows.shape[1]))
-    found = [
-        _least_error(
-            rows[i : i + strip],
-            replace(widest, scale=scale[i : i + strip], zero=zero[i : i + strip]),
-            shrinks,
-            norm,
-        )
-        for i in range(0, len(rows), strip)
-    ]
-    return replace(widest, scale=widest.scale * torch.cat(found).reshape(widest.scale.shape))
+        found = [_least_error(weight.reshape(1, -1), _some(widest, slice(None)), shrinks, norm)]
+    else:
+        rows = weight.flatten(0, 1)
+        strip = max(1, CACHED // max(1, rows.shape[1]))
+        strips = (slice(i, i + strip) for i in range(0, len(rows), strip))
+        found = [_least_error(rows[part], _some(widest, part), shrinks, norm) for part in strips]
+    scale, zero = (torch.cat([getattr(grid, key) for grid in found]) for key in ("scale", "zero"))
+    return replace(widest, scale=scale.reshape(widest.scale.shape), zero=zero.reshape(widest.zero.shape))
 
 
-def _least_error(rows: Tensor, widest: Grid, shrinks: list[float], norm: float) -> Tensor:
-    """The shrink of least `Σ |row − round(row)|^norm` for each row: [rows, 1], from rows [rows, in]."""
+def _some(grid: Grid, part: slice) -> Grid:
+    """The grid of some channels: scale and zero point [channels, 1]."""
+    return replace(grid, scale=grid.scale.flatten(0, 1)[part], zero=grid.zero.flatten(0, 1)[part])
+
+
+def _least_error(rows: Tensor, widest: Grid, shrinks: list[float], norm: float) -> Grid:
+    """The grid of least `Σ |row − round(row)|^norm` for each of rows [rows, in].
+
+    The range's ends say where the zero point lies; between codes, its neighbours are tried, too: a far end would else
+    move all levels.
+    """
+    best, loss = _shrunk(rows, widest, shrinks, norm)
+    start = best
+    for by in shifts(widest.fraction):
+        moved, found = _shrunk(rows, start.shifted(by), SHIFTED_SCALES, norm)
+        better = found < loss
+        loss = torch.where(better, found, loss)
+        scale, zero = (torch.where(better, *pair) for pair in ((moved.scale, best.scale), (moved.zero, best.zero)))
+        best = replace(best, scale=scale, zero=zero)
+    return best
+
+
+def shifts(fraction: int) -> list[float]:
+    """The ways in which a zero point with such a fraction can move by less than a step."""
+    parts = 2**fraction
+    return [part / parts for part in range(1 - parts, parts) if part]
+
+
+def _shrunk(rows: Tensor, widest: Grid, shrinks: Sequence[float], norm: float) -> tuple[Grid, Tensor]:
+    """`widest` shrunk to least error by each row [rows, in], and that error [rows, 1]."""
     low, high = -widest.zero, widest.top - widest.zero
     best = torch.full_like(widest.scale, shrinks[0])
     best_loss = torch.full_like(best, float("inf"))
@@ -205,7 +228,7 @@ def _least_error(rows: Tensor, widest: Grid, shrinks: list[float], norm: float) 
         better = loss < best_loss
         best_loss = torch.where(better, loss, best_loss)
         best = torch.where(better, shrink, best)
-    return best
+    return replace(widest, scale=widest.scale * best), best_loss * widest.scale**norm
 
 
 def best_shrink(

@@ -24,6 +24,7 @@ from coraq.api import (
     minmax_grid,
     mse_grid,
 )
+from coraq.core.grid import SHIFTED_SCALES, shifts
 from coraq.core.rounding import Order, Problem, Rounding, descend, factorise, feedback, nearest, pack, prepare, search
 
 PAPER = {
@@ -145,7 +146,5 @@ class COMQ:
         ranges = [grid.scaled(high + (low - high) * i / (count - 1)) for i in range(count)]
         if not grid.symmetric:
             ranges += [grid.shifted(by).scaled(factor) for by in (-1, 1) for factor in (0.9, 1.0, 1.1)]
-            parts = 2**grid.fraction  # of a step
-            between = [part / parts for part in range(1 - parts, parts) if part]
-            ranges += [grid.shifted(by).scaled(factor) for by in between for factor in (0.8, 0.9, 1.0, 1.1)]
+            ranges += [grid.shifted(by).scaled(factor) for by in shifts(grid.fraction) for factor in SHIFTED_SCALES]
         return ranges
