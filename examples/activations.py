@@ -38,7 +38,7 @@ COLUMNS = [
     "quantized top-1 %",
     "difference, points",
 ]
-COLUMNS += ["KL nats", "logit SQNR dB", "steps", "calibration images", "s", "peak GB"]
+COLUMNS += ["difference, points", "KL nats", "logit SQNR dB", "steps", "calibration images", "s", "peak GB"]
 
 
 def command(arguments: argparse.Namespace, network: str, method: str, weights: str, activations: str) -> list[str]:

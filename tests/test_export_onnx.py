@@ -25,7 +25,7 @@ from coraq.export import verify
 from coraq.export.blob import bit_weights, from_blob, to_blob
 from coraq.export.onnx_file import OnnxExport, build_onnx, read_metadata
 from coraq.export.requirements import require
-from coraq.export.run import Request, export_checkpoint
+from coraq.export.run import FINER, Request, export_checkpoint
 from coraq.export.weights import Form
 from coraq.testing import random_images, small_network
 
@@ -34,10 +34,12 @@ pytest.importorskip("onnxruntime", reason="needs coraq[onnx]")
 pytest.importorskip("onnxscript", reason="needs coraq[onnx]")
 
 
-def checkpoint_of(folder: Path, bits: int = 4, symmetric: bool = False, awkward: bool = False) -> Checkpoint:
+def checkpoint_of(
+    folder: Path, bits: int = 4, symmetric: bool = False, awkward: bool = False, **scheme_: Any
+) -> Checkpoint:
     """The small network under nearest rounding, written and read back."""
     path = folder / "model.safetensors"
-    scheme = Scheme(bits=bits, symmetric=symmetric, first_bits=8, last_bits=5, bias="keep")
+    scheme = Scheme(bits=bits, symmetric=symmetric, first_bits=8, last_bits=5, bias="keep", **scheme_)
     network = small_network(awkward=awkward)
     coraq.quantize(network, "rtn", data=random_images(8), scheme=scheme, path=path)
     return load_checkpoint(path)
@@ -95,6 +97,26 @@ def test_every_code_comes_back_from_the_file_and_every_weight_from_the_runtime(
     assert found.failures == []
     assert found.logits_error < 1e-5
     assert found.agreeing == found.count == 16
+
+
+@pytest.mark.parametrize(
+    ("wanted", "zero_point", "bits"), [("cast", "quarter", 2), ("packed", "half", 3), ("dq", "quarter", 2)]
+)
+def test_zero_points_between_codes_become_whole_with_more_bits(
+    tmp_path: Path, wanted: Form, zero_point: str, bits: int
+) -> None:
+    checkpoint = checkpoint_of(tmp_path, bits, awkward=True, zero_point=zero_point)
+    images = tensor_images(random_images(16, seed=5))
+    result = export_checkpoint(checkpoint, Request(form=wanted), images)
+    assert result.verified
+    assert result.label == "4- to 8-bit on disk, float in memory"  # the last layer has 5
+    assert FINER in result.notes
+    (found,) = result.checks
+    assert found.codes_exact
+    assert found.weights_exact
+    assert found.logits_error < 1e-5
+    plain = export_checkpoint(checkpoint_of(tmp_path, bits), Request(form=wanted), None)
+    assert FINER not in plain.notes
 
 
 def of_every_width(folder: Path, symmetric: bool) -> Checkpoint:
