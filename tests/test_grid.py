@@ -87,6 +87,24 @@ def test_a_finer_zero_point_centres_two_bits_on_weights_without_a_bias() -> None
     assert distortion(0) > 1.2 * distortion(1)
 
 
+@pytest.mark.parametrize("fraction", [1, 2])
+def test_a_finer_zero_point_of_least_error_is_near_the_best_of_all(fraction: int) -> None:
+    weight = torch.randn(1, 24, 60, generator=torch.Generator().manual_seed(1))
+    weight[..., 0] = 3.5 * torch.linspace(-1, 1, 24)  # ends of the range that say little of the middle
+    grid = mse_grid(weight, 2, False, fraction=fraction)
+
+    def loss(candidate: Grid) -> torch.Tensor:
+        return (weight - candidate.round(weight)).square().sum(-1, keepdim=True)
+
+    best = torch.full((1, 24, 1), float("inf"))
+    for zero in range(3 * 2**fraction + 1):
+        for scale in torch.linspace(0.3, 2.5, 221).tolist():
+            ones = torch.ones(1, 24, 1)
+            best = torch.minimum(best, loss(Grid(scale * ones, zero / 2**fraction * ones, 2, False, fraction)))
+    assert float((loss(grid) / best).mean()) < 1.01
+    assert float((loss(grid) / best).max()) < 1.1
+
+
 @pytest.mark.parametrize(("bits", "fraction"), [(2, 1), (2, 2), (2, 3), (3, 3), (4, 2), (5, 3), (7, 1)])
 def test_a_wider_grid_with_a_whole_zero_point_holds_the_same_weight_bit_for_bit(bits: int, fraction: int) -> None:
     weight = random_weight(13)
