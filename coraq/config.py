@@ -102,6 +102,13 @@ class Scheme(Frozen):
                 raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         return value
 
+    @field_validator("zero_point")
+    @classmethod
+    def _is_free(cls, value: str, info: ValidationInfo) -> str:
+        if info.data.get("symmetric") and value != "whole":
+            raise ValueError("a symmetric grid has its zero point at the middle code; leave out --symmetric")
+        return value
+
     def resolve(self, names: list[str]) -> dict[str, LayerScheme]:
         """Each layer's own scheme. `names` are all quantizable layers in execution order."""
         resolved = {}
@@ -125,7 +132,7 @@ class Scheme(Frozen):
 
     def fraction(self, bits: int) -> int:
         """Bits of a zero point behind the point, for codes of so many bits: as many as a byte has room for."""
-        return 0 if self.symmetric else min(FRACTIONS[self.zero_point], MAX_BITS - bits)
+        return min(FRACTIONS[self.zero_point], MAX_BITS - bits)
 
     def overrides_layer(self, name: str) -> bool:
         """Whether an override says this layer's bits."""
@@ -138,8 +145,7 @@ class Scheme(Frozen):
     def describe(self) -> str:
         """One line that a person can read and a paper can cite."""
         edges = f"first/last layer {self.first_bits or self.bits}/{self.last_bits or self.bits} bits"
-        finer = not self.symmetric and self.zero_point != "whole"
-        zero = f" with zero points in {ZERO_STEPS[self.zero_point]} of a step" if finer else ""
+        zero = "" if self.zero_point == "whole" else f" with zero points in {ZERO_STEPS[self.zero_point]} of a step"
         grid = f"{'symmetric' if self.symmetric else 'affine'} per {self.granularity}{zero}"
         extra = f", {len(self.overrides)} overrides" if self.overrides else ""
         return (
@@ -223,7 +229,7 @@ class RunConfig(Frozen):
         scheme = content["scheme"]
         if self.scheme.act_bits is None:  # what does not act does not count: earlier runs stay found
             scheme = {key: value for key, value in scheme.items() if not key.startswith("act_")}
-        if self.scheme.symmetric or self.scheme.zero_point == "whole":
+        if self.scheme.zero_point == "whole":
             scheme = {key: value for key, value in scheme.items() if key != "zero_point"}
         own = {
             pattern: {key: value for key, value in layer.items() if key != "act_bits" or value is not None}

@@ -121,6 +121,11 @@ def test_pictures_cannot_be_normalised_by_nothing(
     fails([*DEMO, option, value], capsys, 2, option, hint=f"each {option[2:]} must be finite")
 
 
+def test_a_symmetric_grid_has_no_finer_zero_point(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*DEMO, "--symmetric", "--zero-point", "half"]
+    fails(command, capsys, 2, "--zero-point 'half' is not allowed", hint="leave out --symmetric")
+
+
 def test_an_override_that_is_no_expression_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fails([*DEMO, "--override", "conv(=4"], capsys, 2, "'conv(' is no regular expression", hint="--override")
 

@@ -332,7 +332,7 @@ def _check_grid(bench: _Bench, bits: int, symmetric: bool, granularity: Granular
     The outputs' mean is taken out: bias correction makes it right whatever the weights are.
     """
     # zero points between codes at some widths: a method may leave them at codes
-    zero: Literal["whole", "quarter"] = "quarter" if bits < 4 else "whole"
+    zero: Literal["whole", "quarter"] = "quarter" if bits < 4 and not symmetric else "whole"
     scheme = Scheme(bits=bits, symmetric=symmetric, granularity=granularity, gain="keep", zero_point=zero)
     case = _describe(bits, symmetric, granularity)
     outcome = bench.run(scheme, bench.batches(), case)
