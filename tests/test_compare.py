@@ -362,14 +362,15 @@ CONFIGS = [
         calib_memory=123456789,
         float_dtype="float16",
     ),
+    RunConfig(model="demo", scheme=Scheme(zero_point="quarter")),  # what the second cannot have: it is symmetric
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["defaults", "everything"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["defaults", "everything", "finer"])
 def test_a_cells_command_line_means_its_configuration(
     config: RunConfig, empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if config is not CONFIGS[0]:  # fields that have come since, with whatever else they allow
+    if config is CONFIGS[1]:  # fields that have come since, with whatever else they allow
         config = _with_others(RunConfig, config, CONFIGS[0])
     seen: list[RunConfig] = []
 
@@ -389,7 +390,7 @@ def _with_others(model: type[Any], full: Any, plain: Any) -> Any:
         value, default = getattr(full, name), getattr(plain, name)
         if isinstance(value, BaseModel):
             content[name] = _with_others(type(value), value, default)
-        elif value == default and name != "version":
+        elif value == default and name not in ("version", "zero_point"):
             for other in (not default, 3, 0.5, 99.0, "x", *get_args(field.annotation)):
                 try:
                     changed = model.model_validate({**content, name: other})
