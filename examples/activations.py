@@ -28,16 +28,7 @@ NETWORKS: dict[str, list[str]] = {
     "resnet18_cifar10": ["--data-dir", "{assets}/cifar10", "--split", "test", "--calib-split", "train"],
 }
 USUAL = 256  # calibration images
-COLUMNS = [
-    "network",
-    "method",
-    "W/A",
-    "zero point",
-    "placement",
-    "float top-1 %",
-    "quantized top-1 %",
-    "difference, points",
-]
+COLUMNS = ["network", "method", "W/A", "zero point", "placement", "float top-1 %", "quantized top-1 %"]
 COLUMNS += ["difference, points", "KL nats", "logit SQNR dB", "steps", "calibration images", "s", "peak GB"]
 
 

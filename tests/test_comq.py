@@ -47,21 +47,6 @@ class OneLayerTask:
         self.committed[name] = layer, metrics
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_finer_zero_points_lower_the_error_at_the_same_bytes(shape: tuple[int, int, int]) -> None:
-    errors, sizes = [], []
-    for zero in ("whole", "half", "quarter", "eighth"):
-        task = OneLayerTask(shape, 2, zero_point=zero)
-        quantized, _ = run(COMQ, task)
-        weight = task.committed["layer"][0].weight
-        errors.append(relative_error(task, quantized))
-        sizes.append(weight.size_bytes())
-        assert weight.fraction == task.scheme.fraction(2)
-    assert len(set(sizes)) == 1
-    assert errors[1] < errors[0] and errors[2] < 0.95 * errors[0]  # noqa: PT018
-    assert errors[3] < 1.02 * errors[2]
-
-
 def run(method: type, task: OneLayerTask, **options: Any) -> tuple[Tensor, dict[str, Any]]:
     """The quantized weight and the metrics."""
     method(method.Config(**options)).quantize(task)
@@ -289,3 +274,19 @@ def test_codes_of_few_rows_err_less_on_other_rows_when_shrunk() -> None:
         errors[share] = float(judge.error(run(COMQ, task, shrinkage=share)[0]).sum())
     assert errors[1.0] < 0.8 * errors[0.0]
     assert task.corrections == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_finer_zero_points_lower_the_error_at_the_same_bytes(shape: tuple[int, int, int]) -> None:
+    errors, sizes = [], []
+    for zero in ("whole", "half", "quarter", "eighth"):
+        task = OneLayerTask(shape, 2, zero_point=zero)
+        quantized, _ = run(COMQ, task)
+        weight = task.committed["layer"][0].weight
+        errors.append(relative_error(task, quantized))
+        sizes.append(weight.size_bytes())
+        assert weight.fraction == task.scheme.fraction(2)
+    assert len(set(sizes)) == 1
+    assert errors[1] < errors[0]
+    assert errors[2] < 0.95 * errors[0]
+    assert errors[3] < 1.02 * errors[2]

@@ -170,7 +170,8 @@ def mse_grid(
 ) -> Grid:
     """The grid of least `Σ |w − round(w)|^norm` among `steps` shrunk ranges (1 down to `floor` of min-max).
 
-    BRECQ (arXiv 2102.05426) uses norm 2.4 and 80 steps.
+    With a `fraction`, zero points within a step of where the range puts them are tried, too. BRECQ (arXiv 2102.05426)
+    uses norm 2.4 and 80 steps.
     """
     widest = minmax_grid(weight, bits, symmetric, granularity, fraction)
     shrinks = torch.linspace(1, floor, steps).tolist()

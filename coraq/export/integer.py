@@ -168,7 +168,7 @@ def _emit_codes(
     """
     form, two_bits = style
     centred = is_centred(q, form, True)
-    zero = np.full(q.scale.numel(), middle(q)) if q.zero_point is None else q.zero_point.numpy().astype(np.int64)
+    zero = q.zero.numpy().astype(np.int64)
     zero = zero.reshape(-1) if zero.size > 1 else zero.reshape(())
     if form == "dq":
         bits = typed_bits(q.bits, form, two_bits) or q.bits

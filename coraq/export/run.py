@@ -38,7 +38,7 @@ UNVERIFIED = ".unverified"
 SUFFIX: dict[Form, str] = {"cast": "", "packed": ".portable", "dq": ".npu"}
 VERIFY_IMAGES = 512
 CALIBRATION_IMAGES = 32  # for the grids that are added
-FINER = "zero points lie between codes, which no runtime knows: codes are stored with so many bits more as it takes"
+FINER = "zero points between codes have no place in the format: codes are stored wider, for the same weights to the bit"
 
 
 @dataclass(frozen=True)

@@ -248,8 +248,7 @@ def grid_arrays(q: QTensor, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndar
         dims = tuple(q.scale.shape)
     else:
         dims = (q.scale.numel(), *[1] * (len(shape) - 1))
-    zero = np.full(dims, middle(q)) if q.zero_point is None else q.zero_point.numpy().reshape(dims)
-    return q.scale.numpy().reshape(dims), zero.astype(np.int64)
+    return q.scale.numpy().reshape(dims), q.zero.numpy().reshape(dims).astype(np.int64)
 
 
 def _standard(q: QTensor) -> bool:
