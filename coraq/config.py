@@ -24,7 +24,6 @@ class Frozen(BaseModel):
 
 
 FRACTIONS = {"whole": 0, "half": 1, "quarter": 2, "eighth": 3}  # bits of a zero point behind the point
-ZERO_STEPS = {"half": "halves", "quarter": "quarters", "eighth": "eighths"}
 
 
 class LayerScheme(Frozen):
@@ -54,10 +53,11 @@ class Scheme(Frozen):
     symmetric: bool = Field(
         default=False, description="zero point fixed at the middle code: every integer runtime takes it"
     )
-    zero_point: Literal["whole", "half", "quarter", "eighth"] = Field(
-        default="whole",
-        description="where an affine grid's zero point may lie: at a code, which is all that integer kernels of these "
-        "bits take, or between codes, too, in the same byte; exports then store 1, 2 or 3 bits more a code",
+    zero_point: Literal["auto", "whole", "half", "quarter", "eighth"] = Field(
+        default="auto",
+        description="where an affine grid's zero point may lie: at a code (whole), which is all that integer kernels "
+        "of these bits take, or between codes, too, in the same byte: exports then store 1, 2 or 3 bits more a code; "
+        "auto: in quarters at 2 bits, where it pays, else whole",
     )
     bias: Literal["float", "layer", "keep"] = Field(
         default="float",
@@ -105,7 +105,7 @@ class Scheme(Frozen):
     @field_validator("zero_point")
     @classmethod
     def _is_free(cls, value: str, info: ValidationInfo) -> str:
-        if info.data.get("symmetric") and value != "whole":
+        if info.data.get("symmetric") and value not in ("auto", "whole"):
             raise ValueError("a symmetric grid has its zero point at the middle code; leave out --symmetric")
         return value
 
@@ -131,8 +131,15 @@ class Scheme(Frozen):
         return resolved
 
     def fraction(self, bits: int) -> int:
-        """Bits of a zero point behind the point, for codes of so many bits: as many as a byte has room for."""
-        return min(FRACTIONS[self.zero_point], MAX_BITS - bits)
+        """Bits of a zero point behind the point, for codes of so many bits: as many as a byte has room for.
+
+        `auto` is what measured best (examples/results/activations.md) among what fits in a 4-bit code when exported,
+        the narrowest that files of other tools hold: 2-bit codes with quarters do, and take no more room there.
+        """
+        if self.symmetric:
+            return 0
+        wanted = {**FRACTIONS, "auto": FRACTIONS["quarter"] if bits == 2 else 0}[self.zero_point]
+        return min(wanted, MAX_BITS - bits)
 
     def overrides_layer(self, name: str) -> bool:
         """Whether an override says this layer's bits."""
@@ -145,7 +152,7 @@ class Scheme(Frozen):
     def describe(self) -> str:
         """One line that a person can read and a paper can cite."""
         edges = f"first/last layer {self.first_bits or self.bits}/{self.last_bits or self.bits} bits"
-        zero = "" if self.zero_point == "whole" else f" with zero points in {ZERO_STEPS[self.zero_point]} of a step"
+        zero = "" if self.symmetric else f", zero point {self.zero_point}"
         grid = f"{'symmetric' if self.symmetric else 'affine'} per {self.granularity}{zero}"
         extra = f", {len(self.overrides)} overrides" if self.overrides else ""
         return (
@@ -229,7 +236,7 @@ class RunConfig(Frozen):
         scheme = content["scheme"]
         if self.scheme.act_bits is None:  # what does not act does not count: earlier runs stay found
             scheme = {key: value for key, value in scheme.items() if not key.startswith("act_")}
-        if self.scheme.zero_point == "whole":
+        if self.scheme.symmetric or self.scheme.zero_point == "whole":
             scheme = {key: value for key, value in scheme.items() if key != "zero_point"}
         own = {
             pattern: {key: value for key, value in layer.items() if key != "act_bits" or value is not None}

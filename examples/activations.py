@@ -39,7 +39,7 @@ def command(arguments: argparse.Namespace, network: str, method: str, weights: s
     line += ["--method", method, "--bits", weights, "--calib-size", str(arguments.calib_size)]
     if activations != "32":
         line += ["--act-bits", activations, "--act-placement", arguments.placement]
-    if arguments.zero_point != "whole":
+    if arguments.zero_point != "auto":
         line += ["--zero-point", arguments.zero_point]
     if arguments.calib_memory:
         line += ["--calib-memory", arguments.calib_memory]
@@ -86,7 +86,7 @@ def main() -> int:
     parser.add_argument("--methods", default="rtn,comq,brecq,qdrop")
     parser.add_argument("--bits", default="4/32,3/32,2/32,4/8,4/4,2/4", help="weight/activation bits; 32: float")
     parser.add_argument("--placement", default="inputs", choices=["inputs", "integer"])
-    parser.add_argument("--zero-point", default="whole", choices=["whole", "half", "quarter", "eighth"])
+    parser.add_argument("--zero-point", default="auto", choices=["auto", "whole", "half", "quarter", "eighth"])
     parser.add_argument("--calib-size", type=int, default=USUAL)
     parser.add_argument("--calib-memory", default=None, help="of a run, where several run at once")
     parser.add_argument("--eval-size", type=int, default=None)
@@ -107,7 +107,7 @@ def main() -> int:
                 result = json.loads(done.stdout)
                 place = "" if arguments.placement == "inputs" or activations == "32" else "-integer"
                 images = "" if arguments.calib_size == USUAL else f"-{arguments.calib_size}"
-                zero = "" if arguments.zero_point == "whole" else f"-{arguments.zero_point}"
+                zero = "" if arguments.zero_point == "auto" else f"-{arguments.zero_point}"
                 name = f"{network}-{method}-w{weights}a{activations}{place}{images}{zero}.json"
                 (folder / name).write_text(json.dumps(result, indent=1) + "\n")
                 print(*row(network, result), sep=" | ", flush=True)

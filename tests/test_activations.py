@@ -419,17 +419,22 @@ def test_the_checksum_covers_the_grids_and_old_files_still_load(tmp_path: Path) 
 
 def test_a_run_without_activations_keeps_its_folder_s_name() -> None:
     """Digests of before activations could be quantized; what does not act does not count."""
-    config = RunConfig(model="demo")
+    config = RunConfig(model="demo", scheme=Scheme(zero_point="whole"))
     content = config.model_dump(mode="json", exclude={"calib_memory": True, "data": {"workers", "strict"}})
     later = ("act_", "zero_point")
     content["scheme"] = {key: value for key, value in content["scheme"].items() if not key.startswith(later)}
     text = json.dumps({**content, "calibration": "c"}, sort_keys=True)
     assert config.digest(calibration="c") == hashlib.sha256(text.encode()).hexdigest()[:6]
-    assert config.digest() == RunConfig(model="demo", scheme=Scheme(act_last_bits=4, act_range="percentile")).digest()
+    others = config.scheme.model_copy(update={"act_last_bits": 4, "act_range": "percentile"})
+    assert config.digest() == RunConfig(model="demo", scheme=others).digest()
+    symmetric = {RunConfig(model="demo", scheme=Scheme(symmetric=True, zero_point=z)).digest() for z in ZEROS}
+    affine = {RunConfig(model="demo", scheme=Scheme(zero_point=z)).digest() for z in ZEROS}
+    assert (len(symmetric), len(affine)) == (1, 2)  # a symmetric grid has its zero at the middle code either way
     digests = {RunConfig(model="demo", scheme=Scheme(act_bits=bits, act_placement=p)).digest() for bits, p in CASES}
     assert len(digests | {config.digest()}) == len(CASES) + 1
 
 
+ZEROS: list[Any] = ["auto", "whole"]
 CASES: list[tuple[Any, Any]] = [(8, "inputs"), (8, "integer"), (4, "inputs")]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from coraq.config import Scheme
 from coraq.core.grid import Codebook, Grid, best_shrink, grid_from_range, minmax_grid, mse_grid, sigma_grid
 
 BITS = (2, 3, 4, 8)
@@ -184,3 +185,10 @@ def test_a_codebook_rounds_to_its_nearest_entry_and_packs() -> None:
     packed.check((2, 5, 40))
     assert torch.equal(packed.dequantize(), grid.round(weight))
     assert torch.equal(grid.scaled(2.0).codes(2 * weight), grid.codes(weight))
+
+
+def test_zero_points_lie_between_codes_at_two_bits_unless_told_otherwise() -> None:
+    """Two bits and quarters are the 4 bits that a code has in other tools' files at the least."""
+    assert [Scheme().fraction(bits) for bits in range(2, 9)] == [2, 0, 0, 0, 0, 0, 0]
+    assert {Scheme(symmetric=True).fraction(bits) for bits in range(2, 9)} == {0}
+    assert [Scheme(zero_point="eighth").fraction(bits) for bits in range(2, 9)] == [3, 3, 3, 3, 2, 1, 0]

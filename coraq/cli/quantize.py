@@ -82,7 +82,8 @@ def quantize(
         bool, option(Scheme, "symmetric", "--symmetric/--asymmetric", panel=SCHEME_PANEL)
     ] = SCHEME.symmetric,
     zero_point: Annotated[
-        Literal["whole", "half", "quarter", "eighth"], option(Scheme, "zero_point", "--zero-point", panel=SCHEME_PANEL)
+        Literal["auto", "whole", "half", "quarter", "eighth"],
+        option(Scheme, "zero_point", "--zero-point", panel=SCHEME_PANEL),
     ] = SCHEME.zero_point,
     bias: Annotated[
         Literal["float", "layer", "keep"], option(Scheme, "bias", "--bias", panel=SCHEME_PANEL)
