@@ -251,14 +251,23 @@ class OneLinear(nn.Module):
         return self.layer(x.mean((2, 3)).repeat(1, 2) * torch.tensor([1.0, 2, 3, 1.5, -2, 0.5]) + x[:, 0, 0, :6])
 
 
-@pytest.mark.parametrize(("learn", "start", "exact"), [("all", "nearest", 4), ("all", "comq", 6), ("steps", "comq", 5)])
-def test_a_single_linear_layer_is_solved_as_by_enumeration(learn: str, start: str, exact: int) -> None:
-    """Against all 4⁶ codes of six channels: all of them from comq's codes, most from the nearest (the paper's)."""
+@pytest.mark.parametrize(
+    ("learn", "start", "zero_point", "exact"),
+    [
+        ("all", "nearest", "whole", 4),
+        ("all", "comq", "whole", 6),
+        ("all", "comq", "auto", 5),
+        ("steps", "comq", "auto", 5),
+    ],
+)
+def test_a_single_linear_layer_is_solved_as_by_enumeration(learn: str, start: str, zero_point: Any, exact: int) -> None:
+    """Against all 4⁶ codes of six channels: all or all but one from comq's codes, most from the nearest (the paper's)."""
     found_exactly = 0
     for seed in range(3):
         model = OneLinear().eval()
         model.layer.weight.data = 0.3 * torch.randn(2, 6, generator=torch.Generator().manual_seed(seed))
-        scheme = Scheme(bits=2, first_bits=None, last_bits=None, bias="keep", gain="keep")
+        edges = {"first_bits": None, "last_bits": None}
+        scheme = Scheme(bits=2, **edges, bias="keep", gain="keep", zero_point=zero_point)
         batches = list(random_images(64, 8, seed=3).split(32))
         task = CalibrationTask(
             model, fold(model, random_images(2, 8)), scheme, batches, seed=5, find_method=registry.make
@@ -272,7 +281,7 @@ def test_a_single_linear_layer_is_solved_as_by_enumeration(learn: str, start: st
         chosen = task.quantized["layer"].weight
         every = torch.cartesian_prod(*[torch.arange(4.0)] * 6)  # [4096, 6]
         for row in range(2):
-            zero = 2.0 if chosen.zero_point is None else float(chosen.zero_point[0, row])
+            zero = float(chosen.zero[0, row])
             codes = torch.cat((chosen.codes[0, row].float()[None], every))
             outputs = inputs @ ((codes - zero) * chosen.scale[0, row]).T
             own, *others = (outputs - wanted[:, row : row + 1]).square().sum(0).tolist()

@@ -71,7 +71,8 @@ def test_both_satisfy_the_protocol() -> None:
 def test_comq_never_worsens_nearest_rounding(kind: str, bits: int, symmetric: bool, granularity: str) -> None:
     task = OneLayerTask(SHAPES[kind], bits, symmetric=symmetric, granularity=granularity)
     quantized, metrics = run(COMQ, task)
-    nearest = mse_grid(task.squares.weight, bits, symmetric, granularity).round(task.squares.weight)
+    fraction = task.scheme.fraction(bits)
+    nearest = mse_grid(task.squares.weight, bits, symmetric, granularity, fraction=fraction).round(task.squares.weight)
     assert metrics["error"] <= metrics["rtn_error"]
     # what the metrics say is what the committed weight does
     assert metrics["error"] == pytest.approx(relative_error(task, quantized), rel=1e-3)
