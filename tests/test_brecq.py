@@ -261,7 +261,7 @@ class OneLinear(nn.Module):
     ],
 )
 def test_a_single_linear_layer_is_solved_as_by_enumeration(learn: str, start: str, zero_point: Any, exact: int) -> None:
-    """Against all 4⁶ codes of six channels: all or all but one from comq's codes, most from the nearest (the paper's)."""
+    """Against all 4⁶ codes of six channels: all but one at the most from comq, most from the nearest (the paper)."""
     found_exactly = 0
     for seed in range(3):
         model = OneLinear().eval()
