@@ -23,9 +23,9 @@ from coraq.data import tensor_images
 from coraq.errors import CoraqError
 from coraq.export import verify
 from coraq.export.blob import bit_weights, from_blob, to_blob
-from coraq.export.onnx_file import OnnxExport, build_onnx, read_metadata
+from coraq.export.onnx_file import WIDER, OnnxExport, build_onnx, read_metadata
 from coraq.export.requirements import require
-from coraq.export.run import FINER, Request, export_checkpoint
+from coraq.export.run import Request, export_checkpoint
 from coraq.export.weights import Form
 from coraq.testing import random_images, small_network
 
@@ -101,23 +101,25 @@ def test_every_code_comes_back_from_the_file_and_every_weight_from_the_runtime(
 
 
 @pytest.mark.parametrize(
-    ("wanted", "zero_point", "bits"), [("cast", "quarter", 2), ("packed", "half", 3), ("dq", "quarter", 2)]
+    ("wanted", "zero_point", "bits", "stored"),
+    [("cast", "quarter", 2, 2), ("cast", "eighth", 3, 3), ("packed", "half", 3, 3), ("dq", "quarter", 2, 4)],
 )
-def test_zero_points_between_codes_become_whole_with_more_bits(
-    tmp_path: Path, wanted: Form, zero_point: str, bits: int
+def test_zero_points_between_codes_stay_there_but_for_dequantize_linear(
+    tmp_path: Path, wanted: Form, zero_point: str, bits: int, stored: int
 ) -> None:
+    """Which gets whole ones, and wider codes."""
     checkpoint = checkpoint_of(tmp_path, bits, awkward=True, zero_point=zero_point)
     images = tensor_images(random_images(16, seed=5))
     result = export_checkpoint(checkpoint, Request(form=wanted), images)
     assert result.verified
-    assert result.label == "4- to 8-bit on disk, float in memory"  # the last layer has 5
-    assert FINER in result.notes
+    assert result.label == f"{stored}- to 8-bit on disk, float in memory"  # the last layer has 5
+    assert any(WIDER in note for note in result.notes) == (stored > bits)
     (found,) = result.checks
     assert found.codes_exact
     assert found.weights_exact
     assert found.logits_error < 1e-5
     plain = export_checkpoint(checkpoint_of(tmp_path, bits), Request(form=wanted), None)
-    assert FINER not in plain.notes
+    assert not any(WIDER in note for note in plain.notes)
 
 
 def of_every_width(folder: Path, symmetric: bool) -> Checkpoint:

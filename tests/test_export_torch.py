@@ -35,11 +35,11 @@ def test_a_pt2_file_unpacks_its_codes_to_the_checkpoints_outputs(tmp_path: Path,
     assert not codes_exact(checkpoint, opened)
 
 
-def test_a_pt2_file_holds_zero_points_between_codes_in_wider_codes(tmp_path: Path) -> None:
+def test_a_pt2_file_holds_zero_points_between_codes(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path, 2, zero_point="eighth")
     result = export_checkpoint(checkpoint, Request(format="pt2"), tensor_images(random_images(8)))
     assert result.verified
-    assert result.label == "5-bit on disk, float in memory"
+    assert result.label == "2- to 8-bit on disk, float in memory"
     images = random_images(5, seed=3)
     with torch.no_grad():
         assert torch.equal(open_pt2(Path(result.path).read_bytes())(images), checkpoint.module(images))

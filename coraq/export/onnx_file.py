@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from itertools import count
@@ -18,11 +19,15 @@ from coraq.export.float_graph import FloatGraph, export_float
 from coraq.export.graph import without_grids
 from coraq.export.integer import IntegerLayer, emit_integer_layer, find_integer_layers, is_rounded
 from coraq.export.requirements import require
-from coraq.export.weights import Form, Parts, emit_weight, typed_bits
+from coraq.export.weights import Form, Parts, as_stored, emit_weight, typed_bits
 from coraq.version import __version__
 
 OPSETS: dict[Form, int] = {"cast": 21, "dq": 21, "packed": 18}
 TWO_BIT_OPSET = 25
+WIDER = (
+    "have zero points between codes, which integer kernels and DequantizeLinear do not know: their codes are stored "
+    "wider, for the same weights to the bit (quantize with --zero-point whole to avoid it)"
+)
 PREFIX = "coraq."  # of all our metadata keys
 
 
@@ -115,12 +120,17 @@ def build_onnx(
             f"{swishes} hard swishes between grids are computed on codes here, their gates in 255 steps from 0 to 1; "
             "the checkpoint has them in float"
         )
+    integer = find_integer_layers(model.graph, graph.places, layers)
+    finer = sum(layer.weight.fraction > 0 for layer in layers.values())
+    layers = {name: as_stored(layer, name in integer, form) for name, layer in layers.items()}
+    if wider := finer - sum(layer.weight.fraction > 0 for layer in layers.values()):
+        notes.append(f"{wider} layers {WIDER}")
+    checkpoint = dataclasses.replace(checkpoint, layers=layers)
     two_bits = form != "packed" and any(layer.weight.bits == 2 for layer in layers.values()) and takes_two_bits()
     if two_bits:
         opset = TWO_BIT_OPSET
     parts = Parts()
     modules: dict[str, Any] = dict(checkpoint.module.named_modules())
-    integer = find_integer_layers(model.graph, graph.places, layers)
     replaced: dict[str, str] = {}
     raised: dict[str, np.ndarray] = {}
     for name, layer in layers.items():

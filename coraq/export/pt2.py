@@ -38,6 +38,7 @@ class Codes(nn.Module):
     def __init__(self, q: QTensor) -> None:
         super().__init__()
         self.bits, self.count, self.shape = q.bits, q.codes.numel(), tuple(q.codes.shape)
+        self.steps = 2.0**q.fraction  # of a zero point in a code
         self.register_buffer("packed", pack_words(q.codes, q.bits))
         self.register_buffer("scale", q.scale.clone())
         self.register_buffer("shifts", torch.arange(WORD // q.bits, dtype=torch.int32) * q.bits, persistent=True)
@@ -50,7 +51,7 @@ class Codes(nn.Module):
         codes = lanes.reshape(-1)[: self.count].reshape(self.shape)
         if self.codebook is not None:
             return self.codebook[codes.long()] * self.scale  # type: ignore[index, operator]
-        zero = float(2 ** (self.bits - 1)) if self.zero_point is None else self.zero_point.float()
+        zero = float(2 ** (self.bits - 1)) if self.zero_point is None else self.zero_point.float() / self.steps
         return (codes.float() - zero) * self.scale
 
 

@@ -14,10 +14,19 @@ from coraq.export.blob import from_blob
 from coraq.export.integer import is_rounded
 from coraq.export.onnx_file import TWO_BIT_OPSET, OnnxExport
 from coraq.export.runtimes import run_all
-from coraq.export.weights import Form, adapter_form, is_centred, middle, typed_bits
+from coraq.export.weights import Form, adapter_form, as_stored, is_centred, middle, typed_bits
 
 ADAPTER_TOLERANCE = 1e-5  # relative, of B·A: the runtime multiplies the factors in another order than torch
 INT8_TOLERANCE = 0.02  # relative, of a weight with an adapter between grids; 0.007 was measured
+
+
+def as_written(checkpoint: Checkpoint, export: OnnxExport) -> Checkpoint:
+    """The checkpoint with each layer as the file must hold it, see `coraq.export.weights.as_stored`."""
+
+    def stored(name: str, layer: QuantizedLayer) -> QuantizedLayer:
+        return as_stored(layer, export.written[name] in export.integer, export.form)
+
+    return dataclasses.replace(checkpoint, layers={k: stored(k, layer) for k, layer in checkpoint.layers.items()})
 
 
 def inexact_layers(checkpoint: Checkpoint, export: OnnxExport) -> dict[str, str]:

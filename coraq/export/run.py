@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -38,7 +38,6 @@ UNVERIFIED = ".unverified"
 SUFFIX: dict[Form, str] = {"cast": "", "packed": ".portable", "dq": ".npu"}
 VERIFY_IMAGES = 512
 CALIBRATION_IMAGES = 32  # for the grids that are added
-FINER = "zero points between codes have no place in the format: codes are stored wider, for the same weights to the bit"
 
 
 @dataclass(frozen=True)
@@ -110,14 +109,9 @@ def export_checkpoint(
     """
     if request.format == "timm":
         return _export_timm(checkpoint, request, images, sink)
-    finer = any(layer.weight.fraction for layer in checkpoint.layers.values())
-    # no format has zero points between codes
-    whole = replace(checkpoint, layers={name: layer.whole() for name, layer in checkpoint.layers.items()})
     if request.format == "pt2":
-        result = _export_pt2(whole, request, images, sink)
-    else:
-        result = _export_onnx(whole, request, images, sink, calibration)
-    return result.model_copy(update={"notes": [*result.notes, FINER]}) if finer else result
+        return _export_pt2(checkpoint, request, images, sink)
+    return _export_onnx(checkpoint, request, images, sink, calibration)
 
 
 def _export_timm(checkpoint: Checkpoint, request: Request, images: ImageSet | None, sink: Sink) -> ExportResult:

@@ -12,7 +12,7 @@ from coraq.artifact import Checkpoint
 from coraq.errors import CoraqError, exception_text
 from coraq.export.agreement import Agreement, Batches, Comparer
 from coraq.export.onnx_file import OnnxExport
-from coraq.export.readback import codes_exact, inexact_layers, weights_exact
+from coraq.export.readback import as_written, codes_exact, inexact_layers, weights_exact
 from coraq.export.record import Check, Latency
 from coraq.export.runtimes import OnnxRuntime, OpenVino, Runtime, time_pair
 from coraq.export.steps import largest_step
@@ -39,6 +39,7 @@ def check_onnx(
         CoraqError: the runtime refuses the file.
     """
     exported, reference = OnnxRuntime(content, threads), OnnxRuntime(export.float_content, threads)
+    checkpoint = as_written(checkpoint, export)
     exact, where = codes_exact(checkpoint, export, content)
     weights, worst = weights_exact(checkpoint, export, content)
     check = compare(checkpoint, exported, reference, batches, images, threads, export.has_grids)

@@ -109,6 +109,11 @@ def adapter_form(form: Form) -> Form:
     return "packed" if form == "packed" else "cast"
 
 
+def as_stored(layer: QuantizedLayer, integer: bool, form: Form) -> QuantizedLayer:
+    """The layer as the file holds it: integer kernels and DequantizeLinear know no zero points between codes."""
+    return layer.whole() if integer or form == "dq" else layer
+
+
 def emit_weight(
     parts: Parts, name: str, layer: QuantizedLayer, shape: tuple[int, ...], place: Place, form: Form, two_bits: bool
 ) -> None:
@@ -170,6 +175,8 @@ def emit_qtensor(
         return parts.node("Mul", [codes, scaled], output)
     stored = parts.array(f"{prefix}_zero_point", zero.astype(np.uint8))
     zero_name = parts.node("Cast", [stored], to=_type("FLOAT"))
+    if q.fraction:
+        zero_name = parts.node("Mul", [zero_name, parts.constant(np.array(2.0**-q.fraction, np.float32))])
     return parts.node("Mul", [parts.node("Sub", [codes, zero_name]), scaled], output)
 
 
@@ -243,12 +250,13 @@ def signed_codes(q: QTensor, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def grid_arrays(q: QTensor, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Scale (float32) and zero point (int64), [out, 1, …] or all ones, to broadcast over the weight's shape."""
+    """Scale (float32) and zero point (int64, in steps of its fraction), [out, 1, …] or all ones, to broadcast."""
     if tuple(q.codes.shape) == shape:  # an adapter's factor [groups, rows, columns]
         dims = tuple(q.scale.shape)
     else:
         dims = (q.scale.numel(), *[1] * (len(shape) - 1))
-    return q.scale.numpy().reshape(dims), q.zero.numpy().reshape(dims).astype(np.int64)
+    zero = q.zero if q.zero_point is None else q.zero_point
+    return q.scale.numpy().reshape(dims), zero.numpy().reshape(dims).astype(np.int64)
 
 
 def _standard(q: QTensor) -> bool:
