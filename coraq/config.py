@@ -55,9 +55,9 @@ class Scheme(Frozen):
     )
     zero_point: Literal["auto", "whole", "half", "quarter", "eighth"] = Field(
         default="auto",
-        description="where an affine grid's zero point may lie: at a code (whole), which is all that integer kernels "
-        "of these bits take, or between codes, too, in the same byte: exports then store 1, 2 or 3 bits more a code; "
-        "auto: in quarters at 2 bits, where it pays, else whole",
+        description="where an affine grid's zero point may lie: at a code (whole), or between codes, too, in the same "
+        "byte; auto: in quarters at 2 bits, where it pays, else whole. Integer kernels take whole ones only: exports "
+        "for them store 1, 2 or 3 bits more a code",
     )
     bias: Literal["float", "layer", "keep"] = Field(
         default="float",
@@ -133,8 +133,8 @@ class Scheme(Frozen):
     def fraction(self, bits: int) -> int:
         """Bits of a zero point behind the point, for codes of so many bits: as many as a byte has room for.
 
-        `auto` is what measured best (examples/results/activations.md) among what fits in a 4-bit code when exported,
-        the narrowest that files of other tools hold: 2-bit codes with quarters do, and take no more room there.
+        `auto` is what measured best (examples/results/activations.md) among what fits in a 4-bit code, the narrowest
+        that integer kernels of other tools take.
         """
         if self.symmetric:
             return 0
