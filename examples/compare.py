@@ -10,9 +10,9 @@ The groups of methods:
 - search: the same bytes as `more`, for adapters of searched ranks (100 steps); and the paper's form.
 - blocks: the bytes of uniform codes again, block by block: brecq; qdrop, which learns roundings after it. Slow.
 
-Finished cells are reused, so groups may be added one by one. Results: examples/results/compare/NETWORK/ (the
-comparison's compare.json, compare.csv and report.html, each number from a run's metrics.json),
-examples/results/compare.md, and the README's table of KL between its compare marks.
+Finished cells are reused, so groups may be added one by one; rows of bits that were not asked for stay. Results:
+examples/results/compare/NETWORK/ (the comparison's compare.json, compare.csv and report.html, each number from a
+run's metrics.json), examples/results/compare.md, and the README's table of KL between its compare marks.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from accuracy import NETWORKS, RESULTS, put_in_readme
 
+from coraq.report.compare import read_comparison, write_comparison
 from coraq.report.markdown import table
 
 SAME = ["rtn", "gptq", "npot", "comq", "cora"]
@@ -67,6 +69,23 @@ def compare(network: str, arguments: argparse.Namespace) -> dict[str, Any]:
     line += [part.format(assets=arguments.assets) for part in NETWORKS[network]]
     line += ["--calib-size", str(arguments.calib_size), "--bits", arguments.bits, "--methods", ",".join(methods)]
     return run(line)
+
+
+def keep(measured: Path, folder: Path) -> None:
+    """Take a comparison's files over into `folder`, whose cells of other bits stay."""
+    found, earlier = read_comparison(measured), read_comparison(folder)
+    assert found is not None
+    bits = {cell.bits for cell in found.cells}
+    cells = [cell for cell in earlier.cells if cell.bits not in bits] if earlier else []
+    groups = [group for group in earlier.groups if group.bits not in bits] if earlier else []
+    update = {"cells": [*cells, *found.cells], "groups": [*groups, *found.groups], "folder": f"runs/{measured.name}"}
+    merged = found.model_copy(update=update)
+    with tempfile.TemporaryDirectory() as place:
+        write_comparison(merged.model_copy(update={"folder": place}))
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            shutil.copyfile(Path(place) / name, folder / name)
+    (folder / "compare.json").write_text(merged.model_dump_json(indent=1) + "\n")
 
 
 def run(line: list[str]) -> dict[str, Any]:
@@ -130,10 +149,7 @@ def main() -> int:
     arguments = parser.parse_args()
     for network in arguments.networks.split(","):
         result = compare(network, arguments)
-        folder = RESULTS / "compare" / network
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in KEPT:
-            shutil.copyfile(Path(result["folder"]) / name, folder / name)
+        keep(Path(result["folder"]), RESULTS / "compare" / network)
     write_table(RESULTS / "compare")
     return 0
 
