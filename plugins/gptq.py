@@ -40,7 +40,7 @@ class GPTQ:
         make = mse_grid if self.config.grid == "mse" else minmax_grid
         for layer in task.layers:
             squares = task.least_squares(layer.name)
-            fraction = scheme.fraction(layer.bits)
+            fraction = scheme.fraction(layer.bits, searched=self.config.grid == "mse")
             grid = make(squares.weight, layer.bits, scheme.symmetric, scheme.granularity, fraction=fraction)
             problem = prepare(squares.weight, squares.gram, order)
             factor = factorise(problem, squares.gram, self.config.damping)

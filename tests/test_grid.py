@@ -190,5 +190,18 @@ def test_a_codebook_rounds_to_its_nearest_entry_and_packs() -> None:
 def test_zero_points_lie_between_codes_at_two_bits_unless_told_otherwise() -> None:
     """Two bits and quarters are the 4 bits that a code has in other tools' files at the least."""
     assert [Scheme().fraction(bits) for bits in range(2, 9)] == [2, 0, 0, 0, 0, 0, 0]
+    assert {Scheme().fraction(bits, searched=False) for bits in range(2, 9)} == {0}
+    assert Scheme(zero_point="half").fraction(2, searched=False) == 1
     assert {Scheme(symmetric=True).fraction(bits) for bits in range(2, 9)} == {0}
     assert [Scheme(zero_point="eighth").fraction(bits) for bits in range(2, 9)] == [3, 3, 3, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("make", [minmax_grid, sigma_grid])
+def test_a_finer_zero_point_pays_where_the_range_is_searched_and_not_at_the_extremes(make: Any) -> None:
+    weight = random_weight(3, out=60, inputs=300)
+
+    def error(make: Any, fraction: int) -> float:
+        return float((weight - make(weight, 2, False, fraction=fraction).round(weight)).square().sum())
+
+    assert error(mse_grid, 2) < 0.95 * error(mse_grid, 0)
+    assert error(make, 2) > error(make, 0)

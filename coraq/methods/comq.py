@@ -106,7 +106,7 @@ class COMQ:
         weight, bits, symmetric = squares.weight, layer.bits, scheme.symmetric
         order: Order = "common" if config.order == "common" else "cyclic"
         problem = prepare(weight, squares.gram, order, rows=squares.rows)
-        fraction = scheme.fraction(bits)
+        fraction = scheme.fraction(bits, searched=config.grid != "minmax")
         by_weight = mse_grid(weight, bits, symmetric, scheme.granularity, fraction=fraction)
         baseline = nearest(problem, by_weight)
         grid = by_weight

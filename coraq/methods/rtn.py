@@ -37,7 +37,8 @@ class RoundToNearest:
 
     def grid(self, weight: Tensor, bits: int, scheme: Scheme) -> Grid:
         """The grid for a weight [groups, out, in]."""
-        config, fraction = self.config, scheme.fraction(bits)
+        config = self.config
+        fraction = scheme.fraction(bits, searched=config.clip == "mse")
         if config.clip == "minmax":
             return minmax_grid(weight, bits, scheme.symmetric, scheme.granularity, fraction)
         if config.clip == "sigma":
