@@ -143,8 +143,9 @@ class Scheme(Frozen):
         """
         if self.symmetric:
             return 0
-        wanted = {**FRACTIONS, "auto": FRACTIONS["quarter"] if bits == 2 and searched else 0}[self.zero_point]
-        return min(wanted, MAX_BITS - bits)
+        if self.zero_point == "auto":
+            return FRACTIONS["quarter"] if bits == 2 and searched else 0
+        return min(FRACTIONS[self.zero_point], MAX_BITS - bits)
 
     def overrides_layer(self, name: str) -> bool:
         """Whether an override says this layer's bits."""

@@ -19,16 +19,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from accuracy import NETWORKS, RESULTS, put_in_readme
 
-from coraq.report.compare import read_comparison, write_comparison
+from coraq.report.compare import csv_text, read_comparison
+from coraq.report.html import compare_html
 from coraq.report.markdown import table
 
 SAME = ["rtn", "gptq", "npot", "comq", "cora"]
@@ -40,7 +39,6 @@ MORE = [
 ]
 SEARCH = ["cora:budget=0.05:spend=ranks:edges=keep:iterations=100", "cora:preset=paper:iterations=100"]
 PLUGINS = Path(__file__).parent.parent / "plugins"
-KEPT = ["compare.json", "compare.csv", "report.html"]
 GROUPS = {"same": SAME, "more": MORE, "search": SEARCH, "blocks": ["brecq", "qdrop"]}
 IN_README = {
     "rtn": "rtn",
@@ -80,12 +78,13 @@ def keep(measured: Path, folder: Path) -> None:
     groups = [group for group in earlier.groups if group.bits not in bits] if earlier else []
     update = {"cells": [*cells, *found.cells], "groups": [*groups, *found.groups], "folder": f"runs/{measured.name}"}
     merged = found.model_copy(update=update)
-    with tempfile.TemporaryDirectory() as place:
-        write_comparison(merged.model_copy(update={"folder": place}))
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in KEPT:
-            shutil.copyfile(Path(place) / name, folder / name)
-    (folder / "compare.json").write_text(merged.model_dump_json(indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (
+        ("compare.json", merged.model_dump_json(indent=1) + "\n"),
+        ("compare.csv", csv_text(merged)),
+        ("report.html", compare_html(merged)),
+    ):
+        (folder / name).write_text(text)
 
 
 def run(line: list[str]) -> dict[str, Any]:

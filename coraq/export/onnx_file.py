@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -121,11 +120,10 @@ def build_onnx(
             "the checkpoint has them in float"
         )
     integer = find_integer_layers(model.graph, graph.places, layers)
-    finer = sum(layer.weight.fraction > 0 for layer in layers.values())
     layers = {name: as_stored(layer, name in integer, form) for name, layer in layers.items()}
-    if wider := finer - sum(layer.weight.fraction > 0 for layer in layers.values()):
+    if wider := sum(layer.weight.bits > checkpoint.layers[name].weight.bits for name, layer in layers.items()):
         notes.append(f"{wider} layers {WIDER}")
-    checkpoint = dataclasses.replace(checkpoint, layers=layers)
+    checkpoint = replace(checkpoint, layers=layers)
     two_bits = form != "packed" and any(layer.weight.bits == 2 for layer in layers.values()) and takes_two_bits()
     if two_bits:
         opset = TWO_BIT_OPSET

@@ -165,7 +165,8 @@ class CoRa:
         config, changes = self.config, dict[str, Any]()
         if config.granularity == "tensor":
             changes["granularity"] = "tensor"
-        if layer.name == task.layers[-1].name and task.scheme.zero_point == "auto":
+        given = bits != layer.bits  # by the plan: else the codes are the base's
+        if given and layer.name == task.layers[-1].name and task.scheme.zero_point == "auto":
             # Between codes, zero points lower this layer's squared error, too, but not the KL, which large logits
             # decide: a zero at a code leaves two of four levels to one side. mobilenetv2's classifier at 2 bits, comq,
             # 1,000 images: squared error .049 and .056, KL .016 and .013 (256 images: .061 and .070, .023 and .018)
