@@ -23,6 +23,7 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+COLUMN_BITS = 4  # of a weight that column scales are made for, at most
 FRACTIONS = {"whole": 0, "half": 1, "quarter": 2, "eighth": 3}  # bits of a zero point behind the point
 
 
@@ -58,6 +59,11 @@ class Scheme(Frozen):
         description="where an affine grid's zero point may lie: at a code (whole), or between codes, too, in the same "
         "byte; auto: in quarters at 2 bits where a grid's range is searched, else whole. Integer kernels take whole "
         "ones only: exports for them store 1, 2 or 3 bits more a code",
+    )
+    column_scale: Literal["none", "channel"] = Field(
+        default="none",
+        description="a second scale, for every input channel of a weight of at most 4 bits (channel): one byte each. "
+        "Integer kernels know none: exports for them round such weights to 8 bits",
     )
     bias: Literal["float", "layer", "keep"] = Field(
         default="float",
@@ -147,6 +153,13 @@ class Scheme(Frozen):
             return FRACTIONS["quarter"] if bits == 2 and searched else 0
         return min(FRACTIONS[self.zero_point], MAX_BITS - bits)
 
+    def scales_columns(self, bits: int, channels: int) -> bool:
+        """Whether a weight with codes of so many bits and so many input channels in a group has column scales.
+
+        With one channel a group (depthwise) the scale of the output channel says as much. At 8 bits nothing is gained.
+        """
+        return self.column_scale == "channel" and bits <= COLUMN_BITS and channels > 1
+
     def overrides_layer(self, name: str) -> bool:
         """Whether an override says this layer's bits."""
         return any(re.fullmatch(pattern, name) for pattern in self.overrides)
@@ -160,6 +173,7 @@ class Scheme(Frozen):
         edges = f"first/last layer {self.first_bits or self.bits}/{self.last_bits or self.bits} bits"
         zero = "" if self.symmetric else f", zero point {self.zero_point}"
         grid = f"{'symmetric' if self.symmetric else 'affine'} per {self.granularity}{zero}"
+        grid += ", column scales" if self.column_scale == "channel" else ""
         extra = f", {len(self.overrides)} overrides" if self.overrides else ""
         return (
             f"W{self.bits}A{self.act_bits or 32}, {edges}, {grid}, bias {self.bias}, gain {self.gain}, "
@@ -244,6 +258,8 @@ class RunConfig(Frozen):
             scheme = {key: value for key, value in scheme.items() if not key.startswith("act_")}
         if self.scheme.symmetric or self.scheme.zero_point == "whole":
             scheme = {key: value for key, value in scheme.items() if key != "zero_point"}
+        if self.scheme.column_scale == "none":
+            scheme = {key: value for key, value in scheme.items() if key != "column_scale"}
         own = {
             pattern: {key: value for key, value in layer.items() if key != "act_bits" or value is not None}
             for pattern, layer in scheme["overrides"].items()

@@ -7,6 +7,7 @@ leaves them). `-o grid=mse` is their option for a range of least weight error.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from coraq.api import Field, MethodConfig, QuantizedLayer, Task, minmax_grid, mse_grid
@@ -40,6 +41,8 @@ class GPTQ:
         make = mse_grid if self.config.grid == "mse" else minmax_grid
         for layer in task.layers:
             squares = task.least_squares(layer.name)
+            columns = layer.columns(scheme, squares.weight)
+            squares = squares.scaled(columns)
             fraction = scheme.fraction(layer.bits, searched=self.config.grid == "mse")
             grid = make(squares.weight, layer.bits, scheme.symmetric, scheme.granularity, fraction=fraction)
             problem = prepare(squares.weight, squares.gram, order)
@@ -51,7 +54,7 @@ class GPTQ:
                 "error": float(result.error.sum()) / max(float(problem.energy().sum()), 1e-30),
                 "damping": float(factor.damping.max()),
             }
-            task.commit(layer.name, QuantizedLayer(pack(problem, result, grid)), **metrics)
+            task.commit(layer.name, QuantizedLayer(replace(pack(problem, result, grid), columns=columns)), **metrics)
 
 
 METHODS = [GPTQ]

@@ -7,13 +7,14 @@ coordinate descent on the same codebook. Without data the scale is that of least
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from coraq.api import Field, LayerView, MethodConfig, QuantizedLayer, Task
+from coraq.api import Field, LayerView, LeastSquares, MethodConfig, QuantizedLayer, Scheme, Task
 from coraq.core.grid import Codebook
 from coraq.core.rounding import descend, factorise, feedback, nearest, pack, prepare, search
 
@@ -40,21 +41,21 @@ class NHotPowersOfTwo:
         for layer in task.layers:
             if task.has_data:
                 squares = task.least_squares(layer.name)
-                weight, gram = squares.weight, squares.gram
             else:  # white inputs: the output error is the weight error
-                weight, gram = (
-                    layer.weight,
-                    torch.eye(layer.weight.shape[-1]).double().expand(len(layer.weight), -1, -1),
-                )
-            quantized, error = self.solve(layer, weight, gram, task.scheme.granularity, task.has_data)
+                white = torch.eye(layer.weight.shape[-1]).double().expand(len(layer.weight), -1, -1)
+                squares = LeastSquares(layer.weight, white)
+            quantized, error = self.solve(layer, squares, task.scheme, task.has_data)
             task.commit(layer.name, quantized, error=error)
 
     def solve(
-        self, layer: LayerView, weight: Tensor, gram: Tensor, granularity: str, feed_back: bool
+        self, layer: LayerView, squares: LeastSquares, scheme: Scheme, feed_back: bool
     ) -> tuple[QuantizedLayer, float]:
-        """Codes and scales for a weight [groups, out, in] under `gram`, and the relative error."""
+        """Codes and scales for a layer, and the relative error."""
+        columns = layer.columns(scheme, squares.weight)
+        squares = squares.scaled(columns)
+        weight, gram = squares.weight, squares.gram
         table = powers_of_two(layer.bits, self.config.hot or max(1, min(4, layer.bits // 2)))
-        dims = (-1,) if granularity == "channel" else (0, 1, 2)
+        dims = (-1,) if scheme.granularity == "channel" else (0, 1, 2)
         widest = weight.abs().amax(dims, keepdim=True) / table.abs().max()
         factors = torch.linspace(1.0, 0.35, self.config.candidates).tolist()
         grids = [Codebook(widest * factor, table, layer.bits) for factor in factors]
@@ -66,7 +67,7 @@ class NHotPowersOfTwo:
         else:
             best = search(problem, (nearest(problem, grid) for grid in grids))
         error = float(best.error.sum()) / max(float(problem.energy().sum()), 1e-30)
-        return QuantizedLayer(pack(problem, best, grids[0])), error
+        return QuantizedLayer(replace(pack(problem, best, grids[0]), columns=columns)), error
 
 
 @cache

@@ -12,12 +12,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from coraq.config import MAX_BITS, Frozen
+from coraq.core.columns import STORED
 from coraq.core.packing import pack, unpack
 from coraq.core.tensors import ActivationGrid, LowRank, QTensor, QuantizedLayer
 from coraq.errors import CoraqError
 
 # compressed-tensors' names, as far as they go; no compatibility is claimed (it refuses convolutions)
-_PACKED, _SCALE, _ZERO, _CODEBOOK = "packed", "scale", "zero_point", "codebook"
+_PACKED, _SCALE, _ZERO, _CODEBOOK, _COLUMNS = "packed", "scale", "zero_point", "codebook", "column_scale"
 
 
 class LayerRecord(Frozen):
@@ -119,6 +120,8 @@ def _encode_qtensor(prefix: str, q: QTensor) -> dict[str, Tensor]:
         tensors[prefix + _ZERO] = q.zero_point.reshape(-1).cpu().contiguous()
     if q.codebook is not None:
         tensors[prefix + _CODEBOOK] = q.codebook.cpu().contiguous()
+    if q.columns is not None:
+        tensors[prefix + _COLUMNS] = q.columns.cpu().to(STORED).contiguous()
     return tensors
 
 
@@ -136,4 +139,8 @@ def _decode_qtensor(
     if zero is not None and zero.dtype != torch.uint8:
         raise ValueError(f"{prefix}{_ZERO} is {zero.dtype}, not uint8")
     zero = None if zero is None else zero.reshape(grid)
-    return QTensor(codes, scale, bits, zero, tensors.pop(prefix + _CODEBOOK, None), fraction)
+    columns = tensors.pop(prefix + _COLUMNS, None)
+    if columns is not None and columns.dtype != STORED:
+        raise ValueError(f"{prefix}{_COLUMNS} is {columns.dtype}, not {STORED}")
+    columns = None if columns is None else columns.float()
+    return QTensor(codes, scale, bits, zero, tensors.pop(prefix + _CODEBOOK, None), fraction, columns)

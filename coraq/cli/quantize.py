@@ -85,6 +85,9 @@ def quantize(
         Literal["auto", "whole", "half", "quarter", "eighth"],
         option(Scheme, "zero_point", "--zero-point", panel=SCHEME_PANEL),
     ] = SCHEME.zero_point,
+    column_scale: Annotated[
+        Literal["none", "channel"], option(Scheme, "column_scale", "--column-scale", panel=SCHEME_PANEL)
+    ] = SCHEME.column_scale,
     bias: Annotated[
         Literal["float", "layer", "keep"], option(Scheme, "bias", "--bias", panel=SCHEME_PANEL)
     ] = SCHEME.bias,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from coraq.core.columns import spread_columns
 from coraq.core.tensors import QTensor
 
 TINY = 1e-30  # a range below this is no range: its reciprocal would leave float32
@@ -21,9 +22,10 @@ SHIFTED_SCALES = (0.8, 0.9, 1.0, 1.1)  # factors on the scale that a moved zero 
 
 @dataclass(frozen=True)
 class Grid:
-    """Levels `scale · (k − zero)` for codes `k = 0 … 2**bits − 1`.
+    """Levels `scale · (k − zero)` for codes `k = 0 … 2**bits − 1`, times `columns` if there are any.
 
     `zero` is float, a whole number of codes or, with a `fraction`, of `2**−fraction` codes. Then no level need be zero.
+    `columns` are factors of the input channels as in `QTensor`.
     """
 
     scale: Tensor
@@ -31,11 +33,13 @@ class Grid:
     bits: int
     symmetric: bool
     fraction: int = 0
+    columns: Tensor | None = None
 
     @classmethod
     def of(cls, stored: QTensor) -> Grid:
         """The grid of uniform codes as stored."""
-        return cls(stored.scale, stored.zero, stored.bits, stored.zero_point is None, stored.fraction)
+        symmetric = stored.zero_point is None
+        return cls(stored.scale, stored.zero, stored.bits, symmetric, stored.fraction, stored.columns)
 
     @property
     def top(self) -> int:
@@ -43,12 +47,22 @@ class Grid:
 
     def codes(self, weight: Tensor) -> Tensor:
         """Nearest codes as floats; a channel whose scale is 0 gets one code everywhere, at the zero point."""
-        safe = torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
-        codes = torch.round(weight / safe + self.zero).clamp_(0, self.top)
+        codes = torch.round(self.position(weight)).clamp_(0, self.top)
         return torch.where(self.scale == 0, self.zero.floor(), codes)
 
+    def position(self, weight: Tensor) -> Tensor:
+        """Where a weight lies, in codes that are not rounded."""
+        safe = torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
+        return (weight if self.columns is None else weight / self.factors(weight.shape[2])) / safe + self.zero
+
+    def factors(self, inputs: int) -> Tensor:
+        """`columns` for each input: [groups, 1, inputs]."""
+        assert self.columns is not None
+        return spread_columns(self.columns, inputs)
+
     def values(self, codes: Tensor) -> Tensor:
-        return (codes - self.zero) * self.scale
+        values = (codes - self.zero) * self.scale
+        return values if self.columns is None else values * self.factors(values.shape[2])
 
     def round(self, weight: Tensor) -> Tensor:
         """The nearest levels to `weight`."""
@@ -67,7 +81,8 @@ class Grid:
         dtype = torch.uint8 if self.bits <= 8 else torch.int32
         zero = None if self.symmetric else (self.zero * 2**self.fraction).to(dtype).contiguous()
         codes = codes.to(dtype).contiguous()
-        return QTensor(codes, self.scale.float().contiguous(), self.bits, zero, fraction=self.fraction)
+        scale = self.scale.float().contiguous()
+        return QTensor(codes, scale, self.bits, zero, fraction=self.fraction, columns=self.columns)
 
 
 @dataclass(frozen=True)

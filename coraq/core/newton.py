@@ -80,7 +80,11 @@ class Model:
         groups, out, _ = codes.shape
         now = grid.values(codes)
         target = (now.double() + self.step / damping).to(now.dtype)
-        problem = prepare(target, self.gram)
+        gram = self.gram
+        if grid.columns is not None:
+            factors = grid.factors(codes.shape[2])
+            target, gram = target / factors, gram * (factors.mT * factors)
+        problem = prepare(target, gram)
         order = problem.order.unsqueeze(1).expand_as(codes)
         levels = (codes - grid.zero).gather(2, order).mT.contiguous()
         low, high = ((bound - grid.zero).mT.to(now.dtype).contiguous() for bound in (0, grid.top))

@@ -35,7 +35,7 @@ class SoftRounding:
 
     def __init__(self, weight: Tensor, grid: Grid, codes: Tensor | None = None, trust: float = 0.0) -> None:
         self.grid = grid
-        unit = weight / grid.scale + grid.zero
+        unit = grid.position(weight)
         base = grid.codes(weight) if codes is None else codes.to(unit.dtype)
         lower = torch.where(unit >= base, base, base - 1) if codes is not None else unit.floor()
         self.floor = lower.clamp(0, grid.top - 1)

@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from coraq.core.columns import rounded, spread_columns
+
 MAX_CORE_BITS = 16  # the numerics work up to here, so that tests can approach the float limit
 
 
 @dataclass(frozen=True)
 class QTensor:
-    """Codes on a grid: `scale · (codes − zero_point)`, or `scale · codebook[codes]`.
+    """Codes on a grid: `scale · (codes − zero_point)`, or `scale · codebook[codes]`, times `columns` if there are any.
 
     Attributes:
         codes: [groups, out, in], uint8 (int32 above 8 bits), in `0 … 2**bits − 1`.
@@ -27,6 +29,7 @@ class QTensor:
             (a symmetric grid), which costs no bytes.
         codebook: float32 [2**bits] levels of a non-uniform grid (then there is no zero point).
         fraction: bits of the zero point behind the point: it counts in `2**−fraction` of a code.
+        columns: float32 [groups, 1, channels], a factor for each input channel of a group (`coraq.core.columns`).
     """
 
     codes: Tensor
@@ -35,6 +38,7 @@ class QTensor:
     zero_point: Tensor | None = None
     codebook: Tensor | None = None
     fraction: int = 0
+    columns: Tensor | None = None
 
     @property
     def zero(self) -> Tensor:
@@ -46,8 +50,10 @@ class QTensor:
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for: float32 [groups, out, in]. Deterministic to the last bit."""
         if self.codebook is not None:
-            return self.codebook[self.codes.long()] * self.scale
-        return (self.codes.float() - self.zero) * self.scale
+            weight = self.codebook[self.codes.long()] * self.scale
+        else:
+            weight = (self.codes.float() - self.zero) * self.scale
+        return weight if self.columns is None else weight * spread_columns(self.columns, weight.shape[2])
 
     def whole(self) -> QTensor:
         """The same weight, bit for bit, with a zero point that is a code: of `bits + fraction` bits.
@@ -87,12 +93,23 @@ class QTensor:
                 raise ValueError(f"codebook must be float32 [{2**self.bits}]")
             if not bool(torch.isfinite(self.codebook).all()):
                 raise ValueError("codebook must be finite")
+        if self.columns is not None:
+            self._check_columns(*shape)
+
+    def _check_columns(self, groups: int, out: int, inputs: int) -> None:
+        assert self.columns is not None
+        found = tuple(self.columns.shape)
+        if len(found) != 3 or found[:2] != (groups, 1) or not found[2] or inputs % found[2]:
+            raise ValueError(f"column scales have shape {list(found)}, not [{groups}, 1, a divisor of {inputs}]")
+        if self.columns.dtype != torch.float32 or not torch.equal(self.columns, rounded(self.columns)):
+            raise ValueError("column scales must be positive numbers of 8 bits, as float32")
 
     def size_bytes(self) -> int:
-        """Bytes on disk: packed codes (each output channel padded to a byte), scales, zero points, codebook."""
+        """Bytes on disk: codes (each output channel padded to a byte), scales, zero points, codebook, column scales."""
         groups, out, inputs = self.codes.shape
         zero_bytes = 0 if self.zero_point is None else self.zero_point.element_size()
         size = stored_bytes((groups, out, inputs), self.bits, self.scale.numel(), zero_bytes)
+        size += 0 if self.columns is None else self.columns.numel()
         return size if self.codebook is None else size + 4 * self.codebook.numel()
 
 

@@ -196,9 +196,9 @@ def zeros_differ(q: QTensor) -> bool:
 def is_rounded(q: QuantizedLayer, form: Form) -> bool:
     """Whether a layer's weight between grids is one of 8 bits that is made of the checkpoint's at load.
 
-    With an adapter, or where codes less their channel's own zero point are no int8 (affine codes of 8 bits).
+    With an adapter or column scales, or where codes less their own zero point are no int8 (affine codes of 8 bits).
     """
-    if q.adapter is not None:
+    if q.adapter is not None or q.weight.columns is not None:
         return True
     if form == "dq" or not zeros_differ(q.weight):
         return False

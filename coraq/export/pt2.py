@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from coraq.artifact import Checkpoint
+from coraq.core.columns import spread_columns
 from coraq.core.tensors import QTensor
 from coraq.errors import CoraqError
 from coraq.export.float_graph import quiet
@@ -44,15 +45,20 @@ class Codes(nn.Module):
         self.register_buffer("shifts", torch.arange(WORD // q.bits, dtype=torch.int32) * q.bits, persistent=True)
         self.register_buffer("zero_point", None if q.zero_point is None else q.zero_point.clone())
         self.register_buffer("codebook", None if q.codebook is None else q.codebook.clone())
+        self.register_buffer("columns", None if q.columns is None else q.columns.clone())
 
     def forward(self) -> Tensor:
         # an arithmetic shift brings ones in from the left: the mask takes them away
         lanes = (self.packed[:, None] >> self.shifts) & (2**self.bits - 1)  # type: ignore[index, operator]
         codes = lanes.reshape(-1)[: self.count].reshape(self.shape)
         if self.codebook is not None:
-            return self.codebook[codes.long()] * self.scale  # type: ignore[index, operator]
-        zero = float(2 ** (self.bits - 1)) if self.zero_point is None else self.zero_point.float() / self.steps
-        return (codes.float() - zero) * self.scale
+            weight = self.codebook[codes.long()] * self.scale  # type: ignore[index, operator]
+        else:
+            zero = float(2 ** (self.bits - 1)) if self.zero_point is None else self.zero_point.float() / self.steps
+            weight = (codes.float() - zero) * self.scale
+        if self.columns is None:
+            return weight
+        return weight * spread_columns(self.columns, self.shape[2])  # type: ignore[arg-type, operator]
 
 
 class Unpack(nn.Module):
@@ -134,6 +140,7 @@ def codes_exact(checkpoint: Checkpoint, opened: nn.Module) -> bool:
         wanted = {"packed": pack_words(q.codes, q.bits), "scale": q.scale}
         wanted |= {"zero_point": q.zero_point} if q.zero_point is not None else {}
         wanted |= {"codebook": q.codebook} if q.codebook is not None else {}
+        wanted |= {"columns": q.columns} if q.columns is not None else {}
         return all(torch.equal(stored[f"{prefix}.{key}"], value) for key, value in wanted.items())
 
     for name, layer in checkpoint.layers.items():

@@ -34,7 +34,8 @@ def inexact_layers(checkpoint: Checkpoint, export: OnnxExport) -> dict[str, str]
     found: dict[str, str] = {}
     for name, layer in checkpoint.layers.items():
         if is_int8(export, name, layer):
-            what = "codes" if layer.adapter is None else "codes and adapter"
+            columns = "" if layer.weight.columns is None else ", column scales"
+            what = f"codes{columns}" if layer.adapter is None else f"codes{columns} and adapter"
             found[name] = f"{what} rounded to symmetric 8 bits at load"
         elif layer.adapter is not None:
             found[name] = f"adapter multiplied out by the runtime, within {ADAPTER_TOLERANCE:.0e}"
@@ -89,6 +90,9 @@ def codes_exact(checkpoint: Checkpoint, export: OnnxExport, content: bytes) -> t
                     value = array(f"{prefix}_zero_point").reshape(-1)
                     zero = value.astype(np.int64) + (middle(q) if value.dtype == np.int8 else 0)
                     same &= np.array_equal(zero, q.zero_point.numpy().reshape(-1))
+                if q.columns is not None:
+                    columns = array(f"{prefix}_column_scale").astype(np.float32)
+                    same &= np.array_equal(columns.reshape(-1), q.columns.numpy().reshape(-1))
                 if q.codebook is not None:
                     same &= np.array_equal(array(f"{prefix}_codebook"), q.codebook.numpy())
             except KeyError as missing:

@@ -11,7 +11,7 @@ checkpoint's `(code − zero) · scale` bit for bit:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -162,6 +162,9 @@ def emit_qtensor(
     two_bits: bool = False,
 ) -> str:
     """Codes on their grid as float32 of `shape`; the codes are initializer `prefix + "_codes"`."""
+    if q.columns is not None:
+        value = emit_qtensor(parts, prefix, replace(q, columns=None), shape, "", form, two_bits)
+        return emit_columns(parts, prefix, q, shape, value, output)
     scale, zero = grid_arrays(q, shape)
     if q.codebook is not None:
         codes = emit_codes(parts, prefix, q, shape, adapter_form(form), two_bits, "INT32")
@@ -178,6 +181,18 @@ def emit_qtensor(
     if q.fraction:
         zero_name = parts.node("Mul", [zero_name, parts.constant(np.array(2.0**-q.fraction, np.float32))])
     return parts.node("Mul", [parts.node("Sub", [codes, zero_name]), scaled], output)
+
+
+def emit_columns(parts: Parts, prefix: str, q: QTensor, shape: tuple[int, ...], value: str, output: str) -> str:
+    """`value` times the column scales, which are stored as float16: no narrower type is known to all runtimes."""
+    assert q.columns is not None
+    groups, _, channels = q.columns.shape
+    dims = (groups, 1, channels, 1)
+    stored = parts.array(f"{prefix}_column_scale", q.columns.numpy().astype(np.float16).reshape(dims))
+    factors = parts.node("Cast", [stored], to=_type("FLOAT"))
+    split = (groups, q.codes.shape[1], channels, q.codes.shape[2] // channels)
+    scaled = parts.node("Mul", [parts.node("Reshape", [value, _shape(parts, split)]), factors])
+    return parts.node("Reshape", [scaled, _shape(parts, shape)], output)
 
 
 def emit_dequantize(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,6 +32,7 @@ from coraq.api import (
     Task,
     mse_grid,
     set_grid,
+    spread_columns,
 )
 from coraq.core.newton import Model
 from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at
@@ -390,7 +391,10 @@ class Unit:
         moments = self.data.moments(self.config.batch)
         for view in self.views:
             fraction = scheme.fraction(view.bits)
-            grid = mse_grid(view.weight, view.bits, scheme.symmetric, scheme.granularity, NORM, fraction=fraction)
+            columns = view.columns(scheme)
+            scaled = view.weight if columns is None else view.weight / spread_columns(columns, view.shape[2])
+            grid = mse_grid(scaled, view.bits, scheme.symmetric, scheme.granularity, NORM, fraction=fraction)
+            grid = replace(grid, columns=columns)
             codes, bias = grid.codes(view.weight), _bias_of(view)
             if scheme.bias != "keep":
                 rest = (view.weight - grid.values(codes)).double()

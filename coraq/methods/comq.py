@@ -10,6 +10,7 @@ undoes half of what earlier ones lost (`correction`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from coraq.api import (
@@ -102,7 +103,8 @@ class COMQ:
     def solve(self, layer: LayerView, squares: LeastSquares, scheme: Scheme) -> tuple[QuantizedLayer, dict[str, float]]:
         """Codes and scales for one layer, and its output errors relative to the output's energy, by the shrunk Gram."""
         config = self.config
-        squares = squares.shrunk(config.shrinkage)
+        columns = layer.columns(scheme)
+        squares = squares.scaled(columns).shrunk(config.shrinkage)
         weight, bits, symmetric = squares.weight, layer.bits, scheme.symmetric
         order: Order = "common" if config.order == "common" else "cyclic"
         problem = prepare(weight, squares.gram, order, rows=squares.rows)
@@ -125,7 +127,7 @@ class COMQ:
             best = best.better(baseline)
         energy = max(float(problem.energy().sum()), 1e-30)
         metrics = {"error": float(best.error.sum()) / energy, "rtn_error": float(baseline.error.sum()) / energy}
-        return QuantizedLayer(pack(problem, best, grid)), metrics
+        return QuantizedLayer(replace(pack(problem, best, grid), columns=columns)), metrics
 
     def _start(self, problem: Problem, squares: LeastSquares, grid: Grid) -> Rounding:
         """Where the descent begins: the best of the candidate ranges, each rounded as `start` says."""

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from coraq.api import Field, Grid, MethodConfig, QuantizedLayer, Scheme, Task, minmax_grid, mse_grid, sigma_grid
+from coraq.api import (
+    Field,
+    Grid,
+    MethodConfig,
+    QuantizedLayer,
+    Scheme,
+    Task,
+    minmax_grid,
+    mse_grid,
+    sigma_grid,
+    spread_columns,
+)
 
 
 class RoundToNearest:
@@ -32,7 +44,9 @@ class RoundToNearest:
 
     def quantize(self, task: Task) -> None:
         for layer in task.layers:
-            grid = self.grid(layer.weight, layer.bits, task.scheme)
+            columns = layer.columns(task.scheme)
+            weight = layer.weight if columns is None else layer.weight / spread_columns(columns, layer.shape[2])
+            grid = replace(self.grid(weight, layer.bits, task.scheme), columns=columns)
             task.commit(layer.name, QuantizedLayer(grid.pack(grid.codes(layer.weight))))
 
     def grid(self, weight: Tensor, bits: int, scheme: Scheme) -> Grid:

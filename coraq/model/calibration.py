@@ -325,6 +325,8 @@ class CalibrationTask(LayerByLayer):
             layer.check(view.shape)
         except (ValueError, TypeError, AttributeError) as error:  # what is no tensor has no shape
             raise MethodError(f"{self.method}: its result for layer {name} is invalid: {error}") from None
+        if layer.weight.columns is None and self.scheme.scales_columns(layer.weight.bits, view.channels):
+            raise MethodError(f"{self.method} knows no column scales: leave out --column-scale")
         layer = self._settle(view, replace(layer, input=self._input_grid(name, layer)))
         numbers: Metrics = {**self._measure(view, layer), **metrics}
         errors = (numbers.get(key, 0.0) for key in ("input_error", "output_error"))

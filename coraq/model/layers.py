@@ -11,6 +11,8 @@ from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
 from torch.nn import functional
 
+from coraq.config import Scheme
+from coraq.core.columns import column_scales
 from coraq.core.patches import Geometry
 
 QUANTIZABLE = (nn.Conv2d, nn.Conv1d, nn.Linear)
@@ -46,6 +48,21 @@ class LayerView:
     def shape(self) -> tuple[int, int, int]:
         groups, out, inputs = self.weight.shape
         return groups, out, inputs
+
+    @property
+    def channels(self) -> int:
+        """Input channels of a group."""
+        return self.weight.shape[2] // (self.kernel[0] * self.kernel[1])
+
+    def columns(self, scheme: Scheme, weight: Tensor | None = None) -> Tensor | None:
+        """Column scales as the Scheme says, float32 [groups, 1, channels], or None.
+
+        Args:
+            weight: that codes are made for, if not the layer's.
+        """
+        if not scheme.scales_columns(self.bits, self.channels):
+            return None
+        return column_scales(self.weight if weight is None else weight, self.kernel[0] * self.kernel[1])
 
     def summary(self) -> dict[str, Any]:
         """The layer as plain values, without its tensors."""

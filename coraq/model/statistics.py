@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from coraq.core.columns import spread_columns
 from coraq.core.gram import GramAccumulator, Moments, exact_cost, sampled_cost, shrunk
 from coraq.core.patches import Geometry, MeanAccumulator
 from coraq.core.sampling import (
@@ -63,6 +64,15 @@ class LeastSquares:
         if not share or self.count is None:
             return self
         return replace(self, gram=shrunk(self.gram, self.count, share))
+
+    def scaled(self, columns: Tensor | None) -> LeastSquares:
+        """The same problem with weights divided, and inputs multiplied, by column scales [groups, 1, channels]."""
+        if columns is None:
+            return self
+        factors = spread_columns(columns, self.weight.shape[2])
+        blocks = factors.reshape(len(self.gram), 1, -1).double()
+        rows = None if self.rows is None else self.rows * factors
+        return replace(self, weight=self.weight / factors, gram=self.gram * (blocks.mT * blocks), rows=rows)
 
     def split(self, weight: Tensor) -> Tensor:
         """[groups, out, in] as one matrix for each block of `gram`: [groups · blocks, out, in/blocks]."""
