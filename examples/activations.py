@@ -2,11 +2,11 @@
 
     python examples/activations.py [--assets ../shared/assets] [--networks a,b] [--methods rtn,comq,brecq,qdrop]
         [--bits 4/8,4/4,2/4] [--placement inputs] [--calib-size 256] [--calib-memory 5G] [--eval-size N]
-        [--zero-point quarter] [-o brecq.iterations=1000]
+        [--zero-point quarter] [--column-scale channel] [-o brecq.iterations=1000]
 
 Finished cells are reused (same run folder). Results go to examples/results/activations/NETWORK-METHOD-wBaB.json (the
-run's metrics.json; with another number of calibration images than 256, or finer zero points, it ends in that) and
-the table to examples/results/activations.md. `-o METHOD.KEY=VALUE` is passed to that method.
+run's metrics.json; with another number of calibration images than 256, finer zero points, or column scales, it ends
+in that) and the table to examples/results/activations.md. `-o METHOD.KEY=VALUE` is passed to that method.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ NETWORKS: dict[str, list[str]] = {
     "resnet18_cifar10": ["--data-dir", "{assets}/cifar10", "--split", "test", "--calib-split", "train"],
 }
 USUAL = 256  # calibration images
-COLUMNS = ["network", "method", "W/A", "zero point", "placement", "float top-1 %", "quantized top-1 %"]
-COLUMNS += ["difference, points", "KL nats", "logit SQNR dB", "steps", "calibration images", "s", "peak GB"]
+COLUMNS = ["network", "method", "W/A", "zero point", "column scale", "placement", "float top-1 %", "quantized top-1 %"]
+COLUMNS += ["difference, points", "KL nats", "file MB", "steps", "calibration images", "s", "peak GB"]
 
 
 def command(arguments: argparse.Namespace, network: str, method: str, weights: str, activations: str) -> list[str]:
@@ -41,6 +41,8 @@ def command(arguments: argparse.Namespace, network: str, method: str, weights: s
         line += ["--act-bits", activations, "--act-placement", arguments.placement]
     if arguments.zero_point != "auto":
         line += ["--zero-point", arguments.zero_point]
+    if arguments.column_scale != "none":
+        line += ["--column-scale", arguments.column_scale]
     if arguments.calib_memory:
         line += ["--calib-memory", arguments.calib_memory]
     if arguments.eval_size:
@@ -66,12 +68,13 @@ def row(network: str, result: dict[str, Any]) -> list[str]:
         result["method"],
         f"{scheme['bits']}/{scheme['act_bits'] or 32}",
         scheme.get("zero_point", "whole"),
+        scheme.get("column_scale", "none"),
         scheme["act_placement"] if scheme["act_bits"] else "–",
         f"{comparison['float_top1']['value_pct']:.2f}",
         f"{top1['value_pct']:.2f} [{top1['low_pct']:.1f}, {top1['high_pct']:.1f}]",
         f"{difference['points']:+.2f} [{difference['low_points']:+.1f}, {difference['high_points']:+.1f}]",
         f"{comparison['kl_nats']:.4f}",
-        f"{comparison['sqnr_db']:.1f}",
+        f"{result['size']['file_bytes'] / 1e6:.3f}",
         str(sum(units.values())) if units else "–",
         str(result["calibration"]["count"]),
         f"{'≥ ' if result.get('resumed_layers') else ''}{result['total_s']:.0f}",
@@ -87,6 +90,7 @@ def main() -> int:
     parser.add_argument("--bits", default="4/32,3/32,2/32,4/8,4/4,2/4", help="weight/activation bits; 32: float")
     parser.add_argument("--placement", default="inputs", choices=["inputs", "integer"])
     parser.add_argument("--zero-point", default="auto", choices=["auto", "whole", "half", "quarter", "eighth"])
+    parser.add_argument("--column-scale", default="none", choices=["none", "channel"])
     parser.add_argument("--calib-size", type=int, default=USUAL)
     parser.add_argument("--calib-memory", default=None, help="of a run, where several run at once")
     parser.add_argument("--eval-size", type=int, default=None)
@@ -108,7 +112,8 @@ def main() -> int:
                 place = "" if arguments.placement == "inputs" or activations == "32" else "-integer"
                 images = "" if arguments.calib_size == USUAL else f"-{arguments.calib_size}"
                 zero = "" if arguments.zero_point == "auto" else f"-{arguments.zero_point}"
-                name = f"{network}-{method}-w{weights}a{activations}{place}{images}{zero}.json"
+                columns = "-columns" if arguments.column_scale == "channel" else ""
+                name = f"{network}-{method}-w{weights}a{activations}{place}{images}{zero}{columns}.json"
                 (folder / name).write_text(json.dumps(result, indent=1) + "\n")
                 print(*row(network, result), sep=" | ", flush=True)
     write_table(folder)

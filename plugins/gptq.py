@@ -41,7 +41,7 @@ class GPTQ:
         make = mse_grid if self.config.grid == "mse" else minmax_grid
         for layer in task.layers:
             squares = task.least_squares(layer.name)
-            columns = layer.columns(scheme, squares.weight)
+            columns = layer.columns(scheme)
             squares = squares.scaled(columns)
             fraction = scheme.fraction(layer.bits, searched=self.config.grid == "mse")
             grid = make(squares.weight, layer.bits, scheme.symmetric, scheme.granularity, fraction=fraction)

@@ -51,7 +51,7 @@ class NHotPowersOfTwo:
         self, layer: LayerView, squares: LeastSquares, scheme: Scheme, feed_back: bool
     ) -> tuple[QuantizedLayer, float]:
         """Codes and scales for a layer, and the relative error."""
-        columns = layer.columns(scheme, squares.weight)
+        columns = layer.columns(scheme)
         squares = squares.scaled(columns)
         weight, gram = squares.weight, squares.gram
         table = powers_of_two(layer.bits, self.config.hot or max(1, min(4, layer.bits // 2)))

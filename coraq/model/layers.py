@@ -54,15 +54,11 @@ class LayerView:
         """Input channels of a group."""
         return self.weight.shape[2] // (self.kernel[0] * self.kernel[1])
 
-    def columns(self, scheme: Scheme, weight: Tensor | None = None) -> Tensor | None:
-        """Column scales as the Scheme says, float32 [groups, 1, channels], or None.
-
-        Args:
-            weight: that codes are made for, if not the layer's.
-        """
+    def columns(self, scheme: Scheme) -> Tensor | None:
+        """Column scales as the Scheme says, float32 [groups, 1, channels], or None."""
         if not scheme.scales_columns(self.bits, self.channels):
             return None
-        return column_scales(self.weight if weight is None else weight, self.kernel[0] * self.kernel[1])
+        return column_scales(self.weight, self.kernel[0] * self.kernel[1])
 
     def summary(self) -> dict[str, Any]:
         """The layer as plain values, without its tensors."""
