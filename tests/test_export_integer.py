@@ -26,7 +26,9 @@ from coraq.export.float_graph import Place
 from coraq.export.graph import Walk
 from coraq.export.integer import find_integer_layers, raise_scales
 from coraq.export.onnx_file import build_onnx
+from coraq.export.readback import inexact_layers
 from coraq.export.runtimes import OnnxRuntime, run_all
+from coraq.export.weights import Form
 from coraq.testing import random_images
 
 onnx = pytest.importorskip("onnx", reason="needs coraq[onnx]")
@@ -177,6 +179,20 @@ def test_adapters_between_grids_become_int8_at_load(tmp_path: Path) -> None:
     found = check(checkpoint, build_onnx(checkpoint))
     assert found.failures == []
     assert found.integer_convolutions == len(CONVOLUTIONS)
+
+
+@pytest.mark.parametrize("form", ["cast", "packed"])
+def test_column_scales_between_grids_become_int8_at_load(tmp_path: Path, form: Form) -> None:
+    checkpoint = checkpoint_of(tmp_path, column_scale="channel")
+    observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND))
+    export = build_onnx(checkpoint, form)
+    found = check(checkpoint, export)
+    assert found.failures == []
+    assert found.codes_exact
+    told = inexact_layers(checkpoint, export)
+    assert {name for name, what in told.items() if "column scales" in what} == {*CONVOLUTIONS[1:], "hidden"} - {
+        "depthwise"
+    }
 
 
 def test_a_codebook_between_grids_is_refused(tmp_path: Path) -> None:

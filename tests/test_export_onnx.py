@@ -122,6 +122,24 @@ def test_zero_points_between_codes_stay_there_but_for_dequantize_linear(
     assert not any(WIDER in note for note in plain.notes)
 
 
+@pytest.mark.parametrize(("wanted", "bits"), [("cast", 2), ("packed", 3), ("dq", 4)])
+def test_column_scales_come_back_from_the_file(tmp_path: Path, wanted: Form, bits: int) -> None:
+    checkpoint = checkpoint_of(tmp_path, bits, awkward=True, column_scale="channel")
+    export = build_onnx(checkpoint, wanted)
+    onnx.checker.check_model(onnx.load_from_string(export.content), full_check=True)
+    found = check(checkpoint, export)
+    assert found.failures == []
+    assert found.codes_exact
+    assert found.weights_exact
+    model = onnx.load_from_string(export.content)
+    (scales,) = (i for i in model.graph.initializer if i.name == "dense.weight_column_scale")
+    changed = 2 * onnx.numpy_helper.to_array(scales)
+    scales.CopyFrom(onnx.numpy_helper.from_array(changed, scales.name))
+    wrong = check(checkpoint, export, model.SerializeToString())
+    assert not wrong.codes_exact
+    assert not wrong.weights_exact
+
+
 def of_every_width(folder: Path, symmetric: bool) -> Checkpoint:
     """The small network's seven layers at 2, 3, … 8 bits."""
     checkpoint = checkpoint_of(folder, 8, symmetric)

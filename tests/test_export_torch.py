@@ -45,6 +45,18 @@ def test_a_pt2_file_holds_zero_points_between_codes(tmp_path: Path) -> None:
         assert torch.equal(open_pt2(Path(result.path).read_bytes())(images), checkpoint.module(images))
 
 
+def test_a_pt2_file_holds_column_scales(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path, 2, column_scale="channel")
+    result = export_checkpoint(checkpoint, Request(format="pt2"), tensor_images(random_images(8)))
+    assert result.verified
+    opened = open_pt2(Path(result.path).read_bytes())
+    images = random_images(5, seed=3)
+    with torch.no_grad():
+        assert torch.equal(opened(images), checkpoint.module(images))
+    opened.get_buffer("dense.parametrizations.weight.0.codes.columns")[0, 0, 0] *= 2
+    assert not codes_exact(checkpoint, opened)
+
+
 def test_a_pt2_file_opens_without_timm_and_coraq(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path)
     path = tmp_path / "model.pt2"

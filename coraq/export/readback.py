@@ -34,8 +34,9 @@ def inexact_layers(checkpoint: Checkpoint, export: OnnxExport) -> dict[str, str]
     found: dict[str, str] = {}
     for name, layer in checkpoint.layers.items():
         if is_int8(export, name, layer):
-            columns = "" if layer.weight.columns is None else ", column scales"
-            what = f"codes{columns}" if layer.adapter is None else f"codes{columns} and adapter"
+            extra = [] if layer.weight.columns is None else ["column scales"]
+            extra += [] if layer.adapter is None else ["adapter"]
+            what = " and ".join(["codes", *extra])
             found[name] = f"{what} rounded to symmetric 8 bits at load"
         elif layer.adapter is not None:
             found[name] = f"adapter multiplied out by the runtime, within {ADAPTER_TOLERANCE:.0e}"
