@@ -26,7 +26,7 @@ from coraq.export.float_graph import Place
 from coraq.export.graph import Walk
 from coraq.export.integer import find_integer_layers, raise_scales
 from coraq.export.onnx_file import build_onnx
-from coraq.export.readback import inexact_layers
+from coraq.export.readback import as_written, inexact_layers
 from coraq.export.runtimes import OnnxRuntime, run_all
 from coraq.export.weights import Form
 from coraq.testing import random_images
@@ -183,16 +183,24 @@ def test_adapters_between_grids_become_int8_at_load(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["cast", "packed"])
 def test_column_scales_between_grids_become_int8_at_load(tmp_path: Path, form: Form) -> None:
-    checkpoint = checkpoint_of(tmp_path, column_scale="channel")
+    """And their codes stay as narrow as they are, with zero points between them."""
+    checkpoint = checkpoint_of(tmp_path, 2, column_scale="channel", zero_point="quarter")
     observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND))
     export = build_onnx(checkpoint, form)
     found = check(checkpoint, export)
     assert found.failures == []
     assert found.codes_exact
     told = inexact_layers(checkpoint, export)
-    assert {name for name, what in told.items() if "column scales" in what} == {*CONVOLUTIONS[1:], "hidden"} - {
-        "depthwise"
+    assert {name for name, what in told.items() if "column scales" in what} == {
+        "grouped",
+        "pointwise",
+        "dense",
+        "hidden",
     }
+    written = as_written(checkpoint, export).layers
+    assert {name: written[name].weight.bits for name in ("dense", "depthwise")} == {"dense": 2, "depthwise": 4}
+    (codes,) = (i for i in onnx.load_from_string(export.content).graph.initializer if i.name == "dense.weight_codes")
+    assert len(codes.raw_data) == written["dense"].weight.codes.numel() * 2 // 8
 
 
 def test_a_codebook_between_grids_is_refused(tmp_path: Path) -> None:

@@ -110,8 +110,12 @@ def adapter_form(form: Form) -> Form:
 
 
 def as_stored(layer: QuantizedLayer, integer: bool, form: Form) -> QuantizedLayer:
-    """The layer as the file holds it: integer kernels and DequantizeLinear know no zero points between codes."""
-    return layer.whole() if integer or form == "dq" else layer
+    """The layer as the file holds it: integer kernels and DequantizeLinear know no zero points between codes.
+
+    Where a kernel's weights are made of codes and something else at load, the codes can stay as they are.
+    """
+    made = integer and form != "dq" and (layer.adapter is not None or layer.weight.columns is not None)
+    return layer.whole() if (integer or form == "dq") and not made else layer
 
 
 def emit_weight(
