@@ -172,6 +172,21 @@ def test_a_plan_that_promises_less_than_its_own_error_is_not_taken(monkeypatch: 
     assert extra_bytes(more, base) > 0
 
 
+@pytest.mark.parametrize(
+    ("last_bits", "zero_point", "fraction"), [(8, "auto", 0), (2, "auto", 2), (8, "quarter", 2), (2, "whole", 0)]
+)
+def test_a_classifier_that_a_plan_gives_two_bits_keeps_its_zero_point_at_a_code(
+    last_bits: int, zero_point: Any, fraction: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user says where it lies; a classifier that has two bits anyway is the base's."""
+    one = task(scheme=Scheme(bits=2, last_bits=last_bits, zero_point=zero_point))
+    last = one.layers[-1].name
+    monkeypatch.setattr(CoRa, "_plan", lambda self, task: {layer.name: [2, 0] for layer in task.layers})
+    found = {name: layer.weight.fraction for name, layer in run(one, CoRa).items()}
+    assert found.pop(last) == fraction
+    assert set(found.values()) == {0 if zero_point == "whole" else 2}
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "up"])
 def test_the_search_logs_its_loss_and_budget_and_whole_ranks_hold_it(rounding: str) -> None:
     sink = ListSink()
