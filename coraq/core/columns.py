@@ -13,7 +13,7 @@ from torch import Tensor
 
 STORED = torch.float8_e4m3fn
 LEAST, MOST = 2.0**-6, 256.0  # normal numbers of that type
-ROUNDS = 8  # of Sinkhorn's iteration; from here on nothing moves
+ROUNDS = 8  # of Sinkhorn's iteration: what still moves then are channels that are all but dead
 DEAD = 1e-6  # rows and columns with less than this share of the root mean square are none
 
 
