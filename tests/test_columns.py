@@ -84,6 +84,14 @@ def test_dead_and_extreme_channels_have_factors_that_can_be_stored() -> None:
         QTensor(torch.zeros_like(value, dtype=torch.uint8), torch.ones(1, 1, 1), 2, columns=found).check(value.shape)
 
 
+def test_channels_that_are_all_but_dead_do_not_level_the_others() -> None:
+    signs = torch.randn(1, 24, 8).sign()
+    columns = torch.tensor([0.25, 1, 4, 1e-5, 1e-5, 1e-5, 1e-5, 1e-5]).reshape(1, 1, 8)
+    found = column_scales(signs * columns, 1)
+    assert torch.equal(found[..., :3], torch.tensor([[[16.0, 64, 256]]]))
+    assert torch.equal(found[..., 3:], torch.full((1, 1, 5), LEAST))
+
+
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_a_scaled_problem_is_the_same_problem(blocks: int) -> None:
     weight, channels = uneven((2, 5, 18), 3)

@@ -21,7 +21,8 @@ def column_scales(weight: Tensor, taps: int) -> Tensor:
     """Factors of the input channels of a weight [groups, out, channels · taps]: float32 [groups, 1, channels].
 
     Divided by them, and by a scale for each output channel, all rows and columns of the weight have the same root mean
-    square, as nearly as 8 bits say it. The geometric mean of each group's factors is about 1.
+    square, as nearly as 8 bits say it. The geometric mean of each group's factors is about 1, or less where channels
+    that are all but dead would else push the others' beyond what can be stored.
     """
     square = weight.double().unflatten(2, (-1, taps)).square().mean(3)
     square = square / square.mean((1, 2), keepdim=True).clamp(min=1e-300)
@@ -33,6 +34,7 @@ def column_scales(weight: Tensor, taps: int) -> Tensor:
         factor = factor * torch.where(columns > DEAD**2, columns, 1.0)
     factor = factor.sqrt()
     factor = factor / factor.log().mean(2, keepdim=True).exp()
+    factor = factor / (factor.amax(2, keepdim=True) / MOST).clamp(min=1)
     return rounded(factor)
 
 
