@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from coraq.config import Frozen, LayerScheme, Scheme
 from coraq.core.allocate import Choice, allocate
 from coraq.core.alternate import alternate
-from coraq.core.columns import spread_columns
+from coraq.core.columns import divided
 from coraq.core.cutoffs import SearchLayer, search_cutoffs
 from coraq.core.grid import Grid, best_shrink, grid_from_range, minmax_grid, mse_grid, sigma_grid
 from coraq.core.lowrank import Directions, adapter, adapter_bytes, can_pay, directions, low_rank
@@ -78,6 +78,7 @@ __all__ = [
     "best_shrink",
     "can_pay",
     "directions",
+    "divided",
     "grid_from_range",
     "kl_of_errors",
     "low_rank",
@@ -86,7 +87,6 @@ __all__ = [
     "search_cutoffs",
     "set_grid",
     "sigma_grid",
-    "spread_columns",
     "stored_bytes",
 ]
 

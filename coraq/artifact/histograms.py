@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from coraq.artifact.files import write_atomic
-from coraq.core.columns import spread_columns
+from coraq.core.columns import divided
 from coraq.core.tensors import QuantizedLayer
 from coraq.plainfiles import read_plain
 from coraq.results import WeightHistogram
@@ -28,8 +28,7 @@ def weight_histogram(name: str, weight: Tensor, layer: QuantizedLayer) -> Weight
     q = layer.weight
     rest = weight if layer.adapter is None else weight - layer.adapter.dequantize()
     scale = torch.where(q.scale == 0, torch.ones_like(q.scale), q.scale)
-    if q.columns is not None:
-        rest = rest / spread_columns(q.columns, rest.shape[2])
+    rest = divided(rest, q.columns)
     if q.codebook is not None:
         levels = q.codebook.double()
         position = (rest / scale).double()

@@ -46,3 +46,21 @@ def rounded(factors: Tensor) -> Tensor:
 def spread_columns(columns: Tensor, inputs: int) -> Tensor:
     """Factors [groups, 1, channels] for each of so many inputs, channels before taps: [groups, 1, inputs]."""
     return columns.repeat_interleave(inputs // columns.shape[2], 2)
+
+
+def divided(weight: Tensor, columns: Tensor | None) -> Tensor:
+    """A weight [groups, out, in] without its factors, if there are any: what codes are chosen for."""
+    return weight if columns is None else weight / spread_columns(columns, weight.shape[2])
+
+
+def multiplied(weight: Tensor, columns: Tensor | None) -> Tensor:
+    """The inverse of `divided`; so are inputs [groups, rows, in] scaled where their weight is divided."""
+    return weight if columns is None else weight * spread_columns(columns, weight.shape[2])
+
+
+def gram_for_divided(gram: Tensor, columns: Tensor | None) -> Tensor:
+    """The Gram of inputs that are `multiplied`; it may be in blocks: [groups · blocks, in/blocks, in/blocks]."""
+    if columns is None:
+        return gram
+    factors = spread_columns(columns, gram.shape[0] // columns.shape[0] * gram.shape[2]).reshape(len(gram), 1, -1)
+    return gram * (factors.mT * factors)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from coraq.core.columns import spread_columns
+from coraq.core.columns import divided, multiplied
 from coraq.core.tensors import QTensor
 
 TINY = 1e-30  # a range below this is no range: its reciprocal would leave float32
@@ -53,16 +53,10 @@ class Grid:
     def position(self, weight: Tensor) -> Tensor:
         """Where a weight lies, in codes that are not rounded."""
         safe = torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
-        return (weight if self.columns is None else weight / self.factors(weight.shape[2])) / safe + self.zero
-
-    def factors(self, inputs: int) -> Tensor:
-        """`columns` for each input: [groups, 1, inputs]."""
-        assert self.columns is not None
-        return spread_columns(self.columns, inputs)
+        return divided(weight, self.columns) / safe + self.zero
 
     def values(self, codes: Tensor) -> Tensor:
-        values = (codes - self.zero) * self.scale
-        return values if self.columns is None else values * self.factors(values.shape[2])
+        return multiplied((codes - self.zero) * self.scale, self.columns)
 
     def round(self, weight: Tensor) -> Tensor:
         """The nearest levels to `weight`."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from coraq.core.columns import divided, gram_for_divided
 from coraq.core.gram import Moments, regress, shrunk
 from coraq.core.grid import Grid
 from coraq.core.rounding import Rounding, descend, prepare, reassess
@@ -80,11 +81,7 @@ class Model:
         groups, out, _ = codes.shape
         now = grid.values(codes)
         target = (now.double() + self.step / damping).to(now.dtype)
-        gram = self.gram
-        if grid.columns is not None:
-            factors = grid.factors(codes.shape[2])
-            target, gram = target / factors, gram * (factors.mT * factors)
-        problem = prepare(target, gram)
+        problem = prepare(divided(target, grid.columns), gram_for_divided(self.gram, grid.columns))
         order = problem.order.unsqueeze(1).expand_as(codes)
         levels = (codes - grid.zero).gather(2, order).mT.contiguous()
         low, high = ((bound - grid.zero).mT.to(now.dtype).contiguous() for bound in (0, grid.top))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from coraq.core.columns import rounded, spread_columns
+from coraq.core.columns import multiplied, rounded
 
 MAX_CORE_BITS = 16  # the numerics work up to here, so that tests can approach the float limit
 
@@ -53,7 +53,7 @@ class QTensor:
             weight = self.codebook[self.codes.long()] * self.scale
         else:
             weight = (self.codes.float() - self.zero) * self.scale
-        return weight if self.columns is None else weight * spread_columns(self.columns, weight.shape[2])
+        return multiplied(weight, self.columns)
 
     def whole(self) -> QTensor:
         """The same weight, bit for bit, with a zero point that is a code: of `bits + fraction` bits.

@@ -33,6 +33,7 @@ from coraq.export.weights import (
     emit_codes,
     emit_qtensor,
     is_centred,
+    made_at_load,
     middle,
     signed_codes,
     typed_bits,
@@ -198,7 +199,7 @@ def is_rounded(q: QuantizedLayer, form: Form) -> bool:
 
     With an adapter or column scales, or where codes less their own zero point are no int8 (affine codes of 8 bits).
     """
-    if q.adapter is not None or q.weight.columns is not None:
+    if made_at_load(q):
         return True
     if form == "dq" or not zeros_differ(q.weight):
         return False

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from coraq.artifact import Checkpoint
-from coraq.core.columns import spread_columns
+from coraq.core.columns import multiplied
 from coraq.core.tensors import QTensor
 from coraq.errors import CoraqError
 from coraq.export.float_graph import quiet
@@ -56,9 +56,7 @@ class Codes(nn.Module):
         else:
             zero = float(2 ** (self.bits - 1)) if self.zero_point is None else self.zero_point.float() / self.steps
             weight = (codes.float() - zero) * self.scale
-        if self.columns is None:
-            return weight
-        return weight * spread_columns(self.columns, self.shape[2])  # type: ignore[arg-type, operator]
+        return multiplied(weight, self.columns)  # type: ignore[arg-type]
 
 
 class Unpack(nn.Module):

@@ -114,8 +114,13 @@ def as_stored(layer: QuantizedLayer, integer: bool, form: Form) -> QuantizedLaye
 
     Where a kernel's weights are made of codes and something else at load, the codes can stay as they are.
     """
-    made = integer and form != "dq" and (layer.adapter is not None or layer.weight.columns is not None)
+    made = integer and form != "dq" and made_at_load(layer)
     return layer.whole() if (integer or form == "dq") and not made else layer
+
+
+def made_at_load(layer: QuantizedLayer) -> bool:
+    """Whether an integer kernel's weights must be made of the codes and something else."""
+    return layer.adapter is not None or layer.weight.columns is not None
 
 
 def emit_weight(

@@ -30,9 +30,9 @@ from coraq.api import (
     MethodConfig,
     QuantizedLayer,
     Task,
+    divided,
     mse_grid,
     set_grid,
-    spread_columns,
 )
 from coraq.core.newton import Model
 from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at
@@ -392,8 +392,8 @@ class Unit:
         for view in self.views:
             fraction = scheme.fraction(view.bits)
             columns = view.columns(scheme)
-            scaled = view.weight if columns is None else view.weight / spread_columns(columns, view.shape[2])
-            grid = mse_grid(scaled, view.bits, scheme.symmetric, scheme.granularity, NORM, fraction=fraction)
+            weight = divided(view.weight, columns)
+            grid = mse_grid(weight, view.bits, scheme.symmetric, scheme.granularity, NORM, fraction=fraction)
             grid = replace(grid, columns=columns)
             codes, bias = grid.codes(view.weight), _bias_of(view)
             if scheme.bias != "keep":

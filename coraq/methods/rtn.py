@@ -14,10 +14,10 @@ from coraq.api import (
     QuantizedLayer,
     Scheme,
     Task,
+    divided,
     minmax_grid,
     mse_grid,
     sigma_grid,
-    spread_columns,
 )
 
 
@@ -45,8 +45,7 @@ class RoundToNearest:
     def quantize(self, task: Task) -> None:
         for layer in task.layers:
             columns = layer.columns(task.scheme)
-            weight = layer.weight if columns is None else layer.weight / spread_columns(columns, layer.shape[2])
-            grid = replace(self.grid(weight, layer.bits, task.scheme), columns=columns)
+            grid = replace(self.grid(divided(layer.weight, columns), layer.bits, task.scheme), columns=columns)
             task.commit(layer.name, QuantizedLayer(grid.pack(grid.codes(layer.weight))))
 
     def grid(self, weight: Tensor, bits: int, scheme: Scheme) -> Grid:

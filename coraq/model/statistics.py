@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from coraq.core.columns import spread_columns
+from coraq.core.columns import divided, gram_for_divided, multiplied
 from coraq.core.gram import GramAccumulator, Moments, exact_cost, sampled_cost, shrunk
 from coraq.core.patches import Geometry, MeanAccumulator
 from coraq.core.sampling import (
@@ -69,10 +69,9 @@ class LeastSquares:
         """The same problem with weights divided, and inputs multiplied, by column scales [groups, 1, channels]."""
         if columns is None:
             return self
-        factors = spread_columns(columns, self.weight.shape[2])
-        blocks = factors.reshape(len(self.gram), 1, -1).double()
-        rows = None if self.rows is None else self.rows * factors
-        return replace(self, weight=self.weight / factors, gram=self.gram * (blocks.mT * blocks), rows=rows)
+        rows = None if self.rows is None else multiplied(self.rows, columns)
+        gram = gram_for_divided(self.gram, columns)
+        return replace(self, weight=divided(self.weight, columns), gram=gram, rows=rows)
 
     def split(self, weight: Tensor) -> Tensor:
         """[groups, out, in] as one matrix for each block of `gram`: [groups · blocks, out, in/blocks]."""
