@@ -259,8 +259,10 @@ def test_a_method_that_knows_none_is_told_so(monkeypatch: pytest.MonkeyPatch) ->
             task.commit(layer.name, QuantizedLayer(grid.pack(grid.codes(layer.weight))))
 
     monkeypatch.setattr(RoundToNearest, "quantize", ignores)
-    with pytest.raises(MethodError, match="knows no column scales"):
+    with pytest.raises(CoraqError, match="knows no column scales") as found:
         coraq.quantize(small_network(), "rtn", data=random_images(8), scheme=CHANNEL)
+    assert found.value.hint.startswith("Leave out --column-scale")
+    assert not isinstance(found.value, MethodError)  # which would send the user to the method's author
 
 
 def test_a_run_without_them_keeps_its_folder_s_name() -> None:

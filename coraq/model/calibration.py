@@ -326,7 +326,10 @@ class CalibrationTask(LayerByLayer):
         except (ValueError, TypeError, AttributeError) as error:  # what is no tensor has no shape
             raise MethodError(f"{self.method}: its result for layer {name} is invalid: {error}") from None
         if layer.weight.columns is None and self.scheme.scales_columns(layer.weight.bits, view.channels):
-            raise MethodError(f"{self.method} knows no column scales: leave out --column-scale")
+            raise CoraqError(
+                f"{self.method} knows no column scales",
+                "Leave out --column-scale, or take a method that has them, such as comq.",
+            )
         layer = self._settle(view, replace(layer, input=self._input_grid(name, layer)))
         numbers: Metrics = {**self._measure(view, layer), **metrics}
         errors = (numbers.get(key, 0.0) for key in ("input_error", "output_error"))
