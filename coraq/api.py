@@ -106,6 +106,10 @@ class MethodConfig(Frozen):
         chosen = values.get("preset") if isinstance(values, dict) else None
         return {**cls.presets[chosen], **values} if isinstance(chosen, str) and chosen in cls.presets else values
 
+    def column_scales(self) -> bool:
+        """Whether a scheme that leaves column scales to the method (`auto`) has them: where they measure better."""
+        return False
+
     def bases(self) -> Sequence[str]:
         """Other methods that these options use (`Task.codes`); their versions are part of the run's identity."""
         return ()

@@ -60,10 +60,11 @@ class Scheme(Frozen):
         "byte; auto: in quarters at 2 bits where a grid's range is searched, else whole. Integer kernels take whole "
         "ones only: exports for them store 1, 2 or 3 bits more a code",
     )
-    column_scale: Literal["none", "channel"] = Field(
-        default="none",
-        description="a second scale, for every input channel of a weight of at most 4 bits (channel): one byte each. "
-        "Integer kernels know none: exports for them round such weights to 8 bits",
+    column_scale: Literal["auto", "none", "channel"] = Field(
+        default="auto",
+        description="a second scale, for every input channel of a weight of at most 4 bits (channel): one byte each; "
+        "auto: for affine grids per channel with float activations, by methods that do better with it. Integer "
+        "kernels know none: exports for them round such weights to 8 bits",
     )
     bias: Literal["float", "layer", "keep"] = Field(
         default="float",
@@ -153,10 +154,22 @@ class Scheme(Frozen):
             return FRACTIONS["quarter"] if bits == 2 and searched else 0
         return min(FRACTIONS[self.zero_point], MAX_BITS - bits)
 
+    def settled(self, column_scales: bool) -> Scheme:
+        """The scheme with what is left to the method decided.
+
+        Args:
+            column_scales: whether the method does better with them (`MethodConfig.column_scales`).
+        """
+        if self.column_scale != "auto":
+            return self
+        suits = self.act_bits is None and self.granularity == "channel" and not self.symmetric
+        return self.model_copy(update={"column_scale": "channel" if column_scales and suits else "none"})
+
     def scales_columns(self, bits: int, channels: int) -> bool:
         """Whether a weight with codes of so many bits and so many input channels in a group has column scales.
 
         With one channel a group (depthwise) the scale of the output channel says as much. At 8 bits nothing is gained.
+        An `auto` that is not `settled` has none.
         """
         return self.column_scale == "channel" and bits <= COLUMN_BITS and channels > 1
 
@@ -173,7 +186,7 @@ class Scheme(Frozen):
         edges = f"first/last layer {self.first_bits or self.bits}/{self.last_bits or self.bits} bits"
         zero = "" if self.symmetric else f", zero point {self.zero_point}"
         grid = f"{'symmetric' if self.symmetric else 'affine'} per {self.granularity}{zero}"
-        grid += ", column scales" if self.column_scale == "channel" else ""
+        grid += {"auto": ", column scales auto", "channel": ", column scales", "none": ""}[self.column_scale]
         extra = f", {len(self.overrides)} overrides" if self.overrides else ""
         return (
             f"W{self.bits}A{self.act_bits or 32}, {edges}, {grid}, bias {self.bias}, gain {self.gain}, "

@@ -6,9 +6,9 @@ Infinite values (the SQNR of an unchanged layer) are written to JSON as the stri
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from coraq.config import RunConfig
 
@@ -159,6 +159,14 @@ class RunResult(Result):
     layers: list[LayerResult] = Field(description="in execution order")
     notes: list[str] = Field(default_factory=list, description="fallbacks taken and other things to know")
     run_dir: str
+
+    @field_validator("config", mode="before")
+    @classmethod
+    def _of_earlier(cls, config: Any) -> Any:
+        """What the command of a result that does not say it had, which is not what a command has now."""
+        if isinstance(config, dict) and isinstance(scheme := config.get("scheme"), dict):
+            return {**config, "scheme": {"zero_point": "whole", "column_scale": "none", **scheme}}
+        return config
 
     @property
     def best_comparison(self) -> Comparison | None:

@@ -32,6 +32,9 @@ class GPTQ:
             default=True, description="take nearest rounding for channels where it is better (not in the paper)"
         )
 
+        def column_scales(self) -> bool:
+            return True
+
     def __init__(self, config: Config) -> None:
         self.config = config
 

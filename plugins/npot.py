@@ -34,6 +34,9 @@ class NHotPowersOfTwo:
         candidates: int = Field(default=12, ge=1, description="scales tried per channel")
         sweeps: int = Field(default=4, ge=0, description="visits to every code after GPTQ's rounding (with data)")
 
+        def column_scales(self) -> bool:
+            return True
+
     def __init__(self, config: Config) -> None:
         self.config = config
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import coraq
 from coraq.api import LayerView, QTensor, QuantizedLayer
 from coraq.artifact import load_checkpoint
 from coraq.artifact.codec import decode, encode
+from coraq.cli.app import run
 from coraq.config import RunConfig, Scheme
 from coraq.core.columns import LEAST, MOST, column_scales, rounded, spread_columns
 from coraq.core.grid import Grid, mse_grid
@@ -23,6 +25,7 @@ from coraq.errors import CoraqError, MethodError
 from coraq.methods.comq import COMQ
 from coraq.methods.rtn import RoundToNearest
 from coraq.model.statistics import LeastSquares
+from coraq.results import RunResult
 from coraq.testing import random_images, small_network
 
 CHANNEL = Scheme(bits=2, column_scale="channel")
@@ -265,7 +268,59 @@ def test_a_method_that_knows_none_is_told_so(monkeypatch: pytest.MonkeyPatch) ->
     assert not isinstance(found.value, MethodError)  # which would send the user to the method's author
 
 
+def test_what_is_left_to_the_method_suits_it_and_the_scheme(tmp_path: Path) -> None:
+    """By default those have them that do better with them, and only where the grid and the activations suit."""
+
+    def columns(method: str, options: dict[str, Any] | None = None, **scheme: Any) -> bool:
+        path = tmp_path / "model.safetensors"
+        chosen = Scheme(bits=3, **scheme)
+        found = coraq.quantize(
+            small_network(), method, data=random_images(16), scheme=chosen, options=options, path=path
+        )
+        checkpoint = load_checkpoint(path)
+        held = {layer.weight.columns is not None for layer in checkpoint.layers.values()}
+        assert held != {True}  # 8-bit edges have none
+        assert ("column scales" in found.result.scheme_line) == (True in held)
+        assert checkpoint.info.scheme.column_scale == ("channel" if True in held else "none")
+        assert found.result.config.scheme == chosen  # what was asked for
+        return True in held
+
+    assert [columns(method) for method in ("comq", "gptq", "npot", "brecq")] == [True] * 4
+    assert not columns("rtn")
+    assert not columns("comq", {"preset": "paper"})
+    assert not columns("comq", symmetric=True)
+    assert not columns("comq", granularity="tensor", gain="keep")
+    assert not columns("comq", act_bits=8)
+    assert not columns("comq", column_scale="none")
+    assert columns("comq", act_bits=8, column_scale="channel")
+    assert columns("rtn", column_scale="channel")
+
+
+def test_left_to_the_method_is_the_same_run_as_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run's folder is named after what it does: comq's default is `channel`, rtn's `none`."""
+    for method, kind in (("comq", "channel"), ("rtn", "none")):
+        line = ["quantize", "demo", "--method", method, "--calib-size", "8", "--dry-run", "--json", "-O", str(tmp_path)]
+        found = []
+        for more in ([], ["--column-scale", kind], ["--column-scale", "channel" if kind == "none" else "none"]):
+            assert run([*line, *more]) == 0
+            found.append(json.loads(capsys.readouterr().out)["run_dir"])
+        assert found[0] == found[1] != found[2]
+
+
 def test_a_run_without_them_keeps_its_folder_s_name() -> None:
     digests = {RunConfig(model="demo", scheme=Scheme(column_scale=kind)).digest() for kind in ("none", "channel")}
     assert len(digests) == 2
-    assert RunConfig(model="demo", scheme=Scheme(column_scale="none")).digest() == RunConfig(model="demo").digest()
+    settled = Scheme().settled(False)
+    assert RunConfig(model="demo", scheme=settled).digest() in digests
+    assert settled == Scheme(column_scale="none") != Scheme().settled(True) == Scheme(column_scale="channel")
+
+
+def test_a_result_that_does_not_say_had_none() -> None:
+    """Results of before are read as what they were, not as what the same command does now."""
+    path = Path(__file__).parent.parent / "examples/results/accuracy/mobilenetv2_100-comq-w4.json"
+    content = json.loads(path.read_text())
+    for key in ("column_scale", "zero_point"):
+        content["config"]["scheme"].pop(key, None)
+    scheme = RunResult.model_validate_json(json.dumps(content)).config.scheme
+    assert (scheme.column_scale, scheme.zero_point) == ("none", "whole")
+    assert Scheme().column_scale == "auto"

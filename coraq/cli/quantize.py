@@ -86,7 +86,7 @@ def quantize(
         option(Scheme, "zero_point", "--zero-point", panel=SCHEME_PANEL),
     ] = SCHEME.zero_point,
     column_scale: Annotated[
-        Literal["none", "channel"], option(Scheme, "column_scale", "--column-scale", panel=SCHEME_PANEL)
+        Literal["auto", "none", "channel"], option(Scheme, "column_scale", "--column-scale", panel=SCHEME_PANEL)
     ] = SCHEME.column_scale,
     bias: Annotated[
         Literal["float", "layer", "keep"], option(Scheme, "bias", "--bias", panel=SCHEME_PANEL)

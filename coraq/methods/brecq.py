@@ -166,6 +166,9 @@ class BRECQ:
         )
         edges: bool = Field(default=False, description="learn units whose layers all have 8 bits, too")
 
+        def column_scales(self) -> bool:
+            return self.preset == "default"
+
         def bases(self) -> Sequence[str]:
             return () if self.start == "nearest" else (self.start,)
 

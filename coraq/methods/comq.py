@@ -91,6 +91,9 @@ class COMQ:
         tolerance: float = Field(default=1e-3, ge=0, lt=1, description="stop when a sweep gains less than this share")
         guard: bool = Field(default=True, description="take nearest rounding for channels where it is better")
 
+        def column_scales(self) -> bool:
+            return self.preset == "default"
+
     def __init__(self, config: Config) -> None:
         self.config = config
 

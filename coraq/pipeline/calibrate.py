@@ -34,7 +34,7 @@ def calibrate(
         task = CalibrationTask(
             prepared.teacher,
             prepared.found,
-            config.scheme,
+            prepared.scheme,
             batches,
             config.seed,
             _with_progress(sink, quantizing),

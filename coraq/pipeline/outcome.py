@@ -39,7 +39,7 @@ def checkpoint_info(prepared: Prepared, task: CalibrationTask) -> CheckpointInfo
         pretrained_cfg=prepared.float_model.pretrained_cfg,
         preprocess=prepared.preprocess.as_dict(),
         structure=prepared.found.structure,
-        scheme=config.scheme,
+        scheme=prepared.scheme,
         activations=task.activations,
         provenance={
             "coraq": coraq.__version__,
@@ -81,7 +81,7 @@ def run_result(
         method=config.method,
         method_version=prepared.method.version,
         method_source=prepared.method_source,
-        scheme_line=config.scheme.describe(),
+        scheme_line=prepared.scheme.describe(),
         calibration=CalibrationInfo(
             description=calibration.description,
             count=calibration.count - len(calibration.skipped),

@@ -36,8 +36,8 @@ def plan(config: RunConfig, *, runs_dir: Path, sink: Sink = null_sink) -> Plan:
     shared = Shared()
     shared.begin(sink)
     prepared = prepare(config, sink, shared)
-    folder = prepared.folder(runs_dir)
-    task = CalibrationTask(prepared.teacher, prepared.found, config.scheme, [], config.seed)
+    folder, scheme = prepared.folder(runs_dir), prepared.scheme
+    task = CalibrationTask(prepared.teacher, prepared.found, scheme, [], config.seed)
     views, options = task.all_layers, prepared.options
     units: dict[str, str] = {}
     if hasattr(options, "granularity"):  # a method that works on units: see coraq.api.Task.partition
@@ -45,15 +45,15 @@ def plan(config: RunConfig, *, runs_dir: Path, sink: Sink = null_sink) -> Plan:
             units |= dict.fromkeys(unit.layers, unit.module)
     committed = folder.committed()
     waiting = [view.name for view in views if view.name not in committed]
-    per_channel, zero_bytes = config.scheme.granularity == "channel", 0 if config.scheme.symmetric else 1
+    per_channel, zero_bytes = scheme.granularity == "channel", 0 if scheme.symmetric else 1
     codes = sum(stored_bytes(v.shape, v.bits, v.shape[0] * v.shape[1] if per_channel else 1, zero_bytes) for v in views)
-    codes += sum(v.shape[0] * v.channels for v in views if config.scheme.scales_columns(v.bits, v.channels))
+    codes += sum(v.shape[0] * v.channels for v in views if scheme.scales_columns(v.bits, v.channels))
     quantized = sum(v.weight.numel() for v in views)
     evaluation = prepared.images.evaluation
     return Plan(
         run_dir=str(folder.path),
         method=config.method,
-        scheme_line=config.scheme.describe(),
+        scheme_line=scheme.describe(),
         calibration=prepared.images.calibration.description,
         evaluation=None if evaluation is None else evaluation.description,
         layers=[v.summary() | ({"unit": units[v.name]} if units else {}) for v in views],

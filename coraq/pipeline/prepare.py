@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from coraq import registry
 from coraq.api import MethodConfig, Quantizer
 from coraq.artifact import RunFolder
-from coraq.config import DataConfig, RunConfig
+from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.data import Images, Preprocess, run_images
 from coraq.errors import CoraqError, UsageError
 from coraq.evaluate.accuracy import FloatLogits
@@ -42,6 +42,11 @@ class Prepared:
     logits: FloatLogits | None = None
 
     @property
+    def scheme(self) -> Scheme:
+        """The run's scheme with what it leaves to the method decided."""
+        return self.config.scheme.settled(self.options.column_scales())
+
+    @property
     def teacher(self) -> nn.Module:
         return self.float_model.module
 
@@ -51,7 +56,8 @@ class Prepared:
 
     def folder(self, runs_dir: Path) -> RunFolder:
         """Where the run lives: a name that people can read, and a hash of all that decides the result."""
-        config, calibration = self.config, self.images.calibration
+        config = self.config.model_copy(update={"scheme": self.scheme})
+        calibration = self.images.calibration
         versions = {f"{name}_version": registry.load(name).version for name in self.options.bases()}
         digest = config.digest(calibration=calibration.fingerprint, method_version=self.method.version, **versions)
         name = re.sub(r"[^A-Za-z0-9._]+", "-", Path(config.model.split(":")[-1]).name or config.model)
