@@ -107,7 +107,10 @@ class MethodConfig(Frozen):
         return {**cls.presets[chosen], **values} if isinstance(chosen, str) and chosen in cls.presets else values
 
     def column_scales(self) -> bool:
-        """Whether a scheme that leaves column scales to the method (`auto`) has them: where they measure better."""
+        """Whether a scheme that leaves column scales to the method (`auto`) has them: where they measure better.
+
+        The bases must say so, too.
+        """
         return False
 
     def bases(self) -> Sequence[str]:

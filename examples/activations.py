@@ -2,11 +2,12 @@
 
     python examples/activations.py [--assets ../shared/assets] [--networks a,b] [--methods rtn,comq,brecq,qdrop]
         [--bits 4/8,4/4,2/4] [--placement inputs] [--calib-size 256] [--calib-memory 5G] [--eval-size N]
-        [--zero-point quarter] [--column-scale channel] [-o brecq.iterations=1000]
+        [--zero-point quarter] [--column-scale none] [-o brecq.iterations=1000]
 
 Finished cells are reused (same run folder). Results go to examples/results/activations/NETWORK-METHOD-wBaB.json (the
-run's metrics.json; with another number of calibration images than 256, finer zero points, or column scales, it ends
-in that) and the table to examples/results/activations.md. `-o METHOD.KEY=VALUE` is passed to that method.
+run's metrics.json; with another number of calibration images than 256, finer zero points, or column scales asked for
+or refused, it ends in that) and the table to examples/results/activations.md. `-o METHOD.KEY=VALUE` is passed to that
+method.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def command(arguments: argparse.Namespace, network: str, method: str, weights: s
         line += ["--act-bits", activations, "--act-placement", arguments.placement]
     if arguments.zero_point != "auto":
         line += ["--zero-point", arguments.zero_point]
-    if arguments.column_scale != "none":
+    if arguments.column_scale != "auto":
         line += ["--column-scale", arguments.column_scale]
     if arguments.calib_memory:
         line += ["--calib-memory", arguments.calib_memory]
@@ -68,7 +69,7 @@ def row(network: str, result: dict[str, Any]) -> list[str]:
         result["method"],
         f"{scheme['bits']}/{scheme['act_bits'] or 32}",
         scheme.get("zero_point", "whole"),
-        scheme.get("column_scale", "none"),
+        "channel" if "column scales" in result["scheme_line"] else "none",
         scheme["act_placement"] if scheme["act_bits"] else "–",
         f"{comparison['float_top1']['value_pct']:.2f}",
         f"{top1['value_pct']:.2f} [{top1['low_pct']:.1f}, {top1['high_pct']:.1f}]",
@@ -90,7 +91,7 @@ def main() -> int:
     parser.add_argument("--bits", default="4/32,3/32,2/32,4/8,4/4,2/4", help="weight/activation bits; 32: float")
     parser.add_argument("--placement", default="inputs", choices=["inputs", "integer"])
     parser.add_argument("--zero-point", default="auto", choices=["auto", "whole", "half", "quarter", "eighth"])
-    parser.add_argument("--column-scale", default="none", choices=["none", "channel"])
+    parser.add_argument("--column-scale", default="auto", choices=["auto", "none", "channel"])
     parser.add_argument("--calib-size", type=int, default=USUAL)
     parser.add_argument("--calib-memory", default=None, help="of a run, where several run at once")
     parser.add_argument("--eval-size", type=int, default=None)
@@ -112,7 +113,7 @@ def main() -> int:
                 place = "" if arguments.placement == "inputs" or activations == "32" else "-integer"
                 images = "" if arguments.calib_size == USUAL else f"-{arguments.calib_size}"
                 zero = "" if arguments.zero_point == "auto" else f"-{arguments.zero_point}"
-                columns = "-columns" if arguments.column_scale == "channel" else ""
+                columns = {"auto": "", "none": "-no-columns", "channel": "-columns"}[arguments.column_scale]
                 name = f"{network}-{method}-w{weights}a{activations}{place}{images}{zero}{columns}.json"
                 (folder / name).write_text(json.dumps(result, indent=1) + "\n")
                 print(*row(network, result), sep=" | ", flush=True)

@@ -1,14 +1,15 @@
 """Every method on the real networks at equal bytes, and whether adapters pay: one `coraq compare` for each network.
 
     python examples/compare.py [--assets ../shared/assets] [--networks a,b] [--bits 4,3,2] [--calib-size 256]
-        [--groups same,more,search,blocks]
+        [--groups same,more,search,blocks,learned]
 
 The groups of methods:
 - same: the bytes of uniform codes. rtn, gptq, npot, comq, cora.
 - more: 0.05 bytes a weight more, spent on adapters in closed form (qera, cora with spend=ranks), on more bits for the
   most sensitive layers without adapters (the control, cora with edges=keep), or of all layers (cora).
 - search: the same bytes as `more`, for adapters of searched ranks (100 steps); and the paper's form.
-- blocks: the bytes of uniform codes again, block by block: brecq; qdrop, which learns roundings after it. Slow.
+- blocks: the bytes of uniform codes again, block by block: brecq.
+- learned: the same with roundings learned after that: qdrop. Slow.
 
 Finished cells are reused, so groups may be added one by one; rows of bits that were not asked for stay. Results:
 examples/results/compare/NETWORK/ (the comparison's compare.json, compare.csv and report.html, each number from a
@@ -39,7 +40,7 @@ MORE = [
 ]
 SEARCH = ["cora:budget=0.05:spend=ranks:edges=keep:iterations=100", "cora:preset=paper:iterations=100"]
 PLUGINS = Path(__file__).parent.parent / "plugins"
-GROUPS = {"same": SAME, "more": MORE, "search": SEARCH, "blocks": ["brecq", "qdrop"]}
+GROUPS = {"same": SAME, "more": MORE, "search": SEARCH, "blocks": ["brecq"], "learned": ["qdrop"]}
 IN_README = {
     "rtn": "rtn",
     "gptq": "gptq",

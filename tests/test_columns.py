@@ -285,8 +285,10 @@ def test_what_is_left_to_the_method_suits_it_and_the_scheme(tmp_path: Path) -> N
         assert found.result.config.scheme == chosen  # what was asked for
         return True in held
 
-    assert [columns(method) for method in ("comq", "gptq", "npot", "brecq")] == [True] * 4
-    assert not columns("rtn")
+    assert [columns(method) for method in METHODS] == [method != "rtn" for method in METHODS]
+    assert not columns("qera", {"base": "rtn"})  # which must want them, too
+    assert columns("qera", {"base": "gptq"})
+    assert not columns("cora", {"preset": "paper", "iterations": 1})
     assert not columns("comq", {"preset": "paper"})
     assert not columns("comq", symmetric=True)
     assert not columns("comq", granularity="tensor", gain="keep")

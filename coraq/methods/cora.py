@@ -139,6 +139,9 @@ class CoRa:
         gamma: float = Field(default=1.0, ge=0, description="search: weight of the budget's penalty")
         rate: float = Field(default=0.01, gt=0, description="search: Adam's learning rate")
 
+        def column_scales(self) -> bool:
+            return self.preset == "default"
+
         def bases(self) -> Sequence[str]:
             return (self.base,)
 

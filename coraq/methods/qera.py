@@ -59,6 +59,9 @@ class QERA:
             default=0.5, ge=0, le=1, description="share of the earlier layers' errors that an adapter undoes; 0: none"
         )
 
+        def column_scales(self) -> bool:
+            return True
+
         def bases(self) -> Sequence[str]:
             return (self.base,)
 

@@ -44,7 +44,9 @@ class Prepared:
     @property
     def scheme(self) -> Scheme:
         """The run's scheme with what it leaves to the method decided."""
-        return self.config.scheme.settled(self.options.column_scales())
+        given = getattr(self.options, "base_options", {})
+        bases = (registry.configure(registry.load(name), given) for name in self.options.bases())
+        return self.config.scheme.settled(all(options.column_scales() for options in (self.options, *bases)))
 
     @property
     def teacher(self) -> nn.Module:
