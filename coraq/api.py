@@ -174,15 +174,16 @@ class Task(Protocol):
         """
 
     def block_io(self, block: Block) -> BlockData:
-        """A unit cut out, with its inputs in both networks and the float network's outputs for all images.
+        """A unit cut out, with its inputs in both networks and the float network's outputs, for the images there.
 
         Ask for units in order and commit all layers of one before the next. The float network runs once more, unit
-        by unit; nothing else is computed twice.
+        by unit; nothing else is computed twice. A network's first units have fewer images (`DataConfig.calib_early`).
         """
 
     def fisher(self, block: Block) -> Tensor:
         """Squared gradients of the float network's own log-likelihood at a unit's output, [rows, …]: the diagonal of
-        the Fisher information. One forward pass and a backward pass down to the unit; needs to hold all of it."""
+        the Fisher information, for the images of `block_io`. One forward pass and a backward pass down to the unit;
+        needs to hold all of it."""
 
     def batches(self) -> Iterator[Tensor]:
         """The calibration images in micro-batches [n, channels, height, width], in the network's units."""

@@ -216,6 +216,12 @@ class DataConfig(Frozen):
         ge=0,
         description="patches for each input of a layer that Grams are estimated from; 0: all",
     )
+    calib_early: int = Field(
+        default=256,
+        ge=0,
+        description="images that the first layers are calibrated on, whose activations are largest and inputs fewest; "
+        "the others join as soon as all together take no more memory than these did; 0: all from the start",
+    )
     eval_size: int | None = Field(default=None, ge=1, description="evaluate on at most so many images (default: all)")
     class_map: str | None = Field(default=None, description="text file: class names in index order")
     batch_size: int = Field(default=32, ge=1, description="images in a micro-batch")
@@ -265,6 +271,8 @@ class RunConfig(Frozen):
         another number of workers resumes the same run. A strict run is another run: it may not skip images.
         """
         without = {"workers"} if self.data.strict else {"workers", "strict"}
+        if not 0 < self.data.calib_early < self.data.calib_size:
+            without.add("calib_early")  # all images are there from the start
         content = self.model_dump(mode="json", exclude={"calib_memory": True, "data": without})
         scheme = content["scheme"]
         if self.scheme.act_bits is None:  # what does not act does not count: earlier runs stay found

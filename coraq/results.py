@@ -164,8 +164,13 @@ class RunResult(Result):
     @classmethod
     def _of_earlier(cls, config: Any) -> Any:
         """What the command of a result that does not say it had, which is not what a command has now."""
-        if isinstance(config, dict) and isinstance(scheme := config.get("scheme"), dict):
-            return {**config, "scheme": {"zero_point": "whole", "column_scale": "none", **scheme}}
+        earlier: dict[str, dict[str, Any]] = {
+            "scheme": {"zero_point": "whole", "column_scale": "none"},
+            "data": {"calib_early": 0},
+        }
+        if isinstance(config, dict):
+            parts = {key: {**was, **config[key]} for key, was in earlier.items() if isinstance(config.get(key), dict)}
+            return {**config, **parts}
         return config
 
     @property

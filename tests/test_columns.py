@@ -17,7 +17,7 @@ from coraq.api import LayerView, QTensor, QuantizedLayer
 from coraq.artifact import load_checkpoint
 from coraq.artifact.codec import decode, encode
 from coraq.cli.app import run
-from coraq.config import RunConfig, Scheme
+from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.core.columns import LEAST, MOST, column_scales, rounded, spread_columns
 from coraq.core.grid import Grid, mse_grid
 from coraq.core.newton import Model
@@ -323,6 +323,8 @@ def test_a_result_that_does_not_say_had_none() -> None:
     content = json.loads(path.read_text())
     for key in ("column_scale", "zero_point"):
         content["config"]["scheme"].pop(key, None)
-    scheme = RunResult.model_validate_json(json.dumps(content)).config.scheme
-    assert (scheme.column_scale, scheme.zero_point) == ("none", "whole")
+    content["config"]["data"].pop("calib_early", None)
+    config = RunResult.model_validate_json(json.dumps(content)).config
+    assert (config.scheme.column_scale, config.scheme.zero_point, config.data.calib_early) == ("none", "whole", 0)
     assert Scheme().column_scale == "auto"
+    assert DataConfig().calib_early > 0

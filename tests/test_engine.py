@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from coraq.api import QuantizedLayer, minmax_grid
-from coraq.config import Scheme
+from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.core.gram import regress
 from coraq.errors import CoraqError
 from coraq.events import LayerCommitted, ListSink, Metric, Note
 from coraq.model.calibration import CalibrationTask
-from coraq.model.engine import LiveStorages, LockStep
+from coraq.model.engine import LiveStorages, LockStep, Schedule, live_bytes, released, spread_out
 from coraq.model.fold import Structure, fold
 from coraq.model.layers import as_matrices, groups_of
 from coraq.testing import (
@@ -149,6 +149,227 @@ def test_spilling_to_a_file_changes_no_bit(share: float, tmp_path: Path) -> None
         for stream in (TEACHER, STUDENT):
             assert all(map(torch.equal, seen[name][stream], expected[name][stream]))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_others_join_when_all_take_no_more_memory_than_the_early_ones_did() -> None:
+    live = {"a": 10, "b": 40, "c": 12, "d": 20, "e": 5, "f": 30}
+    plan = Schedule.plan(live, [4, 4, 4, 4, 4, 4, 3], early=6)
+    # two micro-batches make up six images; at their widest they take 80; "f" is the last, where all are
+    assert plan.present == {"a": 2, "b": 2, "c": 2, "d": 2, "e": 2, "f": 7}
+    assert plan.bytes_needed == 210
+    plan = Schedule.plan({**live, "f": 3}, [4] * 20, early=6)
+    assert plan.present == {"a": 2, "b": 2, "c": 4, "d": 4, "e": 16, "f": 20}
+    assert plan.bytes_needed == 80  # however many images there are
+    assert plan.order == spread_out(20)
+    assert Schedule.plan(live, [4] * 7).order == list(range(7))
+    # the micro-batch that is not full is not always the last to join
+    assert Schedule.plan(live, [4] * 4 + [1], early=8).present["a"] == 3
+    assert set(Schedule.plan(live, [4] * 7).present.values()) == {7}
+    assert set(Schedule.plan(live, [4] * 7, early=28).present.values()) == {7}
+    assert Schedule.plan({}, [4]).bytes_needed == 0
+
+
+def test_every_beginning_of_the_order_is_spread_over_all() -> None:
+    for count in (1, 2, 3, 7, 16, 31):
+        order = spread_out(count)
+        assert sorted(order) == list(range(count))
+        for size in range(1, count + 1):
+            gaps = torch.tensor([-1, *sorted(order[:size]), count]).diff()
+            assert int(gaps.max()) <= 4 * count / (size + 1) + 1
+    assert spread_out(8) == [0, 4, 2, 6, 1, 5, 3, 7]
+
+
+def early(network: nn.Module, batches: list[Tensor], order: list[str], images: int) -> Schedule:
+    return Schedule.plan(live_bytes(network, batches[0], order), list(map(len, batches)), images)
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 0.5])
+def test_those_that_join_have_seen_what_those_that_were_there_saw(share: float | None, tmp_path: Path) -> None:
+    """Layers change at their stops, as commits change them; a late micro-batch runs through the changed ones."""
+    teacher, student, order, _ = two_networks("resnet10t")
+    batches = list(random_images(9, 32).split(1))
+    changed = copy.deepcopy(student)
+    with torch.no_grad():
+        for name in order:
+            changed.get_submodule(name).weight.mul_(0.9)  # type: ignore[operator,union-attr]
+    expected = [[plain_inputs(network, images, order) for images in batches] for network in (teacher, changed)]
+    schedule = early(teacher, batches, order, 3)
+    bound = None if share is None else int(share * 2 * schedule.bytes_needed)
+    engine = LockStep([teacher, student], batches, order, bound, tmp_path, schedule=schedule)
+    assert (engine.spilled > 0) == (share is not None)
+    seen = {}
+    while (arrival := engine.advance()) is not None:
+        seen[arrival.name] = list(arrival.taken)
+        assert arrival.sizes == [1] * len(arrival.taken)
+        for stream in (TEACHER, STUDENT):
+            inputs = [x.clone() for x in arrival.inputs(stream)]
+            for index, x in zip(arrival.taken, inputs, strict=True):
+                assert torch.equal(x, expected[stream][index][arrival.name])
+        with torch.no_grad():
+            student.get_submodule(arrival.name).weight.mul_(0.9)  # type: ignore[operator,union-attr]
+    engine.close()
+    assert {name: len(taken) for name, taken in seen.items()} == schedule.present
+    counts = [len(taken) for taken in seen.values()]
+    assert (counts[0], counts[-1]) == (3, 9)
+    assert len(set(counts)) > 2
+    for fewer, more in zip(seen.values(), list(seen.values())[1:], strict=False):
+        assert more[: len(fewer)] == fewer
+
+
+def test_joining_late_keeps_activations_as_few_as_those_of_the_early_ones() -> None:
+    teacher, student, order, _ = two_networks("resnet10t")
+    batches = list(random_images(16, 32).split(1))
+    schedule = early(teacher, batches, order, 4)
+    needed = {}
+    for plan in (schedule, None):
+        live, widest = LiveStorages([teacher, student], batches), 0
+        with live:
+            engine = LockStep([teacher, student], batches, order, schedule=plan)
+            while engine.advance() is not None:
+                widest = max(widest, live.bytes_alive())
+            engine.close()
+        needed[plan is None] = widest
+    assert needed[False] == 2 * schedule.bytes_needed == 2 * 4 * max(schedule.live.values())
+    assert needed[False] <= needed[True] / 4
+
+
+def coarse_task(images: int, **more: Any) -> CalibrationTask:
+    torch.manual_seed(0)
+    network = timm.create_model("resnet10t", num_classes=10).eval()
+    batches = list(random_images(images, 32).split(2))
+    randomise_batchnorm(network, torch.Generator().manual_seed(0), batches[0])
+    return CalibrationTask(network, fold(network, batches[0]), Scheme(bits=3), batches, **more)
+
+
+def test_a_resumed_pass_has_the_images_that_an_undisturbed_one_has() -> None:
+    grams: list[dict[str, Tensor]] = []
+    done: dict[str, Any] = {}
+    for _ in range(2):
+        task = coarse_task(18, early_images=4, done=dict(done))
+        grams.append({})
+        for index, layer in enumerate(task.layers):
+            squares = task.least_squares(layer.name)
+            grams[-1][layer.name] = squares.gram
+            task.commit(layer.name, rounded(task, layer))
+            if len(grams) == 1 and index < 4:
+                done[layer.name] = task.committed[layer.name]
+        task.close()
+    assert len(grams[1]) == len(grams[0]) - 4
+    assert all(torch.equal(gram, grams[0][name]) for name, gram in grams[1].items())
+    images = [metrics.get("images") for _, metrics in task.committed.values()]
+    assert (images[0], images[-1]) == (4, None)  # None: all
+
+
+def test_images_that_all_are_there_from_the_start_make_no_other_run() -> None:
+    """A run's folder keeps its name where `calib_early` changes nothing."""
+
+    def digest(size: int, early: int) -> str:
+        return RunConfig(model="demo", data=DataConfig(calib_size=size, calib_early=early)).digest()
+
+    assert digest(256, 256) == digest(256, 0) == digest(256, 1024)
+    assert len({digest(1024, 0), digest(1024, 256), digest(1024, 512)}) == 3
+
+
+def test_the_run_says_how_many_images_its_first_layers_saw() -> None:
+    sink = ListSink()
+    task = coarse_task(18, early_images=4, sink=sink)
+    task.stats(task.layers[0].name)
+    (note,) = [event.message for event in sink.events if isinstance(event, Note)]
+    assert "fewer of the 18 images, 4 of them at first" in note
+    task.close()
+    sink = ListSink()
+    task = coarse_task(18, early_images=18, sink=sink)
+    task.stats(task.layers[0].name)
+    assert not [event for event in sink.events if isinstance(event, Note)]
+    task.close()
+
+
+def test_fisher_information_is_of_the_images_that_a_unit_has() -> None:
+    task = coarse_task(18, early_images=4)
+    unit = task.partition()[0]
+    data = task.block_io(unit)
+    assert len(data.student_input) == len(data.teacher_output) < 18
+    assert len(task.fisher(unit)) == len(data.teacher_output)
+    task.close()
+
+
+class Calls(nn.Module):
+    """A Sequential between two convolutions, whose input is perhaps read again behind it."""
+
+    def __init__(self, again: str, in_place: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.again, first = again, nn.Conv2d(4, 4, 3, padding=1)
+        inner = [nn.ReLU(inplace=True), first] if in_place else [first, nn.ReLU(inplace=True)]
+        self.stem, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+        self.blocks = nn.Sequential(*inner, nn.Conv2d(4, 4, 3, padding=1, stride=2), nn.Conv2d(4, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.blocks(x)
+        if self.again == "value":
+            y = y + x.mean()
+        if self.again == "shape":
+            y = y.reshape(x.shape[0], 4, -1, 1)
+        if self.again == "silently" and x.numel():
+            y = -y
+        result: Tensor = self.head(y)
+        return result
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("again", ["never", "value", "shape", "silently"])
+def test_a_sequential_s_input_is_let_go_of_only_where_nobody_reads_it_again(again: str, in_place: bool) -> None:
+    network, images = Calls(again, in_place).eval(), random_images(2)
+    order = ["stem", "blocks.2", "blocks.3", "head"]
+    found = released(network, images)
+    # an activation in place makes its output of its input: nothing is let go of, whoever reads it
+    assert found == (["blocks"] if again == "never" or in_place else [])
+    assert hook_count(network) == 0
+    engine = LockStep([network, copy.deepcopy(network)], [images], order, release=found)
+    seen = collected(engine)
+    plain = plain_inputs(network, images, order)
+    assert all(torch.equal(seen[name][stream][0], plain[name]) for name in order for stream in (TEACHER, STUDENT))
+    engine.close()
+    assert hook_count(network) == 0
+    held, let_go = live_bytes(network, images, order), live_bytes(network, images, order, found)
+    one = network.stem(images).nbytes
+    saved = [held[name] - let_go[name] for name in order]
+    assert saved == ([0, one, one, one] if again == "never" and not in_place else [0] * 4)
+
+
+def test_images_are_never_let_go_of_nor_what_others_run_meanwhile() -> None:
+    network, images = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)).eval(), random_images(2)
+    network = nn.Sequential(network, nn.Conv2d(4, 2, 1))
+    before, expected = images.clone(), network(images)
+    found = released(network, images)
+    assert found == ["", "0"]
+    engine = LockStep([network, copy.deepcopy(network)], [images], ["0.1", "1"], release=found)
+    engine.advance()
+    assert torch.equal(network(images), expected)
+    while engine.advance() is not None:
+        pass
+    engine.close()
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "densenet121"])
+def test_letting_go_of_inputs_changes_no_bit_and_saves_memory(name: str) -> None:
+    teacher, student, order, batches = two_networks(name)
+    found = released(teacher, batches[0])
+    assert found
+    seen = []
+    for release in ([], found):
+        engine = LockStep([teacher, student], batches, order, release=release)
+        seen.append(collected(engine))
+        engine.close()
+    assert list(seen[0]) == list(seen[1])
+    for stop, streams in seen[0].items():
+        for stream, inputs in enumerate(streams):
+            assert all(map(torch.equal, inputs, seen[1][stop][stream]))
+    held, let_go = (live_bytes(teacher, batches[0], order, release) for release in ([], found))
+    assert all(let_go[stop] <= held[stop] for stop in order)
+    assert name == "densenet121" or sum(let_go.values()) < 0.9 * sum(held.values())
 
 
 class Waits(nn.Module):

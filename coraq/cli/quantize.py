@@ -163,6 +163,9 @@ def quantize(
     calib_rows: Annotated[
         int, option(DataConfig, "calib_rows", "--calib-rows", panel=options.CALIBRATION_PANEL)
     ] = DATA.calib_rows,
+    calib_early: Annotated[
+        int, option(DataConfig, "calib_early", "--calib-early", panel=options.CALIBRATION_PANEL)
+    ] = DATA.calib_early,
     calib_memory: Annotated[
         Any,
         option(

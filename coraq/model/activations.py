@@ -254,11 +254,10 @@ class ActivationGrids:
     Args:
         student: the network that the grids act in.
         sites: from `find_sites`.
-        micro_batches: that a pass consists of.
     """
 
-    def __init__(self, student: nn.Module, sites: Sequence[Site], scheme: Scheme, micro_batches: int) -> None:
-        self.student, self.sites, self._scheme, self._micro_batches = student, list(sites), scheme, micro_batches
+    def __init__(self, student: nn.Module, sites: Sequence[Site], scheme: Scheme) -> None:
+        self.student, self.sites, self._scheme = student, list(sites), scheme
         self._of = {reader: site for site in sites for reader in site.readers}
         self._grids: dict[str, ActivationGrid] = {}
         self._final: set[str] = set()
@@ -276,6 +275,11 @@ class ActivationGrids:
 
     def grid(self, site: Site) -> ActivationGrid | None:
         return self._grids.get(site.name)
+
+    @property
+    def stops(self) -> list[str]:
+        """All stops at outputs."""
+        return [output_stop(site.producer) for site in self.sites if site.producer is not None]
 
     @property
     def missing(self) -> list[str]:
@@ -312,7 +316,7 @@ class ActivationGrids:
         if site is None:
             return
         if site.name not in self._grids:
-            sample = RangeSample(self._micro_batches)
+            sample = RangeSample(len(arrival.taken))
             for x in arrival.inputs(STUDENT):
                 sample.add(x)
             self._set(site, sample.grid(site.bits, self._scheme.act_range, self._scheme.act_percentile))

@@ -21,7 +21,7 @@ from coraq.events import LayerCommitted, Metric, Note, Sink, null_sink
 from coraq.model.activations import ActivationGrids, ActivationRecord, find_sites
 from coraq.model.blocks import Block, Granularity, partition
 from coraq.model.delegate import OneLayer, OneUnit
-from coraq.model.engine import Arrival, LockStep
+from coraq.model.engine import Arrival, LockStep, Schedule, live_bytes, released
 from coraq.model.fold import Trace
 from coraq.model.layers import LayerView, as_matrices, groups_of, install, kernel_of, kind_of
 from coraq.model.layerwise import ROWS_PER_INPUT, LayerByLayer
@@ -46,6 +46,7 @@ class CalibrationTask(LayerByLayer):
         memory_bytes, folder: bound on live activations, and where the overflow goes. Of a method that works unit by
             unit, the passes that wait in front of a unit get half, the unit's inputs and outputs the other half.
         rows_per_input: patches for every input of a layer that second moments are estimated from (0: all).
+        early_images: that take part from the start; the others join as activations shrink, see `Schedule` (0: all do).
         find_method: makes a method from its name and options, for `codes`.
         memory: what `remember` keeps beyond this process; a mapping of JSON-able values.
     """
@@ -63,6 +64,7 @@ class CalibrationTask(LayerByLayer):
         memory_bytes: int | None = None,
         folder: Path | None = None,
         rows_per_input: int = ROWS_PER_INPUT,
+        early_images: int = 0,
         find_method: Callable[[str, dict[str, Any]], Any] | None = None,
         memory: MutableMapping[str, Any] | None = None,
     ) -> None:
@@ -79,6 +81,9 @@ class CalibrationTask(LayerByLayer):
         self._entries: list[str] = []  # modules, no layers, in front of which the engine must stop
         self._by_units = False
         self._batches = list(batches)
+        self._early_images = early_images
+        self._release: list[str] | None = None
+        self._schedules: dict[tuple[str, ...], Schedule] = {}  # by the modules, no layers, that the pass stops at
         self._seed, self._sink, self._on_commit = seed, sink, on_commit
         self.grids = self._find_grids(found)
         self.memory_bytes, self.folder = memory_bytes, folder
@@ -108,7 +113,7 @@ class CalibrationTask(LayerByLayer):
         sites, lost = find_sites(self.teacher, found.order, found.flow, self.scheme)
         if lost:
             self.note(f"{len(lost)} tensors stay float where a grid was wanted, first {lost[0]}")
-        grids = ActivationGrids(self.student, sites, self.scheme, len(self._batches))
+        grids = ActivationGrids(self.student, sites, self.scheme)
         for name, view in self._views.items():
             site = grids.site_of(name)
             self._views[name] = replace(view, act_bits=None if site is None else site.bits)
@@ -252,7 +257,9 @@ class CalibrationTask(LayerByLayer):
 
         handle = module.register_forward_hook(cut)
         try:
-            for images in self._batches:
+            here = self._arrival if self._at == block.module else None
+            for index in here.taken if here else range(len(self._batches)):
+                images = self._batches[index]
                 with torch.enable_grad():
                     scores = self.teacher(images).log_softmax(-1)
                     drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=self.rng).to(scores.device)
@@ -278,7 +285,12 @@ class CalibrationTask(LayerByLayer):
         self._passed.clear()
         stops = [name for name in self._views if name not in self.committed] + self.grids.begin() + self._entries
         streams = [self.teacher, self.student]
-        self._engine = LockStep(streams, self._batches, stops, self._bound, self.folder, rewrite=self.grids.rewrite)
+        if self._release is None:
+            self._release = released(self.teacher, self._batches[0][:2])
+        schedule, rewrite = self._schedule(self._release), self.grids.rewrite
+        self._engine = LockStep(
+            streams, self._batches, stops, self._bound, self.folder, rewrite, schedule, self._release
+        )
         self.spilled = max(self.spilled, self._engine.spilled)
         self.passes += 1
         if self._engine.spilled and self.passes == 1:
@@ -287,6 +299,25 @@ class CalibrationTask(LayerByLayer):
                 f"{(self._bound or 0) / 1e9:.1f} GB: {self._engine.spilled} of "
                 f"{2 * len(self._batches)} micro-batches wait in a temporary file"
             )
+
+    def _schedule(self, release: Sequence[str]) -> Schedule | None:
+        """When which micro-batches join: over all stops, so that a resumed run has the same. None: all are there."""
+        sizes = list(map(len, self._batches))
+        if not 0 < self._early_images < sum(sizes):
+            return None
+        key = tuple(self._entries)
+        if key not in self._schedules:
+            stops = [*self._views, *self.grids.stops, *self._entries]
+            live = live_bytes(self.teacher, self._batches[0], stops, release)
+            self._schedules[key] = schedule = Schedule.plan(live, sizes, self._early_images)
+            fewer = [count for name, count in schedule.present.items() if name in self._views and count < len(sizes)]
+            if fewer:
+                first = sum(sizes[index] for index in schedule.order[: fewer[0]])
+                self.note(
+                    f"the first {len(fewer)} layers, of the largest activations, are calibrated on fewer of the "
+                    f"{sum(sizes)} images, {first} of them at first"
+                )
+        return self._schedules[key]
 
     def _step(self, wanted: str) -> None:
         assert self._engine is not None
@@ -437,6 +468,8 @@ class CalibrationTask(LayerByLayer):
             numbers["rank"] = layer.adapter.rank
         if self.has_data:
             stats = self.stats(view.name)
+            if self._arrival is not None and len(self._arrival.taken) < len(self._batches):
+                numbers["images"] = self._arrival.images
             numbers["input_error"] = stats.input_error
             outputs, self._outputs = self._outputs, None
             outputs = stats.outputs(layer.dequantize()) if outputs is None else outputs

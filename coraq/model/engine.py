@@ -6,15 +6,20 @@ quantized so far (student) lie side by side. The method commits the layer, and t
 weights. So a sequential method costs one float pass and one student pass, whatever the depth, and any `nn.Module`
 will do, traceable or not.
 
-Memory is what the parked micro-batches keep alive. `Spill` bounds it: past the bound, micro-batches give their
-activations to a temporary file while others run, and get them back bit for bit.
+Memory is what the parked micro-batches keep alive. Early layers have the largest activations and the fewest inputs, so
+their statistics need fewer images: a `Schedule` lets the other micro-batches join when activations have shrunk, each
+through all that has been committed in one go, as fast as a plain pass and with nothing of it kept. `Spill` bounds what
+is left: past the bound, micro-batches give their activations to a temporary file while others run, and get them back
+bit for bit.
 """
 
 from __future__ import annotations
 
 import ctypes
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -187,11 +192,14 @@ def output_stop(module: str) -> str:
 class Arrival:
     """All micro-batches of all streams, parked in front of one layer, or behind a module.
 
-    `transforms` maps a stream to what its inputs go through before anybody sees them (activation quantization).
+    Attributes:
+        taken: which micro-batches these are, in their order here: those that have joined.
+        transforms: a stream → what its inputs go through before anybody sees them (activation quantization).
     """
 
-    def __init__(self, name: str, parked: list[list[_MicroBatch]]) -> None:
+    def __init__(self, name: str, parked: list[list[_MicroBatch]], taken: Sequence[int]) -> None:
         self.name = name
+        self.taken = taken
         self.transforms: dict[int, Callable[[Tensor], Tensor]] = {}
         self._parked = parked
         self.batch_size = parked[0][0].size
@@ -229,8 +237,7 @@ class _MicroBatch:
         shared = isinstance(batch, Tensor)
         images = batch if isinstance(batch, Tensor) else batch[stream]
         self.size = len(images)
-        self._greenlet = greenlet(lambda: model(images if shared else images.clone()))
-        self._greenlet.coraq_seen = set()
+        self._greenlet = _watched(model, images, shared)
         self._spill = spill
         self._input: Tensor | None = None
         self.finished = False
@@ -246,17 +253,23 @@ class _MicroBatch:
         finally:
             self._spill.drop()
 
-    def advance(self, hub: greenlet) -> str | None:
-        """Run on to the next stop; returns its name, or None at the end of the network."""
+    def advance(self, hub: greenlet, to: str | None = None) -> str | None:
+        """Run on to the next stop, or over others to a named one; returns its name, or None at the network's end."""
         self._input = None
         self._greenlet.parent = hub
         if self._spill is None:
-            return self._run()
+            return self._run_to(to)
         self._spill.load()
         with self._spill.live:
-            name = self._run()
+            name = self._run_to(to)
         if name is not None:
             self._spill.save()
+        return name
+
+    def _run_to(self, stop: str | None) -> str | None:
+        name = self._run()
+        while stop is not None and name not in (stop, None):
+            name = self._run()
         return name
 
     def _run(self) -> str | None:
@@ -275,6 +288,134 @@ class _MicroBatch:
             self._spill.close()
 
 
+def spread_out(count: int) -> list[int]:
+    """0 … count − 1 in an order of which every beginning is spread over all (bit-reversed, van der Corput)."""
+    bits = max(1, (count - 1).bit_length())
+    return sorted(range(count), key=lambda index: int(f"{index:0{bits}b}"[::-1], 2))
+
+
+class Schedule(NamedTuple):
+    """When which micro-batches take part.
+
+    Attributes:
+        order: of the micro-batches. Spread over all if some join late: images may come sorted.
+        present: stop → how many of these are there, in execution order. All are at the last.
+        live: stop → bytes that one micro-batch keeps alive there.
+    """
+
+    order: list[int]
+    present: dict[str, int]
+    live: dict[str, int]
+
+    @property
+    def bytes_needed(self) -> int:
+        """Live activations of one stream at its widest."""
+        return max((count * self.live[stop] for stop, count in self.present.items()), default=0)
+
+    @classmethod
+    def plan(cls, live: Mapping[str, int], sizes: Sequence[int], early: int = 0) -> Schedule:
+        """The others join as soon as all that are there take no more memory than the early ones at their widest.
+
+        Args:
+            live: stop → bytes that one micro-batch keeps alive there, in execution order.
+            sizes: images in each micro-batch.
+            early: images that are there from the start, at least; 0: all.
+        """
+        every = len(sizes)
+        order = spread_out(every)
+        images = accumulate(sizes[index] for index in order)
+        count = next((n for n, seen in enumerate(images, 1) if seen >= early > 0), every)
+        room, widest, present = count * max(live.values(), default=0), 0, dict[str, int]()
+        for stop, size in reversed(list(live.items())):
+            widest = max(widest, size)
+            present[stop] = min(every, room // max(1, widest)) if present else every
+        late = any(there < every for there in present.values())
+        return cls(order if late else list(range(every)), dict(reversed(present.items())), dict(live))
+
+
+class _Release:
+    """Hooks that let go of the input of an `nn.Sequential` when its first child has returned.
+
+    Who calls a Sequential holds on to its input until that returns: a network whose blocks are one Sequential keeps
+    the first block's input, its largest activation, alive to the end. Where nobody reads it again (`released` has
+    tried), its tensor is emptied; who did read it would fail on its shape. Only passes of the engine do this.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self._handles: list[Any] = []
+        for name in names:
+            outer: Any = model.get_submodule(name)
+            inner = next(outer.children())
+            self._handles += [
+                outer.register_forward_pre_hook(partial(self._note, name)),
+                inner.register_forward_hook(partial(self._empty, name)),
+            ]
+
+    @staticmethod
+    def _note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        held = getattr(getcurrent(), "coraq_held", None)
+        if held is not None and args and isinstance(args[0], Tensor):
+            held[name] = args[0]
+
+    @staticmethod
+    def _empty(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        me = getcurrent()
+        held = getattr(me, "coraq_held", {}).pop(name, None)
+        if held is not None and held is not me.coraq_images and held is not output:
+            held.data = held.new_empty(0)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def released(model: nn.Module, images: Tensor) -> list[str]:
+    """The `nn.Sequential`s whose input nobody reads behind their first child, found by trying: see `_Release`."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Sequential) and len(module) > 1]
+
+    def result(of: Sequence[str]) -> list[Any] | None:
+        hooks, run = _Release(model, of), _watched(model, images)
+        try:
+            return tree_leaves(run.switch())
+        except Exception:  # whatever reading an emptied tensor leads to
+            return None
+        finally:
+            hooks.remove()
+
+    def same(of: Sequence[str]) -> bool:
+        found = result(of)
+        return found is not None and all(map(torch.equal, found, expected))
+
+    with torch.no_grad():
+        expected = tree_leaves(model(images))
+        if same(names):
+            return names
+        names = [name for name in names if same([name])]
+        return names if same(names) else []
+
+
+def _watched(model: nn.Module, images: Tensor, shared: bool = True) -> greenlet:
+    """A forward pass that stops at stops, and in which `_Release` acts; of a copy of images that are not shared."""
+    run = greenlet(lambda: model(images if shared else images.clone()))
+    run.coraq_seen, run.coraq_held, run.coraq_images = set(), {}, images
+    return run
+
+
+def live_bytes(
+    model: nn.Module, batch: Tensor | Sequence[Tensor], stops: Sequence[str], release: Sequence[str] = ()
+) -> dict[str, int]:
+    """Bytes that one micro-batch keeps alive at each stop, in execution order; a sequence's first is the model's."""
+    live, found = LiveStorages([model], [batch] if isinstance(batch, Tensor) else batch), dict[str, int]()
+    engine = LockStep([model], [batch], stops, release=release)  # type: ignore[arg-type]
+    try:
+        with live:
+            while (arrival := engine.advance()) is not None:
+                found[arrival.name] = live.bytes_alive()
+    finally:
+        engine.close()
+    return found
+
+
 class LockStep:
     """One lock-step pass; iterate `advance()` over the stops, then `close()`.
 
@@ -286,6 +427,8 @@ class LockStep:
         memory_bytes: bound on live activations; None does not bound them.
         folder: where the activation files go if the bound asks for them; default: the system's temporary folder.
         rewrite: (stream, stop, output) → what goes on from a stop behind a module.
+        schedule: when which micro-batches join; of at least these stops. Default: all are there from the start.
+        release: what `released` found.
     """
 
     def __init__(
@@ -296,28 +439,39 @@ class LockStep:
         memory_bytes: int | None = None,
         folder: Path | None = None,
         rewrite: Callable[[int, str, Tensor], Tensor] | None = None,
+        schedule: Schedule | None = None,
+        release: Sequence[str] = (),
     ) -> None:
         self._streams = list(streams)
         self._stops = sorted(set(stops))
         self._rewrite = rewrite
         self._folder = folder or Path(tempfile.gettempdir())
-        self._handles = [self._hook(index, name) for index in range(len(self._streams)) for name in self._stops]
         self.live_bytes_needed = 0
         given = [b for batch in batches for b in ([batch] if isinstance(batch, Tensor) else batch)]
         resident = len(batches) * len(self._streams)
         if memory_bytes is not None and batches:
-            self.live_bytes_needed, one = self._measure(batches, given)
-            resident = (
-                int((memory_bytes - 2 * one) // max(1, one)) if self.live_bytes_needed > memory_bytes else resident
-            )
+            if schedule is None:
+                live = live_bytes(self._streams[0], batches[0], self._stops, release)
+                schedule = Schedule.plan(live, [1] * len(batches))
+            self.live_bytes_needed = schedule.bytes_needed * len(self._streams)
+            if self.live_bytes_needed > memory_bytes:
+                one = max(schedule.live.values())  # of one micro-batch
+                resident = int((memory_bytes - 2 * one) // max(1, one))
         self.spilled = max(0, len(batches) * len(self._streams) - max(0, resident))
+        self._handles = [self._hook(index, name) for index in range(len(self._streams)) for name in self._stops]
+        self._handles += [_Release(model, release) for model in self._streams]
+        self._present = {} if schedule is None else schedule.present
+        self._order = list(range(len(batches))) if schedule is None else schedule.order
+        # a resumed pass has not all of the schedule's stops
+        start = next((count for stop, count in self._present.items() if stop in self._stops), len(batches))
         self._batches: list[list[_MicroBatch]] = [[] for _ in self._streams]
-        count = 0
-        for batch in batches:
+        self._waiting: list[list[_MicroBatch]] = [[] for _ in self._streams]
+        for count, index in enumerate(self._order):
             for stream, model in enumerate(self._streams):
-                spill = Spill(LiveStorages(self._streams, given), self._folder) if count < self.spilled else None
-                self._batches[stream].append(_MicroBatch(model, batch, stream, spill))
-                count += 1
+                spilled = count * len(self._streams) + stream < self.spilled
+                spill = Spill(LiveStorages(self._streams, given), self._folder) if spilled else None
+                batch = _MicroBatch(model, batches[index], stream, spill)
+                (self._batches if count < start else self._waiting)[stream].append(batch)
 
     def _hook(self, stream: int, name: str) -> Any:
         def park(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -342,31 +496,26 @@ class LockStep:
             return model.get_submodule(name.removesuffix(_OUTPUT)).register_forward_hook(park_behind)
         return model.get_submodule(name).register_forward_pre_hook(park, with_kwargs=True)
 
-    def _measure(
-        self, batches: Sequence[Tensor] | Sequence[Sequence[Tensor]], given: Sequence[Tensor]
-    ) -> tuple[int, int]:
-        """Bytes that the whole pass would keep alive at its widest stop, and one micro-batch's share."""
-        live = LiveStorages(self._streams, given)
-        probe = _MicroBatch(self._streams[0], batches[0], 0, None)
-        widest = 0
-        with live:
-            while probe.advance(getcurrent()) is not None:
-                widest = max(widest, live.bytes_alive())
-        return widest * len(batches) * len(self._streams), widest
-
     @torch.no_grad()
     def advance(self, on_stream: Callable[[int], None] | None = None) -> Arrival | None:
-        """Run all micro-batches to their next stop. None: the network's end.
+        """Run all micro-batches that take part to their next stop, and those that join there. None: the network's end.
 
         `on_stream` is called with a stream's index after its micro-batches have run (for timing).
 
         Raises:
             CoraqError: micro-batches stopped at different layers.
         """
-        arrived: set[str | None] = set()
-        for stream, batches in enumerate(self._batches):
+        hub, arrived = getcurrent(), set[str | None]()
+        for stream, (batches, waiting) in enumerate(zip(self._batches, self._waiting, strict=True)):
             for batch in batches:
-                arrived.add(batch.advance(getcurrent()))
+                arrived.add(batch.advance(hub))
+            if len(arrived) == 1:
+                (stop,) = arrived
+                joining = max(0, self._present.get(stop or "", 0) - len(batches))
+                for batch in waiting[:joining]:
+                    arrived.add(batch.advance(hub, to=stop))
+                batches += waiting[:joining]
+                del waiting[:joining]
             if on_stream is not None:
                 on_stream(stream)
         if len(arrived) != 1:
@@ -375,11 +524,13 @@ class LockStep:
                 "Its forward pass depends on the data; such a network cannot be calibrated layer by layer.",
             )
         name = arrived.pop()
-        return None if name is None else Arrival(name, self._batches)
+        if name is None:
+            return None
+        return Arrival(name, self._batches, self._order[: len(self._batches[0])])
 
     def close(self) -> None:
         """Leave the parked forward passes, remove the hooks and the activation files."""
-        for batches in self._batches:
+        for batches in (*self._batches, *self._waiting):
             for batch in batches:
                 batch.close()
             batches.clear()

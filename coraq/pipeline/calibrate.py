@@ -42,6 +42,7 @@ def calibrate(
             save,
             config.calib_memory or default_memory_bound(),
             rows_per_input=config.data.calib_rows,
+            early_images=config.data.calib_early,
             find_method=registry.make,
             memory=memory,
         )

@@ -69,12 +69,14 @@ def main() -> None:
     plain()
     for name in arguments.methods.split(","):
         method = registry.load(name)
+        options = registry.configure(method, {})
+        scheme = config.scheme.settled(options.column_scales())  # as a command has it
         floors, totals, clocks = [plain()], [], []
         for _ in range(arguments.repeat):
             bound = None if arguments.memory is None else int(arguments.memory * 1e9)
-            task = CalibrationTask(network, found, config.scheme, batches, memory_bytes=bound)
+            task = CalibrationTask(network, found, scheme, batches, memory_bytes=bound, early_images=data.calib_early)
             start = time.perf_counter()
-            method(registry.configure(method, {})).quantize(task)
+            method(options).quantize(task)
             task.finish(name)
             totals.append(time.perf_counter() - start)
             clocks.append(dict(task.clock))
