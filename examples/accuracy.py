@@ -111,7 +111,7 @@ def write_table(folder: Path) -> None:
         "",
         "Written by `python examples/accuracy.py`; every row is one `coraq quantize`, whose whole result stands beside",
         "this file in `accuracy/`. Intervals are 95 %; differences are paired, on the same images. Affine grid per",
-        "channel, zero points as by default (in quarters at 2 bits), bias and gain correction on for every method,",
+        "channel, zero points and column scales as by default, bias and gain correction on for every method,",
         "activations float, seed 0. Calibration images are in each result. `s` is the whole command but Python's",
         "imports: reading, calibration, writing, reloading and evaluating both networks. Bits a weight count scales",
         "and zero points. `cora` shares out the bytes of uniform codes, first and last layer included. The number",

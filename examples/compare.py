@@ -11,7 +11,7 @@ The groups of methods:
 - blocks: the bytes of uniform codes again, block by block: brecq.
 - learned: the same with roundings learned after that: qdrop. Slow.
 
-Finished cells are reused, so groups may be added one by one; rows of bits that were not asked for stay. Results:
+Finished cells are reused, so groups may be added one by one; rows that were not asked for stay. Results:
 examples/results/compare/NETWORK/ (the comparison's compare.json, compare.csv and report.html, each number from a
 run's metrics.json), examples/results/compare.md, and the README's table of KL between its compare marks.
 """
@@ -71,11 +71,11 @@ def compare(network: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def keep(measured: Path, folder: Path) -> None:
-    """Take a comparison's files over into `folder`, whose cells of other bits stay."""
+    """Take a comparison's files over into `folder`, whose cells of other bits or methods stay."""
     found, earlier = read_comparison(measured), read_comparison(folder)
     assert found is not None
-    bits = {cell.bits for cell in found.cells}
-    cells = [cell for cell in earlier.cells if cell.bits not in bits] if earlier else []
+    bits, new = {cell.bits for cell in found.cells}, {(cell.bits, cell.label) for cell in found.cells}
+    cells = [cell for cell in earlier.cells if (cell.bits, cell.label) not in new] if earlier else []
     groups = [group for group in earlier.groups if group.bits not in bits] if earlier else []
     update = {"cells": [*cells, *found.cells], "groups": [*groups, *found.groups], "folder": f"runs/{measured.name}"}
     merged = found.model_copy(update=update)
@@ -162,14 +162,17 @@ def write_table(folder: Path) -> None:
         path = folder / network / "compare.json"
         if path.exists():
             cells = json.loads(path.read_text())["cells"]
+            order = list(IN_README)
+            cells.sort(key=lambda cell: (-cell["bits"], order.index(cell["label"]) if cell["label"] in order else 99))
             lines += rows_of(network, cells)
             short += in_short(network, cells)
     put_in_readme("compare", table(["network", "bits", *IN_README.values()], short))
     text = [
         "# Every method at equal bytes",
         "",
-        "Written by `python examples/compare.py`. Weights only, affine grid per channel, first and last layer at 8",
-        "bits where a method does not choose, seed 0, the same calibration images for all. Top-1 with 95 % intervals;",
+        "Written by `python examples/compare.py`. Weights only, affine grid per channel, column scales but for rtn and",
+        "the paper's form, first and last layer at 8 bits where a method does not choose, seed 0, the same calibration",
+        "images for all; some ran beside other work, so seconds are upper bounds. Top-1 with 95 % intervals;",
         "`agree` is the share of images with the float network's first choice; KL in nats. Compare rows of the same",
         "bits a weight.",
         "",
