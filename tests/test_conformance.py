@@ -296,6 +296,14 @@ class RunsIntoABug(Sound):
         return super().layer(task, layer)
 
 
+class ClaimsColumnScales(Sound):
+    """knows no column scales"""
+
+    class Config(Sound.Config):
+        def column_scales(self) -> bool:
+            return True
+
+
 FAULTY = Sound.__subclasses__()
 
 

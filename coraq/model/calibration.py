@@ -359,7 +359,7 @@ class CalibrationTask(LayerByLayer):
         if layer.weight.columns is None and self.scheme.scales_columns(layer.weight.bits, view.channels):
             raise CoraqError(
                 f"{self.method} knows no column scales",
-                "Leave out --column-scale, or take a method that has them, such as comq.",
+                "Leave out --column-scale channel, or take a method that has them, such as comq.",
             )
         layer = self._settle(view, replace(layer, input=self._input_grid(name, layer)))
         numbers: Metrics = {**self._measure(view, layer), **metrics}

@@ -333,7 +333,8 @@ def _check_grid(bench: _Bench, bits: int, symmetric: bool, granularity: Granular
     """
     # zero points between codes at some widths: a method may leave them at codes
     zero: Literal["whole", "quarter"] = "quarter" if bits < 4 and not symmetric else "whole"
-    scheme = Scheme(bits=bits, symmetric=symmetric, granularity=granularity, gain="keep", zero_point=zero)
+    asked = Scheme(bits=bits, symmetric=symmetric, granularity=granularity, gain="keep", zero_point=zero)
+    scheme = asked.settled(configure(bench.method, bench.options).column_scales())  # as a command has it
     case = _describe(bits, symmetric, granularity)
     outcome = bench.run(scheme, bench.batches(), case)
     _check_commits(bench, scheme, outcome, case)
