@@ -28,6 +28,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from coraq.api import MethodConfig, Quantizer
+from coraq.config import Scheme
 from coraq.errors import EXIT_INTERRUPTED, CoraqError, UsageError
 
 BUILT_IN = {
@@ -164,6 +165,17 @@ def configure(method: type[Quantizer], options: dict[str, Any]) -> MethodConfig:
             f"option {option} of {method.name} is {first.get('input')!r}: {first['msg']}",
             f"See `coraq methods {method.name}`.",
         ) from None
+
+
+def settled(scheme: Scheme, options: MethodConfig) -> Scheme:
+    """A run's scheme with what it leaves to the method decided; the bases that the method uses must agree.
+
+    Raises:
+        UsageError, CoraqError: as `find` and `configure` do, of a base.
+    """
+    given = getattr(options, "base_options", {})
+    bases = (configure(load(name), given) for name in options.bases())
+    return scheme.settled(all(found.column_scales() for found in (options, *bases)))
 
 
 def import_plugins(plugins_dirs: Iterable[Path | str] = ()) -> list[str]:

@@ -240,7 +240,6 @@ class _MicroBatch:
         self._greenlet = _watched(model, images, shared)
         self._spill = spill
         self._input: Tensor | None = None
-        self.finished = False
 
     def visit(self) -> Iterator[Tensor]:
         assert self._input is not None
@@ -258,27 +257,22 @@ class _MicroBatch:
         self._input = None
         self._greenlet.parent = hub
         if self._spill is None:
-            return self._run_to(to)
+            return self._run(to)
         self._spill.load()
         with self._spill.live:
-            name = self._run_to(to)
+            name = self._run(to)
         if name is not None:
             self._spill.save()
         return name
 
-    def _run_to(self, stop: str | None) -> str | None:
-        name = self._run()
-        while stop is not None and name not in (stop, None):
-            name = self._run()
-        return name
-
-    def _run(self) -> str | None:
-        result = self._greenlet.switch()
-        if self._greenlet.dead:
-            self.finished = True
-            return None
-        name, self._input = result
-        return str(name)
+    def _run(self, to: str | None) -> str | None:
+        while True:
+            result = self._greenlet.switch()
+            if self._greenlet.dead:
+                return None
+            name, self._input = result
+            if to in (None, name):
+                return str(name)
 
     def close(self) -> None:
         self._input = None

@@ -44,9 +44,7 @@ class Prepared:
     @property
     def scheme(self) -> Scheme:
         """The run's scheme with what it leaves to the method decided."""
-        given = getattr(self.options, "base_options", {})
-        bases = (registry.configure(registry.load(name), given) for name in self.options.bases())
-        return self.config.scheme.settled(all(options.column_scales() for options in (self.options, *bases)))
+        return registry.settled(self.config.scheme, self.options)
 
     @property
     def teacher(self) -> nn.Module:

@@ -27,7 +27,7 @@ from coraq.errors import CoraqError, UsageError
 from coraq.model.activations import ActivationRecord
 from coraq.model.calibration import CalibrationTask
 from coraq.model.fold import Trace, fold, relative_error
-from coraq.registry import REQUIRED, configure, make
+from coraq.registry import REQUIRED, configure, make, settled
 from coraq.testing.networks import ARCHITECTURE, random_images, small_network
 from coraq.testing.oracles import hook_count, state_digest
 
@@ -334,7 +334,7 @@ def _check_grid(bench: _Bench, bits: int, symmetric: bool, granularity: Granular
     # zero points between codes at some widths: a method may leave them at codes
     zero: Literal["whole", "quarter"] = "quarter" if bits < 4 and not symmetric else "whole"
     asked = Scheme(bits=bits, symmetric=symmetric, granularity=granularity, gain="keep", zero_point=zero)
-    scheme = asked.settled(configure(bench.method, bench.options).column_scales())  # as a command has it
+    scheme = settled(asked, configure(bench.method, bench.options))  # as a command has it
     case = _describe(bits, symmetric, granularity)
     outcome = bench.run(scheme, bench.batches(), case)
     _check_commits(bench, scheme, outcome, case)

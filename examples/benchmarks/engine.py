@@ -70,7 +70,7 @@ def main() -> None:
     for name in arguments.methods.split(","):
         method = registry.load(name)
         options = registry.configure(method, {})
-        scheme = config.scheme.settled(options.column_scales())  # as a command has it
+        scheme = registry.settled(config.scheme, options)  # as a command has it
         floors, totals, clocks = [plain()], [], []
         for _ in range(arguments.repeat):
             bound = None if arguments.memory is None else int(arguments.memory * 1e9)
