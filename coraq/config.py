@@ -23,7 +23,8 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-COLUMN_BITS = 4  # of a weight that column scales are made for, at most
+COLUMN_BITS = 4  # of a weight that column scales are made for, or of an input, at most
+ColumnScale = Literal["auto", "none", "channel", "input"]
 FRACTIONS = {"whole": 0, "half": 1, "quarter": 2, "eighth": 3}  # bits of a zero point behind the point
 
 
@@ -60,11 +61,12 @@ class Scheme(Frozen):
         "byte; auto: in quarters at 2 bits where a grid's range is searched, else whole. Integer kernels take whole "
         "ones only: exports for them store 1, 2 or 3 bits more a code",
     )
-    column_scale: Literal["auto", "none", "channel"] = Field(
+    column_scale: ColumnScale = Field(
         default="auto",
-        description="a second scale, for every input channel of a weight of at most 4 bits (channel): one byte each; "
-        "auto: for affine grids per channel with float activations, by methods that do better with it. Integer "
-        "kernels know none: exports for them round such weights to 8 bits",
+        description="a second scale, for every input channel of a weight of at most 4 bits (channel), or of a layer "
+        "whose input has at most 4 bits and is multiplied by them before it is rounded (input): one byte each; auto: "
+        "input where there are such inputs, channel for affine grids per channel with float activations, by methods "
+        "that do better with it. Exports for integer kernels, which know none, round such weights to 8 bits",
     )
     bias: Literal["float", "layer", "keep"] = Field(
         default="float",
@@ -77,7 +79,11 @@ class Scheme(Frozen):
         "BatchNorm would (float), or keep the scales that the method chose (keep); needs a scale per channel",
     )
     act_bits: int | None = Field(
-        default=None, ge=MIN_BITS, le=MAX_BITS, description="bits of an activation, 2 to 8; not given: float"
+        default=None,
+        ge=MIN_BITS,
+        le=MAX_BITS,
+        validate_default=True,
+        description="bits of an activation, 2 to 8; not given: float",
     )
     act_placement: Literal["inputs", "integer"] = Field(
         default="inputs",
@@ -107,6 +113,15 @@ class Scheme(Frozen):
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return value
+
+    @field_validator("act_bits", "act_placement")
+    @classmethod
+    def _has_inputs_to_scale(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("column_scale") == "input" and value in (None, "integer"):
+            raise ValueError(
+                "column scales of inputs need --act-bits and --act-placement inputs; leave out --column-scale input"
+            )
         return value
 
     @field_validator("zero_point")
@@ -162,8 +177,17 @@ class Scheme(Frozen):
         """
         if self.column_scale != "auto":
             return self
-        suits = self.act_bits is None and self.granularity == "channel" and not self.symmetric
-        return self.model_copy(update={"column_scale": "channel" if column_scales and suits else "none"})
+        chosen = "none"
+        if column_scales and self.granularity == "channel":
+            if self.act_bits is None:
+                chosen = "none" if self.symmetric else "channel"
+            elif self.act_bits <= COLUMN_BITS and self.act_placement == "inputs":
+                chosen = "input"
+        return self.model_copy(update={"column_scale": chosen})
+
+    def scales_inputs(self, act_bits: int) -> bool:
+        """Whether an input of so many bits is multiplied by column scales before it is rounded."""
+        return self.column_scale == "input" and act_bits <= COLUMN_BITS
 
     def scales_columns(self, bits: int, channels: int) -> bool:
         """Whether a weight with codes of so many bits and so many input channels in a group has column scales.
@@ -186,7 +210,12 @@ class Scheme(Frozen):
         edges = f"first/last layer {self.first_bits or self.bits}/{self.last_bits or self.bits} bits"
         zero = "" if self.symmetric else f", zero point {self.zero_point}"
         grid = f"{'symmetric' if self.symmetric else 'affine'} per {self.granularity}{zero}"
-        grid += {"auto": ", column scales auto", "channel": ", column scales", "none": ""}[self.column_scale]
+        grid += {
+            "auto": ", column scales auto",
+            "channel": ", column scales",
+            "input": ", column scales of inputs",
+            "none": "",
+        }[self.column_scale]
         extra = f", {len(self.overrides)} overrides" if self.overrides else ""
         return (
             f"W{self.bits}A{self.act_bits or 32}, {edges}, {grid}, bias {self.bias}, gain {self.gain}, "

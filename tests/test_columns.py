@@ -269,7 +269,7 @@ def test_a_method_that_knows_none_is_told_so(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_is_left_to_the_method_suits_it_and_the_scheme(tmp_path: Path) -> None:
-    """By default those have them that do better with them, and only where the grid and the activations suit."""
+    """By default all have them but the papers' forms, of the kind that suits the grid and the activations."""
 
     def columns(method: str, options: dict[str, Any] | None = None, **scheme: Any) -> bool:
         path = tmp_path / "model.safetensors"
@@ -281,27 +281,33 @@ def test_what_is_left_to_the_method_suits_it_and_the_scheme(tmp_path: Path) -> N
         held = {layer.weight.columns is not None for layer in checkpoint.layers.values()}
         assert held != {True}  # 8-bit edges have none
         assert ("column scales" in found.result.scheme_line) == (True in held)
-        assert checkpoint.info.scheme.column_scale == ("channel" if True in held else "none")
+        inputs = (chosen.act_bits or 8) <= 4
+        assert checkpoint.info.scheme.column_scale == ("none" if True not in held else "input" if inputs else "channel")
         assert found.result.config.scheme == chosen  # what was asked for
         return True in held
 
-    assert [columns(method) for method in METHODS] == [method != "rtn" for method in METHODS]
-    assert not columns("qera", {"base": "rtn"})  # which must want them, too
+    assert all(columns(method) for method in METHODS)
     assert columns("qera", {"base": "gptq"})
     assert not columns("cora", {"preset": "paper", "iterations": 1})
+    assert not columns("qera", {"base": "comq", "base_options": {"preset": "paper"}})  # which must want them, too
     assert not columns("comq", {"preset": "paper"})
     assert not columns("comq", symmetric=True)
     assert not columns("comq", granularity="tensor", gain="keep")
     assert not columns("comq", act_bits=8)
     assert not columns("comq", column_scale="none")
     assert columns("comq", act_bits=8, column_scale="channel")
-    assert columns("rtn", column_scale="channel")
+    assert columns("comq", act_bits=4)
+    assert columns("comq", act_bits=4, symmetric=True)
+    assert not columns("comq", act_bits=4, act_placement="integer")
+    assert not columns("comq", act_bits=4, granularity="tensor", gain="keep")
+    assert not columns("comq", {"preset": "paper"}, act_bits=4)
 
 
 def test_left_to_the_method_is_the_same_run_as_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run's folder is named after what it does: comq's default is `channel`, rtn's `none`."""
-    for method, kind in (("comq", "channel"), ("rtn", "none")):
-        line = ["quantize", "demo", "--method", method, "--calib-size", "8", "--dry-run", "--json", "-O", str(tmp_path)]
+    """A run's folder is named after what it does: comq's default is `channel`, that of the paper's form `none`."""
+    for preset, kind in (("default", "channel"), ("paper", "none")):
+        line = ["quantize", "demo", "--method", "comq", "-o", f"preset={preset}", "--calib-size", "8"]
+        line += ["--dry-run", "--json", "-O", str(tmp_path)]
         found = []
         for more in ([], ["--column-scale", kind], ["--column-scale", "channel" if kind == "none" else "none"]):
             assert run([*line, *more]) == 0

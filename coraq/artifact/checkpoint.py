@@ -118,7 +118,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     restructure(module, info.structure)
     _fill(module, layers, tensors, path)
     check_finite(module, f"the tensors of {path}")
-    install_grids(module, info.activations)
+    install_grids(module, info.activations, layers)
     return Checkpoint(module.eval().requires_grad_(False), layers, info, path, path.stat().st_size)
 
 

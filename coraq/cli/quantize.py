@@ -10,7 +10,7 @@ import typer
 
 from coraq.cli import options
 from coraq.cli.options import METHOD_PANEL, MODEL_PANEL, RUN_PANEL, SCHEME_PANEL, option
-from coraq.config import DataConfig, RunConfig, Scheme
+from coraq.config import ColumnScale, DataConfig, RunConfig, Scheme
 from coraq.errors import EXIT_INTERRUPTED, CoraqError, UsageError
 from coraq.events import ListSink, Note, tee
 
@@ -86,7 +86,7 @@ def quantize(
         option(Scheme, "zero_point", "--zero-point", panel=SCHEME_PANEL),
     ] = SCHEME.zero_point,
     column_scale: Annotated[
-        Literal["auto", "none", "channel"], option(Scheme, "column_scale", "--column-scale", panel=SCHEME_PANEL)
+        ColumnScale, option(Scheme, "column_scale", "--column-scale", panel=SCHEME_PANEL)
     ] = SCHEME.column_scale,
     bias: Annotated[
         Literal["float", "layer", "keep"], option(Scheme, "bias", "--bias", panel=SCHEME_PANEL)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -25,15 +25,18 @@ class RangeSample:
 
     Args:
         count: micro-batches that will come.
+        factors: that the tensor is multiplied by before it is rounded.
     """
 
     count: int
+    factors: Tensor | None = None
     low: float = 0.0
     high: float = 0.0
     _values: list[Tensor] = field(default_factory=list)
 
     def add(self, x: Tensor) -> None:
         """Take in one micro-batch; positions are drawn, the same on every run."""
+        x = x if self.factors is None else x * self.factors
         low, high = torch.aminmax(x)
         self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
         flat = x.detach().permute(0, 2, 3, 1).reshape(-1) if x.dim() == 4 else x.detach().reshape(-1)
@@ -44,7 +47,8 @@ class RangeSample:
 
     def grid(self, bits: int, kind: Range = "mse", percentile: float = 99.99) -> ActivationGrid:
         """The grid; unsigned where no value was negative."""
-        return activation_grid(torch.cat(self._values), self.low, self.high, bits, kind, percentile)
+        grid = activation_grid(torch.cat(self._values), self.low, self.high, bits, kind, percentile)
+        return replace(grid, factors=self.factors)
 
 
 def activation_grid(

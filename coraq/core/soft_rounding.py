@@ -75,8 +75,10 @@ class LearnedGrid:
         self.log_factor = torch.zeros((), requires_grad=True)
 
     def __call__(self, x: Tensor) -> Tensor:
-        step = self.grid.scale * self.log_factor.exp()
-        rounded: Tensor = _LearnedStep.apply(x, step, self.grid)
+        step, factors = self.grid.scale * self.log_factor.exp(), self.grid.factors
+        scaled = x if factors is None else x * factors
+        rounded: Tensor = _LearnedStep.apply(scaled, step, self.grid)
+        rounded = rounded if factors is None else rounded / factors
         if not self.drop:
             return rounded
         keep = torch.empty_like(x).uniform_(generator=self.generator) < self.drop

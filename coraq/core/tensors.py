@@ -7,7 +7,7 @@ group, `in = channels/groups · kh · kw` inputs of each (a Linear layer has one
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -157,12 +157,15 @@ class ActivationGrid:
         zero_point: the code of zero.
         bits: width of a code.
         signed: codes run from −2**(bits−1) to 2**(bits−1) − 1 instead of from 0 to 2**bits − 1.
+        factors: the tensor is multiplied by them before it is rounded, and divided after: the column scales of the
+            layers that read it, in a shape that spreads over it (`coraq.core.smoothing`). None: it is rounded as it is.
     """
 
     scale: float
     zero_point: int
     bits: int
     signed: bool
+    factors: Tensor | None = field(default=None, compare=False)
 
     @property
     def low(self) -> int:
@@ -180,12 +183,16 @@ class ActivationGrid:
 
     def round(self, x: Tensor) -> Tensor:
         """The nearest levels to `x`, in a new tensor of the same shape; rounding twice changes nothing."""
+        if self.factors is not None:
+            return replace(self, factors=None).round(x * self.factors) / self.factors
         return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.low, self.high)
 
     __call__ = round  # a grid stands wherever a function of a tensor can
 
     def codes(self, x: Tensor) -> Tensor:
         """The nearest codes to `x`, int32."""
+        if self.factors is not None:
+            return replace(self, factors=None).codes(x * self.factors)
         return torch.round(self.round(x) / self.scale).int() + self.zero_point
 
     def check(self) -> None:

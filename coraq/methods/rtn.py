@@ -26,7 +26,7 @@ class RoundToNearest:
 
     name: ClassVar[str] = "rtn"
     summary: ClassVar[str] = "nearest rounding, range by min-max, least squared error, or standard deviations"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     needs_data: ClassVar[bool] = False
 
     class Config(MethodConfig):
@@ -38,6 +38,9 @@ class RoundToNearest:
         norm: float = Field(default=2.0, gt=0, le=8, description="mse: power of the error (BRECQ uses 2.4)")
         steps: int = Field(default=80, ge=1, description="mse: number of ranges tried")
         k: float = Field(default=5.0, gt=0, description="sigma: standard deviations on either side of the mean")
+
+        def column_scales(self) -> bool:
+            return True
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from coraq.config import Frozen, Scheme
 from coraq.core.ranges import RangeSample
-from coraq.core.tensors import ActivationGrid
+from coraq.core.tensors import ActivationGrid, QuantizedLayer
 from coraq.errors import CoraqError, MethodError
 from coraq.model.dataflow import Dataflow
 from coraq.model.engine import Arrival, output_stop
 from coraq.model.gridded import make_gridded, set_grid
-from coraq.model.layers import is_quantizable
+from coraq.model.layers import groups_of, is_quantizable
 
 STUDENT = 1
 SUMS = {"add", "sub", "mul", "rsub", "iadd", "isub", "imul", "radd", "rmul"}  # less underscores
@@ -48,12 +48,14 @@ class Site:
         readers: quantized layers that read it.
         producer: the module at whose output the grid acts; None: it acts at the readers' inputs.
         bits: of a code.
+        scaled: its channels get factors before they are rounded: its readers' column scales.
     """
 
     name: str
     readers: tuple[str, ...]
     producer: str | None
     bits: int
+    scaled: bool = False
 
 
 class ActivationRecord(Frozen):
@@ -65,13 +67,19 @@ class ActivationRecord(Frozen):
     signed: bool
     readers: list[str] = Field(default_factory=list, description="quantized layers that read the tensor")
     producer: str | None = Field(default=None, description="module whose output it is; none: it acts at the readers")
+    scaled: bool = Field(
+        default=False, description="it is multiplied by its readers' column scales before it is rounded"
+    )
 
     @property
     def grid(self) -> ActivationGrid:
+        """The grid, of a tensor that is `scaled` without its factors."""
         return ActivationGrid(self.scale, self.zero_point, self.bits, self.signed)
 
 
-def install_grids(model: nn.Module, records: Mapping[str, ActivationRecord]) -> None:
+def install_grids(
+    model: nn.Module, records: Mapping[str, ActivationRecord], layers: Mapping[str, QuantizedLayer]
+) -> None:
     """Put the grids of a checkpoint into a network.
 
     Raises:
@@ -82,11 +90,23 @@ def install_grids(model: nn.Module, records: Mapping[str, ActivationRecord]) -> 
         try:
             record.grid.check()
             for target in [record.producer] if record.producer else record.readers:
-                set_grid(modules[target], "output" if record.producer else "input", record.grid)
+                grid = record.grid
+                if record.scaled:
+                    columns = layers[target].weight.columns
+                    if columns is None or record.producer:
+                        raise ValueError("it has no column scales to be multiplied by")
+                    grid = replace(grid, factors=spread_over(columns, modules[target]))
+                set_grid(modules[target], "output" if record.producer else "input", grid)
         except (KeyError, ValueError) as error:
             raise CoraqError(
                 f"activation grid {name} does not fit the network: {error}", "Was the file changed, or timm?"
             ) from None
+
+
+def spread_over(columns: Tensor, module: nn.Module) -> Tensor:
+    """Column scales [groups, 1, channels] of a layer in a shape that spreads over its input."""
+    kernel = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)  # type: ignore[arg-type]
+    return columns.reshape(-1, *[1] * kernel)
 
 
 def find_sites(
@@ -137,7 +157,7 @@ class _Finder:
             first = readers[0]
             name = f"{producer}.output" if producer else f"{first}.input"
             bits = max(self.bits[reader] or 8 for reader in readers)
-            sites.append(Site(name, tuple(readers), producer, bits))
+            sites.append(Site(name, tuple(readers), producer, bits, producer is None and self._scaled(readers, bits)))
             if producer is None and places - {None}:
                 lost.append(f"{first}: reads several tensors, so that other readers of them get float values")
         for tensor, producer in producers.items():
@@ -149,6 +169,14 @@ class _Finder:
             else:
                 sites.append(Site(f"{producer}.output", (), producer, self.scheme.act_bits or 8))
         return sites, lost
+
+    def _scaled(self, readers: Sequence[str], bits: int) -> bool:
+        """Whether a tensor's channels get factors: they must be the same for all who read it."""
+        modules: list[Any] = [self.model.get_submodule(name) for name in readers]
+        alike = (
+            len({(isinstance(m, nn.Linear), m.weight.dim(), m.weight.shape[1] * groups_of(m)) for m in modules}) == 1
+        )
+        return self.scheme.scales_inputs(bits) and alike
 
     def _source(self, tensor: int) -> int:
         """Back past operations that only move values."""
@@ -254,10 +282,22 @@ class ActivationGrids:
     Args:
         student: the network that the grids act in.
         sites: from `find_sites`.
+        columns: the column scales of the layers that read tensors that are `scaled`.
     """
 
-    def __init__(self, student: nn.Module, sites: Sequence[Site], scheme: Scheme) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        sites: Sequence[Site],
+        scheme: Scheme,
+        columns: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.student, self.sites, self._scheme = student, list(sites), scheme
+        self._factors = {
+            site.name: spread_over(columns[site.readers[0]], student.get_submodule(site.readers[0]))
+            for site in sites
+            if columns and site.scaled
+        }
         self._of = {reader: site for site in sites for reader in site.readers}
         self._grids: dict[str, ActivationGrid] = {}
         self._final: set[str] = set()
@@ -300,6 +340,7 @@ class ActivationGrids:
                     signed=grid.signed,
                     readers=list(site.readers),
                     producer=site.producer,
+                    scaled=site.name in self._factors,
                 )
         return found
 
@@ -316,13 +357,17 @@ class ActivationGrids:
         if site is None:
             return
         if site.name not in self._grids:
-            sample = RangeSample(len(arrival.taken))
+            sample = RangeSample(len(arrival.taken), self.factors(site))
             for x in arrival.inputs(STUDENT):
                 sample.add(x)
             self._set(site, sample.grid(site.bits, self._scheme.act_range, self._scheme.act_percentile))
         grid = self._grids[site.name]
         if site.producer is None:
             arrival.transforms[STUDENT] = grid.round  # what the layer will really see
+
+    def factors(self, site: Site) -> Tensor | None:
+        """What a site's tensor is multiplied by before it is rounded."""
+        return self._factors.get(site.name)
 
     def _at(self, stop: str) -> Site | None:
         for site in self.sites:
@@ -381,7 +426,8 @@ class ActivationGrids:
         if grid is None:
             self._grids.pop(site.name, None)
         else:
-            grid = replace(grid, scale=float(torch.tensor(grid.scale, dtype=torch.float32)))
+            scale = float(torch.tensor(grid.scale, dtype=torch.float32))
+            grid = replace(grid, scale=scale, factors=self.factors(site))
             self._grids[site.name] = grid
         for target in [site.producer] if site.producer else site.readers:
             set_grid(self.student.get_submodule(target), "output" if site.producer else "input", grid)

@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from coraq.config import Scheme
+from coraq.core.smoothing import DEPTHWISE, SHARED, input_scales
 from coraq.core.tensors import ActivationGrid, QuantizedLayer
 from coraq.errors import CoraqError, MethodError
 from coraq.events import LayerCommitted, Metric, Note, Sink, null_sink
-from coraq.model.activations import ActivationGrids, ActivationRecord, find_sites
+from coraq.model.activations import ActivationGrids, ActivationRecord, Site, find_sites
 from coraq.model.blocks import Block, Granularity, partition
 from coraq.model.delegate import OneLayer, OneUnit
-from coraq.model.engine import Arrival, LockStep, Schedule, live_bytes, released
+from coraq.model.engine import Arrival, LockStep, Schedule, live_bytes, released, spread_out
 from coraq.model.fold import Trace
 from coraq.model.layers import LayerView, as_matrices, groups_of, install, kernel_of, kind_of
 from coraq.model.layerwise import ROWS_PER_INPUT, LayerByLayer
@@ -29,6 +31,8 @@ from coraq.model.reconstruction import BlockData, Collector, calibrate_inside, c
 from coraq.model.statistics import LayerStats
 
 Metrics = dict[str, float | int | str]
+SCALED_ON = 256  # images that input scales are chosen on
+CHANNEL_SAMPLE = 4096  # values of each channel for that
 
 
 class CalibrationTask(LayerByLayer):
@@ -113,11 +117,50 @@ class CalibrationTask(LayerByLayer):
         sites, lost = find_sites(self.teacher, found.order, found.flow, self.scheme)
         if lost:
             self.note(f"{len(lost)} tensors stay float where a grid was wanted, first {lost[0]}")
-        grids = ActivationGrids(self.student, sites, self.scheme)
+        columns = self._input_scales([site for site in sites if site.scaled])
+        grids = ActivationGrids(self.student, sites, self.scheme, columns)
         for name, view in self._views.items():
             site = grids.site_of(name)
-            self._views[name] = replace(view, act_bits=None if site is None else site.bits)
+            act_bits = None if site is None else site.bits
+            self._views[name] = replace(view, act_bits=act_bits, input_scales=columns.get(name))
         return grids
+
+    @torch.no_grad()
+    def _input_scales(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Column scales of the layers that read tensors which get factors, from the float network on some images."""
+        start = time.perf_counter()
+        samples: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+        order, images = spread_out(len(self._batches)), accumulate(len(batch) for batch in self._batches)
+        count = next((n for n, seen in enumerate(images, 1) if seen >= SCALED_ON), len(order))
+
+        def take(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = args[0] if args else next(iter(kwargs.values()))
+                channels = x.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
+                generator = torch.Generator().manual_seed(len(samples[name]))
+                index = torch.randint(channels.shape[1], (-(-CHANNEL_SAMPLE // count),), generator=generator)
+                samples[name].append(channels[:, index.to(x.device)].float())
+
+            return hook
+
+        handles = [
+            self.teacher.get_submodule(site.readers[0]).register_forward_pre_hook(take(site.name), with_kwargs=True)
+            for site in sites
+        ]
+        try:
+            for index in order[:count] if sites else []:
+                self.teacher(self._batches[index])
+        finally:
+            for handle in handles:
+                handle.remove()
+        found: dict[str, Tensor] = {}
+        for site in sites if self._batches else []:
+            views = [self._views[name] for name in site.readers]
+            power = DEPTHWISE if all(view.channels == 1 for view in views) else SHARED
+            factors = input_scales(torch.cat(samples.pop(site.name), 1), site.bits, power)
+            found |= {view.name: factors.reshape(view.shape[0], 1, view.channels) for view in views}
+        self.clock["input scales"] += time.perf_counter() - start
+        return found
 
     @property
     def activations(self) -> dict[str, ActivationRecord]:
@@ -356,11 +399,15 @@ class CalibrationTask(LayerByLayer):
             layer.check(view.shape)
         except (ValueError, TypeError, AttributeError) as error:  # what is no tensor has no shape
             raise MethodError(f"{self.method}: its result for layer {name} is invalid: {error}") from None
-        if layer.weight.columns is None and self.scheme.scales_columns(layer.weight.bits, view.channels):
+        wanted = view.input_scales is not None or self.scheme.scales_columns(layer.weight.bits, view.channels)
+        if layer.weight.columns is None and wanted:
             raise CoraqError(
                 f"{self.method} knows no column scales",
-                "Leave out --column-scale channel, or take a method that has them, such as comq.",
+                f"Leave out --column-scale {self.scheme.column_scale}, or take a method that has them, such as comq.",
             )
+        given, asked = layer.weight.columns, view.input_scales
+        if given is not None and asked is not None and not torch.equal(given.cpu(), asked.cpu()):
+            raise MethodError(f"{self.method}: the column scales of layer {name} are not those of its input")
         layer = self._settle(view, replace(layer, input=self._input_grid(name, layer)))
         numbers: Metrics = {**self._measure(view, layer), **metrics}
         errors = (numbers.get(key, 0.0) for key in ("input_error", "output_error"))

@@ -32,6 +32,7 @@ class LayerView:
         kernel: (kh, kw); (1, 1) for Linear.
         macs: multiply-accumulates for one image.
         act_bits: of its input, None where that is float.
+        input_scales: column scales that the grid of its input asks for, float32 [groups, 1, channels], or None.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LayerView:
     kernel: tuple[int, int]
     macs: int
     act_bits: int | None = None
+    input_scales: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -56,6 +58,8 @@ class LayerView:
 
     def columns(self, scheme: Scheme) -> Tensor | None:
         """Column scales as the Scheme says, float32 [groups, 1, channels], or None."""
+        if self.input_scales is not None:
+            return self.input_scales
         if not scheme.scales_columns(self.bits, self.channels):
             return None
         return column_scales(self.weight, self.kernel[0] * self.kernel[1])
