@@ -107,9 +107,9 @@ class MethodConfig(Frozen):
         return {**cls.presets[chosen], **values} if isinstance(chosen, str) and chosen in cls.presets else values
 
     def column_scales(self) -> bool:
-        """Whether a scheme that leaves column scales to the method (`auto`) has them: where they measure better.
+        """Whether a scheme that leaves column scales to the method (`auto`) has them.
 
-        The bases must say so, too.
+        True for a method that commits what `LayerView.columns` says. The bases must say so, too.
         """
         return False
 

@@ -54,6 +54,9 @@ def command(arguments: argparse.Namespace, network: str, method: str, weights: s
     return [*line, *(part.format(assets=assets) for part in NETWORKS[network])]
 
 
+COLUMN_SCALES = {"column scales of inputs": "input", "column scales": "channel"}  # by what a scheme's line says
+
+
 def row(network: str, result: dict[str, Any]) -> list[str]:
     """One line of the table."""
     comparison, scheme = result["comparison"], result["config"]["scheme"]
@@ -69,7 +72,7 @@ def row(network: str, result: dict[str, Any]) -> list[str]:
         result["method"],
         f"{scheme['bits']}/{scheme['act_bits'] or 32}",
         scheme.get("zero_point", "whole"),
-        "channel" if "column scales" in result["scheme_line"] else "none",
+        next((kind for words, kind in COLUMN_SCALES.items() if words in result["scheme_line"]), "none"),
         scheme["act_placement"] if scheme["act_bits"] else "–",
         f"{comparison['float_top1']['value_pct']:.2f}",
         f"{top1['value_pct']:.2f} [{top1['low_pct']:.1f}, {top1['high_pct']:.1f}]",
@@ -91,7 +94,7 @@ def main() -> int:
     parser.add_argument("--bits", default="4/32,3/32,2/32,4/8,4/4,2/4", help="weight/activation bits; 32: float")
     parser.add_argument("--placement", default="inputs", choices=["inputs", "integer"])
     parser.add_argument("--zero-point", default="auto", choices=["auto", "whole", "half", "quarter", "eighth"])
-    parser.add_argument("--column-scale", default="auto", choices=["auto", "none", "channel"])
+    parser.add_argument("--column-scale", default="auto", choices=["auto", "none", "channel", "input"])
     parser.add_argument("--calib-size", type=int, default=USUAL)
     parser.add_argument("--calib-memory", default=None, help="of a run, where several run at once")
     parser.add_argument("--eval-size", type=int, default=None)
@@ -113,7 +116,9 @@ def main() -> int:
                 place = "" if arguments.placement == "inputs" or activations == "32" else "-integer"
                 images = "" if arguments.calib_size == USUAL else f"-{arguments.calib_size}"
                 zero = "" if arguments.zero_point == "auto" else f"-{arguments.zero_point}"
-                columns = {"auto": "", "none": "-no-columns", "channel": "-columns"}[arguments.column_scale]
+                columns = {"auto": "", "none": "-no-columns", "channel": "-columns", "input": "-inputs"}[
+                    arguments.column_scale
+                ]
                 name = f"{network}-{method}-w{weights}a{activations}{place}{images}{zero}{columns}.json"
                 (folder / name).write_text(json.dumps(result, indent=1) + "\n")
                 print(*row(network, result), sep=" | ", flush=True)

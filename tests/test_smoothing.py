@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -176,6 +177,40 @@ def test_factors_are_the_float_network_s_and_the_same_every_time() -> None:
         if scales is not None and again is not None:
             assert torch.equal(scales, again)
             assert float(scales.min()) >= 1
+
+
+def test_grids_inside_a_unit_are_those_of_the_product() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet", num_classes=10).eval()
+    images = random_images(16, 64)
+    task = CalibrationTask(model, fold(model, images[:4]), W4A4, list(images.split(8)))
+    views = {view.name: view for view in task.layers}
+    seen = set()
+    for block in task.partition()[:4]:
+        data = task.block_io(block)
+        for site in data.sites:
+            grid, scales = data.grids[site.name], views[site.readers[0]].input_scales
+            assert (grid.factors is None) == (scales is None)
+            if grid.factors is None or scales is None:
+                continue
+            assert torch.equal(grid.factors.flatten(), scales.flatten())
+            if task.grids.grid(site) is not None:  # which the engine has calibrated, micro-batch by micro-batch
+                continue
+            reader, inputs = data.readers(site)[0], list[Tensor]()
+            handle = reader.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0]))
+            data.module(data.student_input[:64].clone())
+            handle.remove()
+            sample = RangeSample(1, grid.factors)
+            sample.add(inputs[0])
+            assert sample.grid(4).scale == pytest.approx(grid.scale, rel=1e-6)
+            seen.add(site.name)
+        for name in block.layers:
+            view = views[name]
+            columns = view.columns(W4A4)
+            made = RoundToNearest(RoundToNearest.Config()).grid(view.weight, view.bits, W4A4)
+            made = dataclasses.replace(made, columns=columns)
+            task.commit(name, QuantizedLayer(made.pack(made.codes(view.weight))))
+    assert seen
 
 
 def test_other_scales_than_the_input_s_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

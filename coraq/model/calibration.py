@@ -285,7 +285,7 @@ class CalibrationTask(LayerByLayer):
         data.sites = [site for site in inside if not self.grids.is_final(site)]
         prefix = block.module + "."
         outputs = [s for s in self.grids.sites if (s.producer or "").startswith(prefix)]
-        calibrate_inside(data, outputs, self.scheme.act_range, self.scheme.act_percentile)
+        calibrate_inside(data, outputs, self.scheme.act_range, self.scheme.act_percentile, self.grids.factors)
         self.clock["block data"] += time.perf_counter() - start
         return data
 

@@ -171,8 +171,17 @@ def cut_out(student: nn.Module, block: Block) -> nn.Module:
 
 
 @torch.no_grad()
-def calibrate_inside(data: BlockData, outputs: Sequence[Site], range_: Any, percentile: float) -> None:
-    """Grids for the sites of a unit's copy, each on values that have passed the earlier ones; sets them in the copy."""
+def calibrate_inside(
+    data: BlockData,
+    outputs: Sequence[Site],
+    range_: Any,
+    percentile: float,
+    factors: Callable[[Site], Tensor | None] = lambda site: None,
+) -> None:
+    """Grids for the sites of a unit's copy, each on values that have passed the earlier ones; sets them in the copy.
+
+    `factors` says what a site's tensor is multiplied by before it is rounded.
+    """
     by_module: dict[nn.Module, tuple[Site, str]] = {}
     for site in data.sites:
         if site.name not in data.grids:
@@ -181,7 +190,7 @@ def calibrate_inside(data: BlockData, outputs: Sequence[Site], range_: Any, perc
     handles: list[Any] = []
 
     def choose(site: Site, x: Tensor) -> ActivationGrid:
-        sample = RangeSample(1)
+        sample = RangeSample(1, factors(site))
         sample.add(x)
         return sample.grid(site.bits, range_, percentile)
 
