@@ -28,7 +28,7 @@ from coraq.errors import CoraqError, MethodError
 from coraq.model.dataflow import Dataflow
 from coraq.model.engine import Arrival, output_stop
 from coraq.model.gridded import make_gridded, set_grid
-from coraq.model.layers import groups_of, is_quantizable
+from coraq.model.layers import groups_of, is_quantizable, kernel_axes
 
 STUDENT = 1
 SUMS = {"add", "sub", "mul", "rsub", "iadd", "isub", "imul", "radd", "rmul"}  # less underscores
@@ -105,8 +105,7 @@ def install_grids(
 
 def spread_over(columns: Tensor, module: nn.Module) -> Tensor:
     """Column scales [groups, 1, channels] of a layer in a shape that spreads over its input."""
-    kernel = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)  # type: ignore[arg-type]
-    return columns.reshape(-1, *[1] * kernel)
+    return columns.reshape(-1, *[1] * kernel_axes(module))
 
 
 def find_sites(

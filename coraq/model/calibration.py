@@ -25,14 +25,14 @@ from coraq.model.blocks import Block, Granularity, partition
 from coraq.model.delegate import OneLayer, OneUnit
 from coraq.model.engine import Arrival, LockStep, Schedule, live_bytes, released, spread_out
 from coraq.model.fold import Trace
-from coraq.model.layers import LayerView, as_matrices, groups_of, install, kernel_of, kind_of
+from coraq.model.layers import LayerView, as_matrices, groups_of, install, kernel_axes, kernel_of, kind_of
 from coraq.model.layerwise import ROWS_PER_INPUT, LayerByLayer
 from coraq.model.reconstruction import BlockData, Collector, calibrate_inside, cut_out
 from coraq.model.statistics import LayerStats
 
 Metrics = dict[str, float | int | str]
 SCALED_ON = 256  # images that input scales are chosen on
-CHANNEL_SAMPLE = 4096  # values of each channel for that
+CHANNEL_SAMPLE, SAMPLES = 4096, 2**26  # values of each channel for that, and of all together
 
 
 class CalibrationTask(LayerByLayer):
@@ -133,12 +133,15 @@ class CalibrationTask(LayerByLayer):
         order, images = spread_out(len(self._batches)), accumulate(len(batch) for batch in self._batches)
         count = next((n for n, seen in enumerate(images, 1) if seen >= SCALED_ON), len(order))
 
+        channels = sum(view.shape[0] * view.channels for view in (self._views[site.readers[0]] for site in sites))
+        wanted = max(1, min(CHANNEL_SAMPLE, SAMPLES // max(1, channels)) // max(1, count))
+
         def take(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 x = args[0] if args else next(iter(kwargs.values()))
-                channels = x.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
+                channels = x.movedim(-1 - kernel_axes(module), 0).flatten(1)
                 generator = torch.Generator().manual_seed(len(samples[name]))
-                index = torch.randint(channels.shape[1], (-(-CHANNEL_SAMPLE // count),), generator=generator)
+                index = torch.randint(channels.shape[1], (wanted,), generator=generator)
                 samples[name].append(channels[:, index.to(x.device)].float())
 
             return hook

@@ -98,6 +98,11 @@ def kernel_of(module: Any) -> tuple[int, int]:
     return (1, int(size[0])) if len(size) == 1 else (int(size[0]), int(size[1]))
 
 
+def kernel_axes(module: Any) -> int:
+    """Axes behind the channels of a layer's input: 0 of a Linear, 1 of a Conv1d, 2 of a Conv2d."""
+    return 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
+
+
 def as_images(module: nn.Module, x: Tensor) -> tuple[Tensor, Geometry]:
     """A layer's input as [n, channels, height, width] with the geometry of its im2col patches.
 
