@@ -39,7 +39,14 @@ def checkpoint_of(
 ) -> Checkpoint:
     """The small network under nearest rounding, written and read back."""
     path = folder / "model.safetensors"
-    scheme_ = {"bits": bits, "symmetric": symmetric, "bias": "keep", "zero_point": "whole", **scheme_}
+    scheme_ = {
+        "bits": bits,
+        "symmetric": symmetric,
+        "bias": "keep",
+        "zero_point": "whole",
+        "column_scale": "none",
+        **scheme_,
+    }
     scheme = Scheme(first_bits=8, last_bits=5, **scheme_)
     network = small_network(awkward=awkward)
     coraq.quantize(network, "rtn", data=random_images(8), scheme=scheme, path=path)
