@@ -161,6 +161,14 @@ def test_grids_at_inputs_alone_are_not_called_integer_kernels(tmp_path: Path) ->
     assert check(checkpoint, export).failures == []
 
 
+def test_column_scales_of_inputs_are_in_the_file(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path, act_bits=4, column_scale="input")
+    assert any(record.scaled for record in checkpoint.info.activations.values())
+    export = build_onnx(checkpoint)
+    assert export.label == "4- to 8-bit on disk, float in memory"
+    assert check(checkpoint, export).failures == []
+
+
 def test_a_bias_on_another_scale_is_found(gridded: Checkpoint) -> None:
     export = build_onnx(gridded)
     model = onnx.load_from_string(export.content)
