@@ -20,6 +20,7 @@ from coraq.core.soft_rounding import LearnedGrid
 from coraq.core.tensors import ActivationGrid, QuantizedLayer
 from coraq.errors import CoraqError, MethodError
 from coraq.methods.rtn import RoundToNearest
+from coraq.model.activations import install_grids
 from coraq.model.calibration import CalibrationTask
 from coraq.model.fold import fold
 from coraq.model.gridded import grids_of
@@ -237,8 +238,6 @@ def test_there_must_be_inputs_to_scale(given: dict[str, Any], fault: str) -> Non
 
 
 def test_a_record_without_its_column_scales_is_refused(tmp_path: Path) -> None:
-    from coraq.model.activations import install_grids
-
     path = tmp_path / "model.safetensors"
     quantized("rtn", "input", path)
     checkpoint = load_checkpoint(path)

@@ -13,7 +13,7 @@ calibrate after all weights; the tensor that a grid sees is the same but for the
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -356,17 +356,17 @@ class ActivationGrids:
         if site is None:
             return
         if site.name not in self._grids:
-            sample = RangeSample(len(arrival.taken), self.factors(site))
-            for x in arrival.inputs(STUDENT):
-                sample.add(x)
-            self._set(site, sample.grid(site.bits, self._scheme.act_range, self._scheme.act_percentile))
+            self._set(site, self.choose(site, arrival.inputs(STUDENT), len(arrival.taken)))
         grid = self._grids[site.name]
         if site.producer is None:
             arrival.transforms[STUDENT] = grid.round  # what the layer will really see
 
-    def factors(self, site: Site) -> Tensor | None:
-        """What a site's tensor is multiplied by before it is rounded."""
-        return self._factors.get(site.name)
+    def choose(self, site: Site, inputs: Iterable[Tensor], count: int) -> ActivationGrid:
+        """The grid that suits a site's tensor, seen in so many micro-batches; sets nothing."""
+        sample = RangeSample(count, self._factors.get(site.name))
+        for x in inputs:
+            sample.add(x)
+        return sample.grid(site.bits, self._scheme.act_range, self._scheme.act_percentile)
 
     def _at(self, stop: str) -> Site | None:
         for site in self.sites:
@@ -426,7 +426,7 @@ class ActivationGrids:
             self._grids.pop(site.name, None)
         else:
             scale = float(torch.tensor(grid.scale, dtype=torch.float32))
-            grid = replace(grid, scale=scale, factors=self.factors(site))
+            grid = replace(grid, scale=scale, factors=self._factors.get(site.name))
             self._grids[site.name] = grid
         for target in [site.producer] if site.producer else site.readers:
             set_grid(self.student.get_submodule(target), "output" if site.producer else "input", grid)

@@ -128,21 +128,24 @@ class CalibrationTask(LayerByLayer):
     @torch.no_grad()
     def _input_scales(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         """Column scales of the layers that read tensors which get factors, from the float network on some images."""
+        if not sites or not self._batches:
+            return {}
         start = time.perf_counter()
         samples: dict[str, list[Tensor]] = {site.name: [] for site in sites}
         order, images = spread_out(len(self._batches)), accumulate(len(batch) for batch in self._batches)
         count = next((n for n, seen in enumerate(images, 1) if seen >= SCALED_ON), len(order))
 
         channels = sum(view.shape[0] * view.channels for view in (self._views[site.readers[0]] for site in sites))
-        wanted = max(1, min(CHANNEL_SAMPLE, SAMPLES // max(1, channels)) // max(1, count))
+        wanted = max(1, min(CHANNEL_SAMPLE, SAMPLES // channels) // count)
 
         def take(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 x = args[0] if args else next(iter(kwargs.values()))
-                channels = x.movedim(-1 - kernel_axes(module), 0).flatten(1)
+                last = x.movedim(-1 - kernel_axes(module), -1)  # a view of images that are channels-last, and no copy
+                rows = last.reshape(-1, last.shape[-1])
                 generator = torch.Generator().manual_seed(len(samples[name]))
-                index = torch.randint(channels.shape[1], (wanted,), generator=generator)
-                samples[name].append(channels[:, index.to(x.device)].float())
+                index = torch.randint(len(rows), (wanted,), generator=generator)
+                samples[name].append(rows[index.to(x.device)].float().t())
 
             return hook
 
@@ -151,13 +154,13 @@ class CalibrationTask(LayerByLayer):
             for site in sites
         ]
         try:
-            for index in order[:count] if sites else []:
+            for index in order[:count]:
                 self.teacher(self._batches[index])
         finally:
             for handle in handles:
                 handle.remove()
         found: dict[str, Tensor] = {}
-        for site in sites if self._batches else []:
+        for site in sites:
             views = [self._views[name] for name in site.readers]
             power = DEPTHWISE if all(view.channels == 1 for view in views) else SHARED
             factors = input_scales(torch.cat(samples.pop(site.name), 1), site.bits, power)
@@ -288,7 +291,7 @@ class CalibrationTask(LayerByLayer):
         data.sites = [site for site in inside if not self.grids.is_final(site)]
         prefix = block.module + "."
         outputs = [s for s in self.grids.sites if (s.producer or "").startswith(prefix)]
-        calibrate_inside(data, outputs, self.scheme.act_range, self.scheme.act_percentile, self.grids.factors)
+        calibrate_inside(data, outputs, self.grids)
         self.clock["block data"] += time.perf_counter() - start
         return data
 
@@ -402,13 +405,12 @@ class CalibrationTask(LayerByLayer):
             layer.check(view.shape)
         except (ValueError, TypeError, AttributeError) as error:  # what is no tensor has no shape
             raise MethodError(f"{self.method}: its result for layer {name} is invalid: {error}") from None
-        wanted = view.input_scales is not None or self.scheme.scales_columns(layer.weight.bits, view.channels)
-        if layer.weight.columns is None and wanted:
+        given, asked = layer.weight.columns, view.input_scales
+        if given is None and replace(view, bits=layer.weight.bits).has_columns(self.scheme):
             raise CoraqError(
                 f"{self.method} knows no column scales",
                 f"Leave out --column-scale {self.scheme.column_scale}, or take a method that has them, such as comq.",
             )
-        given, asked = layer.weight.columns, view.input_scales
         if given is not None and asked is not None and not torch.equal(given.cpu(), asked.cpu()):
             raise MethodError(f"{self.method}: the column scales of layer {name} are not those of its input")
         layer = self._settle(view, replace(layer, input=self._input_grid(name, layer)))

@@ -58,11 +58,13 @@ class LayerView:
 
     def columns(self, scheme: Scheme) -> Tensor | None:
         """Column scales as the Scheme says, float32 [groups, 1, channels], or None."""
-        if self.input_scales is not None:
+        if self.input_scales is not None or not self.has_columns(scheme):
             return self.input_scales
-        if not scheme.scales_columns(self.bits, self.channels):
-            return None
         return column_scales(self.weight, self.kernel[0] * self.kernel[1])
+
+    def has_columns(self, scheme: Scheme) -> bool:
+        """Whether there are `columns`."""
+        return self.input_scales is not None or scheme.scales_columns(self.bits, self.channels)
 
     def summary(self) -> dict[str, Any]:
         """The layer as plain values, without its tensors."""

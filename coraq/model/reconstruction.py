@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from coraq.core.gram import GramAccumulator, Moments
 from coraq.core.newton import Expansion
-from coraq.core.ranges import RangeSample
 from coraq.core.sampling import SampledMoments, positions_needed
 from coraq.core.tensors import ActivationGrid
-from coraq.model.activations import Site
+from coraq.model.activations import ActivationGrids, Site
 from coraq.model.blocks import Block
 from coraq.model.gridded import set_grid
 from coraq.model.layers import as_images, as_matrices, groups_of
@@ -171,17 +170,8 @@ def cut_out(student: nn.Module, block: Block) -> nn.Module:
 
 
 @torch.no_grad()
-def calibrate_inside(
-    data: BlockData,
-    outputs: Sequence[Site],
-    range_: Any,
-    percentile: float,
-    factors: Callable[[Site], Tensor | None] = lambda site: None,
-) -> None:
-    """Grids for the sites of a unit's copy, each on values that have passed the earlier ones; sets them in the copy.
-
-    `factors` says what a site's tensor is multiplied by before it is rounded.
-    """
+def calibrate_inside(data: BlockData, outputs: Sequence[Site], grids: ActivationGrids) -> None:
+    """Grids for the sites of a unit's copy, each on values that have passed the earlier ones; sets them in the copy."""
     by_module: dict[nn.Module, tuple[Site, str]] = {}
     for site in data.sites:
         if site.name not in data.grids:
@@ -189,20 +179,15 @@ def calibrate_inside(
                 by_module[reader] = (site, "input")
     handles: list[Any] = []
 
-    def choose(site: Site, x: Tensor) -> ActivationGrid:
-        sample = RangeSample(1, factors(site))
-        sample.add(x)
-        return sample.grid(site.bits, range_, percentile)
-
     def at_input(module: nn.Module, args: tuple[Any, ...]) -> None:
         site = by_module[module][0]
-        data.grids[site.name] = choose(site, args[0])
+        data.grids[site.name] = grids.choose(site, [args[0]], 1)
         for reader in data.readers(site):
             set_grid(reader, "input", data.grids[site.name])
 
     def at_output(site: Site) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            grid = choose(site, output)
+            grid = grids.choose(site, [output], 1)
             set_grid(module, "output", grid)
             return grid.round(output)
 

@@ -411,7 +411,8 @@ def _check_activations(bench: _Bench) -> None:
     """Quantized activations, at layer inputs and everywhere: written, read back, and resumed after a kill."""
     placements: tuple[Literal["inputs", "integer"], ...] = ("inputs", "integer")
     for placement in placements:
-        scheme = Scheme(bits=4, act_bits=4, act_placement=placement)
+        asked = Scheme(bits=4, act_bits=4, act_placement=placement)
+        scheme = settled(asked, configure(bench.method, bench.options))  # as a command has it
         case = f"activations at 4 bits ({placement})"
         outcome = bench.run(scheme, bench.batches(), case)
         _check_commits(bench, scheme, outcome, case)
