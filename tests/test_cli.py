@@ -654,3 +654,20 @@ def test_a_plugin_folder_is_searched(
     assert run(["methods", "--plugins-dir", str(folder)]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "No module named 'nothing_of_this_name'" in out
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_for_each_other_leave_the_core(given: dict[str, str], found: str) -> None:
+    program = (
+        "import os, sys\n"
+        "class Torch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch': print(os.environ.get('OMP_WAIT_POLICY')); sys.stdout.flush(); os._exit(0)\n"
+        "sys.meta_path.insert(0, Torch())\n"
+        "from coraq.__main__ import main\n"
+        "sys.argv = ['coraq', 'quantize', 'demo', '-O', os.devnull + '/none']\n"
+        "main()"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.splitlines() == [found]  # as torch is about to be loaded
