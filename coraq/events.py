@@ -17,6 +17,7 @@ from coraq.errors import disk_error
 from coraq.plainfiles import append_plain
 
 T = TypeVar("T")
+QUANTIZE = "quantize"  # the stage that counts layers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 import coraq
 from coraq.artifact import load_checkpoint
+from coraq.cli.progress import PlainProgress
 from coraq.config import Scheme
 from coraq.core.ranges import RangeSample, activation_grid
 from coraq.core.smoothing import channel_ranges, input_scales
 from coraq.core.soft_rounding import LearnedGrid
 from coraq.core.tensors import ActivationGrid, QuantizedLayer
 from coraq.errors import CoraqError, MethodError
+from coraq.events import QUANTIZE, ListSink, Sink, StageStarted, null_sink
 from coraq.methods.rtn import RoundToNearest
 from coraq.model.activations import install_grids
 from coraq.model.calibration import CalibrationTask
@@ -164,10 +166,21 @@ def test_uneven_channels_are_rounded_better(method: str) -> None:
     assert errors[1] < 0.9 * errors[0]
 
 
-def task_of(scheme: Scheme, model: nn.Module | None = None) -> CalibrationTask:
+def task_of(scheme: Scheme, model: nn.Module | None = None, sink: Sink = null_sink) -> CalibrationTask:
     images = random_images(32)
     model = model or small_network()
-    return CalibrationTask(model, fold(model, images[:4]), scheme, list(images.split(8)))
+    return CalibrationTask(model, fold(model, images[:4]), scheme, list(images.split(8)), sink=sink)
+
+
+def test_what_is_done_before_the_first_layer_is_shown() -> None:
+    sink, lines, now = ListSink(), list[str](), iter(range(0, 10_000, 11))
+    task_of(W4A4, sink=sink)
+    plain = PlainProgress(lines.append, verbose=False, clock=lambda: next(now))
+    for event in [StageStarted(QUANTIZE, 7), *sink.events]:
+        plain(event)
+    assert lines[1] == "quantize: 0/7 input scales: images, 0 of 4 micro-batches"
+    assert lines[-1] == "quantize: 0/7 input scales: hidden.input"
+    assert len(lines) == 1 + 4 + 5  # a line for each micro-batch and each tensor, had each taken ten seconds
 
 
 def test_factors_are_the_float_network_s_and_the_same_every_time() -> None:

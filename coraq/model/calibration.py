@@ -19,7 +19,7 @@ from coraq.config import Scheme
 from coraq.core.smoothing import DEPTHWISE, SHARED, input_scales
 from coraq.core.tensors import ActivationGrid, QuantizedLayer
 from coraq.errors import CoraqError, MethodError
-from coraq.events import LayerCommitted, Metric, Note, Sink, null_sink
+from coraq.events import QUANTIZE, LayerCommitted, Metric, Note, Sink, StageAdvanced, null_sink
 from coraq.model.activations import ActivationGrids, ActivationRecord, Site, find_sites
 from coraq.model.blocks import Block, Granularity, partition
 from coraq.model.delegate import OneLayer, OneUnit
@@ -154,13 +154,15 @@ class CalibrationTask(LayerByLayer):
             for site in sites
         ]
         try:
-            for index in order[:count]:
+            for done, index in enumerate(order[:count]):
+                self._sink(StageAdvanced(QUANTIZE, 0, f"input scales: images, {done} of {count} micro-batches"))
                 self.teacher(self._batches[index])
         finally:
             for handle in handles:
                 handle.remove()
         found: dict[str, Tensor] = {}
         for site in sites:
+            self._sink(StageAdvanced(QUANTIZE, 0, f"input scales: {site.name}"))
             views = [self._views[name] for name in site.readers]
             power = DEPTHWISE if all(view.channels == 1 for view in views) else SHARED
             factors = input_scales(torch.cat(samples.pop(site.name), 1), site.bits, power)

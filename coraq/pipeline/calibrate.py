@@ -14,7 +14,7 @@ from coraq import registry
 from coraq.api import QuantizedLayer
 from coraq.data import ImageSet
 from coraq.errors import CoraqError, MethodError
-from coraq.events import Event, LayerCommitted, Note, Sink, stage
+from coraq.events import QUANTIZE, Event, LayerCommitted, Note, Sink, stage
 from coraq.model.calibration import CalibrationTask, Metrics
 from coraq.pipeline.prepare import Prepared
 from coraq.system import default_memory_bound
@@ -30,7 +30,7 @@ def calibrate(
     """Run the method over all layers; returns the finished task with the quantized student in it."""
     config = prepared.config
     batches = _load_batches(prepared.images.calibration, prepared.device, sink)
-    with stage(sink, "quantize", len(prepared.found.order)) as quantizing:
+    with stage(sink, QUANTIZE, len(prepared.found.order)) as quantizing:
         task = CalibrationTask(
             prepared.teacher,
             prepared.found,

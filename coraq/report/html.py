@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coraq.events import QUANTIZE
 from coraq.plainfiles import read_plain
 from coraq.report import compare_text, plots, summary
 from coraq.results import CompareResult, LayerResult, RunResult, WeightHistogram
@@ -154,7 +155,7 @@ def logged_metrics(events: Path) -> plots.Curves:
         try:
             event = json.loads(line)
             kind = event["event"]
-            if kind == "StageStarted" and event["stage"] == "quantize":
+            if kind == "StageStarted" and event["stage"] == QUANTIZE:
                 fresh = True
             elif kind == "LayerCommitted" and event["resumed"]:
                 fresh = False
