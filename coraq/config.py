@@ -115,6 +115,14 @@ class Scheme(Frozen):
                 raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         return value
 
+    @field_validator("overrides")
+    @classmethod
+    def _has_inputs_to_quantize(cls, value: dict[str, LayerScheme], info: ValidationInfo) -> Any:
+        lone = [pattern for pattern, own in value.items() if own.act_bits is not None]
+        if lone and info.data.get("act_bits", 0) is None:
+            raise ValueError(f"bits of inputs, as {lone[0]!r} has them, need --act-bits for the other layers")
+        return value
+
     @field_validator("act_bits", "act_placement")
     @classmethod
     def _has_inputs_to_scale(cls, value: Any, info: ValidationInfo) -> Any:

@@ -188,6 +188,10 @@ def test_no_model_means_the_demo(pipeline: FakePipeline) -> None:
             ["--override", r"a=b\d=3", "--override", "c.*=8"],
             {"scheme": {"overrides": {r"a=b\d": {"bits": 3}, "c.*": {"bits": 8}}}},
         ),
+        (
+            ["--act-bits", "4", "--override", ".*conv_dw=3/8"],
+            {"scheme": {"act_bits": 4, "overrides": {".*conv_dw": {"bits": 3, "act_bits": 8}}}},
+        ),
         (["--method", "rtn"], {"method": "rtn"}),
         (
             ["-o", "sweeps=3", "-o", "order=greedy", "--option", "grid=[1, 2]", "-o", "fast=true", "-o", "x=a=b"],
@@ -251,6 +255,13 @@ def test_plugin_folders_reach_the_registry(pipeline: FakePipeline, tmp_path: Pat
         (["quantize", "m", "-o", "a=1", "-o", "a=2"], "-o a is given twice", "once"),
         (["quantize", "m", "--override", "layer"], "--override 'layer' is not REGEX=BITS", "for example"),
         (["quantize", "m", "--override", "a.*=16"], "--override 'a.*=16'", "for example"),
+        (["quantize", "m", "--override", "a.*=4/9"], "--override 'a.*=4/9'", "for example"),
+        (["quantize", "m", "--override", "a.*=4/8/8"], "--override 'a.*=4/8/8'", "for example"),
+        (
+            ["quantize", "m", "--override", "a.*=4/8"],
+            "--override {'a.*': {'bits': 4, 'act_bits': 8}} is not allowed",
+            "hint: bits of inputs, as 'a.*' has them, need --act-bits",
+        ),
         (["quantize", "m", "--override", "(=4"], "'(' is no regular expression", "for example"),
         (["quantize", "m", "--calib-memory", "much"], "'much' is not a size", "--help"),
         (["quantize", "m", "--mean", "red"], "'red' is not a list of numbers", "--help"),

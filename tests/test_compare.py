@@ -113,6 +113,15 @@ def test_without_a_model_the_newest_run_says_what_to_compare(empty: Path, capsys
     assert [config.scheme.bits for config in configs] == [3, 3]
 
 
+def test_a_flag_may_need_what_only_the_newest_run_has(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["quantize", "demo", "--method", "rtn", "--act-bits", "4", *SMALL, "-q"]) == 0
+    code, result = compared(capsys, "--methods", "rtn", "--override", ".*conv_dw=4/8", "--column-scale", "input")
+    assert code == 0
+    scheme = read_result(Path(result["cells"][0]["run_dir"])).config.scheme
+    assert (scheme.act_bits, scheme.column_scale) == (4, "input")
+    assert scheme.overrides == {".*conv_dw": LayerScheme(bits=4, act_bits=8)}
+
+
 def test_a_failing_cell_is_a_row_and_the_others_go_on(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (empty / "methods").mkdir()
     (empty / "methods" / "faulty.py").write_text(FAULTY)
@@ -362,7 +371,10 @@ CONFIGS = [
         calib_memory=123456789,
         float_dtype="float16",
     ),
-    RunConfig(model="demo", scheme=Scheme(zero_point="quarter")),  # what the second cannot have: it is symmetric
+    RunConfig(  # what the second cannot have: it is symmetric, and its inputs are float
+        model="demo",
+        scheme=Scheme(zero_point="quarter", act_bits=4, overrides={"a": LayerScheme(bits=5, act_bits=8)}),
+    ),
 ]
 
 

@@ -12,7 +12,7 @@ import typer
 from typer.models import OptionInfo
 
 from coraq.cli import options
-from coraq.cli.quantize import quantize, run_config
+from coraq.cli.quantize import quantize, run_content
 from coraq.config import DataConfig, RunConfig, Scheme
 
 
@@ -28,7 +28,7 @@ def overlaid(config: RunConfig, parameters: dict[str, Any], given: Collection[st
     Raises:
         UsageError: a value that the configuration does not allow.
     """
-    fresh = run_config(parameters).model_dump()
+    fresh = run_content(parameters)  # not valid by itself, perhaps: a flag may need what `config` has
     content = config.model_dump()
     for name in given:
         key = {"override": "overrides", "method_options": "options"}.get(name, name)
@@ -63,7 +63,8 @@ def command_line(config: RunConfig, runs_dir: Path, plugins_dirs: Iterable[Path]
                     add("method_options" if name == "options" else name, f"{key}={_text(content)}")
             elif name == "overrides":
                 for pattern, own in value.items():
-                    add("override", f"{pattern}={own.bits}")
+                    inputs = "" if own.act_bits is None else f"/{own.act_bits}"
+                    add("override", f"{pattern}={own.bits}{inputs}")
             elif isinstance(value, bool):
                 line.append(flags[name][0 if value else 1])
             elif name in ("first_bits", "last_bits"):

@@ -94,17 +94,21 @@ def parse_pairs(texts: Iterable[str], option_name: str) -> dict[str, Any]:
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, dict[str, int]]:
-    """["layer1\\..*=3"] → {"layer1\\..*": {"bits": 3}}; the last "=" separates, as a pattern may hold one.
+    """["layer1\\..*=3", "fc=4/8"] → {"layer1\\..*": {"bits": 3}, "fc": {"bits": 4, "act_bits": 8}}.
+
+    The last "=" separates, as a pattern may hold one; behind the "/" are the bits of the layer's input.
 
     Raises:
-        UsageError: a text that is not REGEX=BITS, or a pattern given twice.
+        UsageError: a text that is not REGEX=BITS or REGEX=BITS/INPUT_BITS, or a pattern given twice.
     """
     overrides: dict[str, dict[str, int]] = {}
     for text in texts:
         pattern, equals, bits = text.rpartition("=")
-        if not equals or not pattern or not bits.isdecimal() or not MIN_BITS <= int(bits) <= MAX_BITS:
+        numbers = bits.split("/")
+        valid = len(numbers) <= 2 and all(n.isdecimal() and MIN_BITS <= int(n) <= MAX_BITS for n in numbers)
+        if not equals or not pattern or not valid:
             raise UsageError(
-                f"--override {text!r} is not REGEX=BITS with {MIN_BITS} to {MAX_BITS} bits",
+                f"--override {text!r} is not REGEX=BITS, or REGEX=BITS/INPUT_BITS, with {MIN_BITS} to {MAX_BITS} bits",
                 r"for example --override 'layer1\..*=3'; the expression must match a layer's whole name",
             )
         try:
@@ -117,7 +121,7 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, dict[str, int]]:
             raise UsageError(
                 f"--override {pattern!r} is given twice", "give each expression once; the first match wins"
             )
-        overrides[pattern] = {"bits": int(bits)}
+        overrides[pattern] = dict(zip(("bits", "act_bits"), map(int, numbers), strict=False))
     return overrides
 
 
@@ -150,11 +154,12 @@ def usage_error(error: ValidationError) -> UsageError:
     """The first complaint of a pydantic error as a message with option and value, and a hint with what is allowed."""
     complaint = error.errors(include_url=False)[0]
     place = [str(part) for part in complaint["loc"] if part not in ("scheme", "data")]
-    name = f"--{place[0].replace('_', '-')}" if place else "the configuration"
+    name = f"--{place[0].replace('_', '-').replace('overrides', 'override')}" if place else "the configuration"
     if len(place) > 1:
         name += f" ({'.'.join(place[1:])})"
     more = error.error_count() - 1
-    hint = complaint["msg"][:1].lower() + complaint["msg"][1:]
+    hint = complaint["msg"].removeprefix("Value error, ")  # what our own validators say comes with it
+    hint = hint[:1].lower() + hint[1:]
     return UsageError(f"{name} {complaint['input']!r} is not allowed", hint + (f"; and {more} more" if more else ""))
 
 

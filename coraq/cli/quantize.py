@@ -128,9 +128,10 @@ def quantize(
         list[str] | None,
         typer.Option(
             "--override",
-            help="bits of the layers whose whole name matches; repeat for more, the first match wins",
+            help="bits of the layers whose whole name matches (4/8: of weight and input, with --act-bits); "
+            "repeat for more, the first match wins",
             rich_help_panel=SCHEME_PANEL,
-            metavar="REGEX=BITS",
+            metavar="REGEX=BITS[/BITS]",
         ),
     ] = None,
     float_dtype: Annotated[
@@ -239,6 +240,15 @@ def run_config(parameters: dict[str, Any]) -> RunConfig:
     Raises:
         UsageError: a value that the configuration does not allow.
     """
+    return options.validated(RunConfig, run_content(parameters))
+
+
+def run_content(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The content of a `RunConfig` that a command line means, its values not yet checked together.
+
+    Raises:
+        UsageError: a value that cannot be read.
+    """
     scheme = {name: parameters[name] for name in Scheme.model_fields if name in parameters}
     scheme |= {name: scheme[name] or None for name in EDGES}  # 0 stands for "same"
     scheme["overrides"] = options.parse_overrides(parameters["override"] or [])
@@ -246,4 +256,4 @@ def run_config(parameters: dict[str, Any]) -> RunConfig:
     content["model_kwargs"] = options.parse_pairs(parameters["model_kwargs"] or [], "--model-kwargs")
     content["options"] = options.parse_pairs(parameters["method_options"] or [], "-o")
     data = {name: parameters[name] for name in DataConfig.model_fields}
-    return options.validated(RunConfig, {**content, "scheme": scheme, "data": data})
+    return {**content, "scheme": scheme, "data": data}
