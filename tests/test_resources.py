@@ -24,6 +24,7 @@ from coraq.cli.app import run
 from coraq.config import DataConfig, RunConfig
 from coraq.errors import CoraqError
 from coraq.model.load import load_model
+from coraq.processors import processors, share_processors
 
 CONFIG = RunConfig(model="demo", method="comq", data=DataConfig(calib_size=8, eval_size=10, workers=0))
 PROGRAM = str(Path(sys.executable).with_name("coraq"))
@@ -196,6 +197,31 @@ def test_one_thread_is_enough(tmp_path: Path) -> None:
     finally:
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(own)
+
+
+@pytest.mark.parametrize(
+    ("share", "found"), [("max 100000", 8), ("250000 100000", 3), ("1000 100000", 1), ("900000 100000", 8), ("?", 8)]
+)
+def test_a_container_s_share_of_time_limits_the_processors(
+    share: str, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(share + "\n")
+    monkeypatch.setattr("coraq.processors.CGROUP", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # so that it is put back, whatever is set meanwhile
+        monkeypatch.delenv(name)
+    assert processors() == found
+    share_processors()
+    assert os.environ.get("OMP_NUM_THREADS") == (str(found) if found < 8 else None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    share_processors()
+    assert os.environ["OMP_NUM_THREADS"] == "5"
+
+
+def test_no_container_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coraq.processors.CGROUP", tmp_path / "cpu.max")
+    assert processors() == len(os.sched_getaffinity(0))
 
 
 # ---------------------------------------------------------------- the network

@@ -19,6 +19,7 @@ from coraq import __version__
 from coraq.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, CoraqError, exception_text
 from coraq.memory import reuse_freed_memory
 from coraq.plainfiles import append_traceback
+from coraq.processors import share_processors
 
 # First lines of the commands' docstrings, so that `coraq --help` need not import what they import.
 COMMANDS = {
@@ -119,6 +120,7 @@ def run(arguments: list[str]) -> int:
 def main() -> None:
     """Run the process's own command line and leave with its exit code."""
     reuse_freed_memory()
+    share_processors()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import struct
 import warnings
 import zlib
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from coraq.data.preprocess import Preprocess
 from coraq.errors import CoraqError
 from coraq.events import Note, Sink, null_sink
+from coraq.processors import processors
 
 Batch: TypeAlias = tuple[Tensor, Tensor]  # float32 [n, channels, height, width] normalised, int64 [n]
 UNLABELLED = -1
@@ -148,11 +148,6 @@ class _Decoding(Dataset[Sample]):
         return image, self.labels[position]
 
 
-def _processors() -> int:
-    """Processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class _Streaming(IterableDataset[Sample]):
     """Samples start to stop of a dataset that can only be read from its beginning."""
 
@@ -218,7 +213,7 @@ class DecodedImages(ImageSet):
     def _read(self, batch_size: int) -> Iterator[Batch]:
         # A process costs more than a batch: no more workers than batches, nor than processors that this process may
         # use. PyTorch gives each worker one thread.
-        workers = min(self._workers, _processors())
+        workers = min(self._workers, processors())
         if self.count:
             workers = min(workers, math.ceil(self.count / batch_size) - 1)
         loader: DataLoader[Any] = DataLoader(
