@@ -667,18 +667,20 @@ def test_a_plugin_folder_is_searched(
     assert "No module named 'nothing_of_this_name'" in out
 
 
-@pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+@pytest.mark.parametrize(
+    ("given", "found"), [({}, "1000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"), ({"GOMP_SPINCOUNT": "5"}, "5")]
+)
 def test_threads_that_wait_for_each_other_leave_the_core(given: dict[str, str], found: str) -> None:
     program = (
         "import os, sys\n"
         "class Torch:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'torch': print(os.environ.get('OMP_WAIT_POLICY')); sys.stdout.flush(); os._exit(0)\n"
+        "        if name == 'torch': print(os.environ.get('GOMP_SPINCOUNT')); sys.stdout.flush(); os._exit(0)\n"
         "sys.meta_path.insert(0, Torch())\n"
         "from coraq.__main__ import main\n"
         "sys.argv = ['coraq', 'quantize', 'demo', '-O', os.devnull + '/none']\n"
         "main()"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | given
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
     assert done.stdout.splitlines() == [found]  # as torch is about to be loaded

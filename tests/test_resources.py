@@ -208,7 +208,7 @@ def test_a_container_s_share_of_time_limits_the_processors(
     (tmp_path / "cpu.max").write_text(share + "\n")
     monkeypatch.setattr("coraq.processors.CGROUP", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "")  # so that it is put back, whatever is set meanwhile
         monkeypatch.delenv(name)
     assert processors() == found
