@@ -155,7 +155,7 @@ class Scheme(Frozen):
                 act = self.act_last_bits
             matches = (own for pattern, own in self.overrides.items() if re.fullmatch(pattern, name))
             own = next(matches, LayerScheme(bits=bits))
-            if self.act_bits is None or own.act_bits is None:
+            if own.act_bits is None:
                 own = own.model_copy(update={"act_bits": act})
             resolved[name] = own
         return resolved

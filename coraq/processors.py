@@ -21,18 +21,19 @@ def processors() -> int:
 def share_processors() -> None:
     """Let threads that wait for each other leave the processor soon, and have no more of them than there is time for.
 
-    GNU's OpenMP, which torch comes with, has them burn it: on two cores, one of which another program had, `quantize
-    demo` took 3 min 41 s. With 1,000 turns of waiting its calibration takes 5.3 s there, and 3.5 s where both cores are
-    free (3.2 s without this). To leave at once (OMP_WAIT_POLICY=PASSIVE) costs 4.8 s on free cores: waking a thread
-    takes longer than a small layer.
+    GNU's OpenMP, which torch comes with, has them burn it. On two cores, one of which four other programs shared, the
+    demo took 235 s to calibrate, and 6.3 s with 1,000 turns of waiting; beside one program 10.0 and 5.7 s. With both
+    cores free it is 3.4 and 4.0 s, the price (`examples/benchmarks/busy.py`). To leave at once costs more
+    (OMP_WAIT_POLICY=PASSIVE): waking a thread takes longer than a small layer.
 
     A container's share of time does not show in the processors that torch counts when it starts threads. What the
     user's environment says stands. For a process that is coraq's own: call it before torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    if processors() < _runnable():
-        os.environ.setdefault("OMP_NUM_THREADS", str(processors()))
+    count = processors()
+    if count < _runnable():
+        os.environ.setdefault("OMP_NUM_THREADS", str(count))
 
 
 def _runnable() -> int:

@@ -31,7 +31,7 @@ def overlaid(config: RunConfig, parameters: dict[str, Any], given: Collection[st
     fresh = run_content(parameters)  # not valid by itself, perhaps: a flag may need what `config` has
     content = config.model_dump()
     for name in given:
-        key = {"override": "overrides", "method_options": "options"}.get(name, name)
+        key = options.FIELDS.get(name, name)
         for part, fields in (
             ("scheme", Scheme.model_fields),
             ("data", DataConfig.model_fields),

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 MODEL_PANEL, METHOD_PANEL, SCHEME_PANEL = "Model", "Method", "What is quantized, and how finely"
 DATA_PANEL, CALIBRATION_PANEL, RUN_PANEL, OUTPUT_PANEL = "Images", "Calibration", "The run", "Output"
 
+# parameters of `quantize` that the configuration has by another name
+FIELDS = {"override": "overrides", "method_options": "options"}
+
 M = TypeVar("M", bound=BaseModel)
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -109,7 +112,7 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, dict[str, int]]:
         if not equals or not pattern or not valid:
             raise UsageError(
                 f"--override {text!r} is not REGEX=BITS, or REGEX=BITS/INPUT_BITS, with {MIN_BITS} to {MAX_BITS} bits",
-                r"for example --override 'layer1\..*=3'; the expression must match a layer's whole name",
+                r"for example --override 'layer1\..*=3' or 'fc=4/8'; the expression must match a layer's whole name",
             )
         try:
             re.compile(pattern)
@@ -154,7 +157,10 @@ def usage_error(error: ValidationError) -> UsageError:
     """The first complaint of a pydantic error as a message with option and value, and a hint with what is allowed."""
     complaint = error.errors(include_url=False)[0]
     place = [str(part) for part in complaint["loc"] if part not in ("scheme", "data")]
-    name = f"--{place[0].replace('_', '-').replace('overrides', 'override')}" if place else "the configuration"
+    name = "the configuration"
+    if place:
+        named = {field: parameter for parameter, field in FIELDS.items()}
+        name = f"--{named.get(place[0], place[0]).replace('_', '-')}"
     if len(place) > 1:
         name += f" ({'.'.join(place[1:])})"
     more = error.error_count() - 1
