@@ -100,6 +100,12 @@ class Scheme(Frozen):
         default="mse", description="range of an activation's grid: least error of its values, or percentiles of them"
     )
     act_percentile: float = Field(default=99.99, gt=50, le=100, description="percentile: the upper one, in %")
+    act_mixed: Literal["none", "values", "macs"] = Field(
+        default="none",
+        description="mixed precision of inputs: 2 to 8 bits each, by the KL divergence that its rounding costs, and "
+        "--act-bits on average over all values (values: the same bytes), or over the multiplications that they go into "
+        "(macs); none: all alike. The first and last input and overrides keep their own",
+    )
     overrides: dict[str, LayerScheme] = Field(
         default_factory=dict,
         description="regular expression over layer names -> that layer's own bits and rank; first match wins",
@@ -132,6 +138,15 @@ class Scheme(Frozen):
             )
         return value
 
+    @field_validator("act_mixed")
+    @classmethod
+    def _has_inputs_to_mix(cls, value: str, info: ValidationInfo) -> str:
+        if value != "none" and info.data.get("act_bits", 0) is None:
+            raise ValueError("mixed bits of inputs need --act-bits, what they are on average")
+        if value != "none" and info.data.get("act_placement") == "integer":
+            raise ValueError("mixed bits are for inputs; leave out --act-placement integer")
+        return value
+
     @field_validator("zero_point")
     @classmethod
     def _is_free(cls, value: str, info: ValidationInfo) -> str:
@@ -159,6 +174,21 @@ class Scheme(Frozen):
                 own = own.model_copy(update={"act_bits": act})
             resolved[name] = own
         return resolved
+
+    def mixes(self, names: list[str]) -> set[str]:
+        """The layers whose inputs' bits `act_mixed` shares out. `names` as in `resolve`."""
+        if self.act_mixed == "none" or self.act_bits is None:
+            return set()
+        free = set(names)
+        if names and self.act_first_bits is not None:
+            free.discard(names[0])
+        if names and self.act_last_bits is not None:
+            free.discard(names[-1])
+        for name in names:
+            own = next((own for pattern, own in self.overrides.items() if re.fullmatch(pattern, name)), None)
+            if own is not None and own.act_bits is not None:
+                free.discard(name)
+        return free
 
     def fraction(self, bits: int, searched: bool = True) -> int:
         """Bits of a zero point behind the point, for codes of so many bits: as many as a byte has room for.
@@ -236,7 +266,9 @@ class Scheme(Frozen):
         where = "layer inputs" if self.act_placement == "inputs" else "layer inputs and outputs, sums and products"
         edges = f"images/last input {self.act_first_bits or self.act_bits}/{self.act_last_bits or self.act_bits} bits"
         kind = "mse" if self.act_range == "mse" else f"percentile {self.act_percentile:g}"
-        return f"activations per tensor at {where} ({self.act_placement}), {edges}, range by {kind}"
+        over = {"none": "", "values": "a value", "macs": "a multiplication"}[self.act_mixed]
+        mixed = f"mixed, {self.act_bits} bits {over} on average, " if over else ""
+        return f"activations per tensor at {where} ({self.act_placement}), {mixed}{edges}, range by {kind}"
 
 
 class DataConfig(Frozen):
@@ -318,6 +350,8 @@ class RunConfig(Frozen):
             scheme = {key: value for key, value in scheme.items() if key != "zero_point"}
         if self.scheme.column_scale == "none":
             scheme = {key: value for key, value in scheme.items() if key != "column_scale"}
+        if self.scheme.act_mixed == "none":
+            scheme = {key: value for key, value in scheme.items() if key != "act_mixed"}
         own = {
             pattern: {key: value for key, value in layer.items() if key != "act_bits" or value is not None}
             for pattern, layer in scheme["overrides"].items()

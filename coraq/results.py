@@ -105,6 +105,10 @@ class CostInfo(Result):
 
     macs: int = Field(description="multiply-accumulates of the quantized layers")
     bitops: int = Field(description="Σ over layers of MACs · weight bits · activation bits")
+    input_values: int | None = Field(
+        default=None, description="values of one image in the tensors with a grid that quantized layers read"
+    )
+    input_bits: float | None = Field(default=None, description="mean bits of these values")
 
 
 class LayerResult(Result):

@@ -2,12 +2,12 @@
 
     python examples/activations.py [--assets ../shared/assets] [--networks a,b] [--methods rtn,comq,brecq,qdrop]
         [--bits 4/8,4/4,2/4] [--placement inputs] [--calib-size 256] [--calib-memory 5G] [--eval-size N]
-        [--zero-point quarter] [--column-scale none] [-o brecq.iterations=1000]
+        [--mixed values] [--zero-point quarter] [--column-scale none] [-o brecq.iterations=1000]
 
 Finished cells are reused (same run folder). Results go to examples/results/activations/NETWORK-METHOD-wBaB.json (the
-run's metrics.json; with another number of calibration images than 256, finer zero points, or column scales asked for
-or refused, it ends in that) and the table to examples/results/activations.md. `-o METHOD.KEY=VALUE` is passed to that
-method.
+run's metrics.json; with mixed bits of inputs, another number of calibration images than 256, finer zero points, or
+column scales asked for or refused, it ends in that) and the table to examples/results/activations.md. `-o
+METHOD.KEY=VALUE` is passed to that method.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def command(arguments: argparse.Namespace, network: str, method: str, weights: s
     line += ["--method", method, "--bits", weights, "--calib-size", str(arguments.calib_size)]
     if activations != "32":
         line += ["--act-bits", activations, "--act-placement", arguments.placement]
+        line += [] if arguments.mixed == "none" else ["--act-mixed", arguments.mixed]
     if arguments.zero_point != "auto":
         line += ["--zero-point", arguments.zero_point]
     if arguments.column_scale != "auto":
@@ -73,7 +74,7 @@ def row(network: str, result: dict[str, Any]) -> list[str]:
         f"{scheme['bits']}/{scheme['act_bits'] or 32}",
         scheme.get("zero_point", "whole"),
         next((kind for words, kind in COLUMN_SCALES.items() if words in result["scheme_line"]), "none"),
-        scheme["act_placement"] if scheme["act_bits"] else "–",
+        _placement(scheme),
         f"{comparison['float_top1']['value_pct']:.2f}",
         f"{top1['value_pct']:.2f} [{top1['low_pct']:.1f}, {top1['high_pct']:.1f}]",
         f"{difference['points']:+.2f} [{difference['low_points']:+.1f}, {difference['high_points']:+.1f}]",
@@ -86,6 +87,13 @@ def row(network: str, result: dict[str, Any]) -> list[str]:
     ]
 
 
+def _placement(scheme: dict[str, Any]) -> str:
+    if not scheme["act_bits"]:
+        return "–"
+    mixed = scheme.get("act_mixed", "none")
+    return str(scheme["act_placement"]) + ("" if mixed == "none" else f", mixed by {mixed}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path("../shared/assets"))
@@ -93,6 +101,7 @@ def main() -> int:
     parser.add_argument("--methods", default="rtn,comq,brecq,qdrop")
     parser.add_argument("--bits", default="4/32,3/32,2/32,4/8,4/4,2/4", help="weight/activation bits; 32: float")
     parser.add_argument("--placement", default="inputs", choices=["inputs", "integer"])
+    parser.add_argument("--mixed", default="none", choices=["none", "values", "macs"], help="bits of inputs")
     parser.add_argument("--zero-point", default="auto", choices=["auto", "whole", "half", "quarter", "eighth"])
     parser.add_argument("--column-scale", default="auto", choices=["auto", "none", "channel", "input"])
     parser.add_argument("--calib-size", type=int, default=USUAL)
@@ -119,7 +128,8 @@ def main() -> int:
                 columns = {"auto": "", "none": "-no-columns", "channel": "-columns", "input": "-inputs"}[
                     arguments.column_scale
                 ]
-                name = f"{network}-{method}-w{weights}a{activations}{place}{images}{zero}{columns}.json"
+                mixed = "" if arguments.mixed == "none" or activations == "32" else f"-mixed-{arguments.mixed}"
+                name = f"{network}-{method}-w{weights}a{activations}{place}{mixed}{images}{zero}{columns}.json"
                 (folder / name).write_text(json.dumps(result, indent=1) + "\n")
                 print(*row(network, result), sep=" | ", flush=True)
     write_table(folder)

@@ -178,8 +178,8 @@ def test_what_is_done_before_the_first_layer_is_shown() -> None:
     plain = PlainProgress(lines.append, verbose=False, clock=lambda: next(now))
     for event in [StageStarted(QUANTIZE, 7), *sink.events]:
         plain(event)
-    assert lines[1] == "quantize: 0/7 input scales: images, 0 of 4 micro-batches"
-    assert lines[-1] == "quantize: 0/7 input scales: hidden.input"
+    assert lines[1] == "quantize: 0/7 inputs: images, 0 of 4 micro-batches"
+    assert lines[-1] == "quantize: 0/7 inputs: scale of hidden.input"
     assert len(lines) == 1 + 4 + 5  # a line for each micro-batch and each tensor, had each taken ten seconds
 
 

@@ -35,6 +35,7 @@ def show_result(result: RunResult, commands: Collection[str], notes: Iterable[st
     facts = [
         *(summary.fidelity_facts(comparison) if comparison else []),
         *summary.size_facts(result)[:2],
+        *summary.input_facts(result),
         *summary.time_facts(result),
         ("method", method),
         ("scheme", result.scheme_line),

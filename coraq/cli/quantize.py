@@ -124,6 +124,9 @@ def quantize(
     act_percentile: Annotated[
         float, option(Scheme, "act_percentile", "--act-percentile", panel=SCHEME_PANEL)
     ] = SCHEME.act_percentile,
+    act_mixed: Annotated[
+        Literal["none", "values", "macs"], option(Scheme, "act_mixed", "--act-mixed", panel=SCHEME_PANEL)
+    ] = SCHEME.act_mixed,
     override: Annotated[
         list[str] | None,
         typer.Option(

@@ -1,4 +1,4 @@
-"""How much each layer's rounding error matters to the network's output, without labels.
+"""How much each layer's, or each tensor's, rounding error matters to the network's output, without labels.
 
 For a small change δy of a layer's output the KL divergence of the softmax grows by `½ E (g·δy)²`, g the gradient of
 log p(label) with the label drawn from the network's own softmax (the Fisher information). The inner product is taken
@@ -8,11 +8,22 @@ image by image along the error that the layer really makes, so correlations over
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class _Seen(NamedTuple):
+    """What a forward pass met: the tensor whose slope counts, one that shows an overflow, and the errors by name."""
+
+    tensor: Tensor
+    shows: Tensor
+    errors: Callable[[], Iterable[tuple[Any, Tensor]]]
+    name: str
 
 
 def kl_of_errors(
@@ -31,15 +42,13 @@ def kl_of_errors(
     Raises:
         ValueError: the network overflows on these images; names the first layer where that shows.
     """
-    total = dict.fromkeys(deltas, 0.0)
-    count = 0
     shadows: dict[str, Any] = {}
     for name, delta in deltas.items():
         module: Any = network.get_submodule(name)
         shadows[name] = shadow = copy.deepcopy(module).requires_grad_(False)
         shadow.weight.copy_(delta.reshape(shadow.weight.shape))
         shadow.bias = None
-    taken: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: list[_Seen] = []
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -47,39 +56,128 @@ def kl_of_errors(
             probe = torch.zeros_like(output, requires_grad=True)
             with torch.no_grad():
                 error = shadows[name].forward(args[0])
-            taken[name] = (probe, error)
+            seen.append(_Seen(probe, error, lambda: [(name, error)], name))
             return output + probe
 
         return hook
 
     handles = [network.get_submodule(name).register_forward_hook(watch(name)) for name in deltas]
+    return _kl(network, list(deltas), batches, partial(_by_probability, generator=generator), seen, handles)
+
+
+def kl_of_rounding(
+    network: nn.Module,
+    roundings: Mapping[str, Mapping[int, Callable[[Tensor], Tensor]]],
+    readers: Mapping[str, Sequence[str]],
+    batches: Iterable[Tensor],
+    generator: torch.Generator,
+) -> dict[str, dict[int, float]]:
+    """The KL in nats that rounding each tensor alone adds to the network's softmax, to second order.
+
+    Cost: a forward and backward pass, and the roundings of every tensor; about three times the tensors' memory.
+
+    Args:
+        network: in eval mode; its output is logits [n, classes].
+        roundings: by a tensor's name and a number (of bits), what rounds it; the result has its shape.
+        readers: by a tensor's name, the layers whose first input it is.
+        batches: images [n, channels, height, width].
+        generator: draws the labels.
+
+    Returns:
+        by a tensor's name and the number.
+
+    Raises:
+        ValueError: the network overflows on these images; names the first tensor where that shows.
+    """
+    seen: list[_Seen] = []
+
+    def errors(name: str, x: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        for number, rounded in roundings[name].items():
+            yield (name, number), rounded(x) - x
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            first = None if args else next(iter(kwargs))
+            x = args[0] if first is None else kwargs[first]
+            # a copy that this layer alone reads: the slope is that of one reader, and nothing overwrites the values
+            own = x + x.new_zeros((), requires_grad=True)
+            seen.append(_Seen(own, own, partial(errors, name, own.detach()), name))
+            return ((own, *args[1:]), kwargs) if first is None else (args, {**kwargs, first: own})
+
+        return hook
+
+    handles = [
+        network.get_submodule(reader).register_forward_pre_hook(watch(name), with_kwargs=True)
+        for name in roundings
+        for reader in readers[name]
+    ]
+    keys = [(name, number) for name, own in roundings.items() for number in own]
+    found = _kl(network, keys, batches, partial(_by_slope, generator=generator), seen, handles)
+    return {name: {number: found[name, number] for number in own} for name, own in roundings.items()}
+
+
+def _kl(
+    network: nn.Module,
+    keys: Sequence[Any],
+    batches: Iterable[Tensor],
+    draw: Callable[[Tensor], tuple[Tensor, Tensor]],
+    seen: list[_Seen],
+    handles: Sequence[RemovableHandle],
+) -> dict[Any, float]:
+    """`½ E (g·δy)²` by key, its errors of one pass added up; the hooks of `handles` fill `seen`."""
+    total, count = dict.fromkeys(keys, 0.0), 0
     try:
         for images in batches:
-            taken.clear()
+            seen.clear()
             with torch.enable_grad():
                 log_p = network(images).log_softmax(-1)
                 if not bool(torch.isfinite(log_p).all()):
-                    shows = (name for name, (_, error) in taken.items() if not bool(torch.isfinite(error).all()))
-                    where = next(shows, next(reversed(taken), "the network"))
+                    names = (s.name for s in seen if not bool(torch.isfinite(s.shows).all()))
+                    where = next(names, seen[-1].name if seen else "the network")
                     raise ValueError(f"the inputs or outputs of {where} are not finite")
-                label = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
-                names = list(taken)
-                slopes = torch.autograd.grad(
-                    log_p.gather(-1, label).sum(), [taken[name][0] for name in names], allow_unused=True
-                )
+                label, weight = draw(log_p.detach())
+                drawn = log_p.gather(-1, label).squeeze(-1)
+                slopes = torch.autograd.grad((drawn * weight).sum(), [s.tensor for s in seen], allow_unused=True)
             count += len(images)
-            for name, slope in zip(names, slopes, strict=True):
-                if slope is not None:
-                    total[name] += _square_of_products(slope, taken[name][1], len(images))
+            products: dict[Any, Tensor] = {}
+            for one, slope in zip(seen, slopes, strict=True):
+                for key, error in one.errors() if slope is not None else ():
+                    product = _product(slope, error, len(images))
+                    products[key] = products[key] + product if key in products else product
+            for key, product in products.items():
+                total[key] += float(product.double().square().sum())
     finally:
+        seen.clear()
         for handle in handles:
             handle.remove()
-    return {name: value / (2 * max(count, 1)) for name, value in total.items()}
+    return {key: value / (2 * max(count, 1)) for key, value in total.items()}
 
 
-def _square_of_products(slope: Tensor, error: Tensor, images: int) -> float:
-    """Σ over images of (g·δy)², the error's mean taken out of every channel, since the bias absorbs it."""
+def _by_probability(log_p: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Labels [n, 1] drawn from the softmax, and the weight of each one's slope [n]."""
+    label = torch.multinomial(log_p.exp().cpu(), 1, generator=generator).to(log_p.device)
+    return label, log_p.new_ones(len(label))
+
+
+def _by_slope(log_p: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The same, labels drawn by their probability times the norm of their slope by the logits, ‖e − p‖.
+
+    The mean is the same, its spread far smaller where the network is sure: nearly all of its Fisher information is in
+    labels that it hardly ever draws. The demo's KL at W8A3, predicted on 128 images with four seeds: 0.026 to 0.034
+    nats, by probability alone 0.007 to 0.063.
+    """
+    p = log_p.cpu().double().exp()
+    norm = ((1 - p) ** 2 + (p**2).sum(-1, keepdim=True) - p**2).clamp(min=0).sqrt()
+    chance = p * (norm + 1e-6)  # not zero, however sure the network is
+    chance /= chance.sum(-1, keepdim=True)
+    label = torch.multinomial(chance, 1, generator=generator)
+    weight = (p.gather(-1, label) / chance.gather(-1, label)).sqrt().squeeze(-1)
+    return label.to(log_p.device), weight.to(log_p)
+
+
+def _product(slope: Tensor, error: Tensor, images: int) -> Tensor:
+    """g·δy of each image [n], the error's mean taken out of every channel, since the bias absorbs it."""
     linear = slope.dim() != 4
     rest = tuple(range(error.dim() - 1)) if linear else (0, 2, 3)
     centred = error - error.mean(rest, keepdim=True)
-    return float((slope * centred).reshape(images, -1).sum(1).double().square().sum())
+    return (slope * centred).reshape(images, -1).sum(1)

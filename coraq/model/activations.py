@@ -13,6 +13,7 @@ calibrate after all weights; the tensor that a grid sees is the same but for the
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,6 +50,7 @@ class Site:
         producer: the module at whose output the grid acts; None: it acts at the readers' inputs.
         bits: of a code.
         scaled: its channels get factors before they are rounded: its readers' column scales.
+        values: of one image that its readers read.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Site:
     producer: str | None
     bits: int
     scaled: bool = False
+    values: int = 0
 
 
 class ActivationRecord(Frozen):
@@ -156,7 +159,8 @@ class _Finder:
             first = readers[0]
             name = f"{producer}.output" if producer else f"{first}.input"
             bits = max(self.bits[reader] or 8 for reader in readers)
-            sites.append(Site(name, tuple(readers), producer, bits, producer is None and self._scaled(readers, bits)))
+            scaled = producer is None and self._scaled(readers, bits)
+            sites.append(Site(name, tuple(readers), producer, bits, scaled, self._values(readers)))
             if producer is None and places - {None}:
                 lost.append(f"{first}: reads several tensors, so that other readers of them get float values")
         for tensor, producer in producers.items():
@@ -176,6 +180,11 @@ class _Finder:
             len({(isinstance(m, nn.Linear), m.weight.dim(), m.weight.shape[1] * groups_of(m)) for m in modules}) == 1
         )
         return self.scheme.scales_inputs(bits) and alike
+
+    def _values(self, readers: Sequence[str]) -> int:
+        """The values of one image in the tensors that these layers read, each tensor once."""
+        sizes = {c.inputs[0]: math.prod(c.input_shape) for name in readers for c in self.calls[name] if c.inputs}
+        return sum(sizes.values()) // self.flow.count
 
     def _source(self, tensor: int) -> int:
         """Back past operations that only move values."""

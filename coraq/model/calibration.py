@@ -6,33 +6,38 @@ import copy
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coraq.config import Scheme
-from coraq.core.smoothing import DEPTHWISE, SHARED, input_scales
+from coraq.config import MAX_BITS, MIN_BITS, Scheme
 from coraq.core.tensors import ActivationGrid, QuantizedLayer
 from coraq.errors import CoraqError, MethodError
 from coraq.events import QUANTIZE, LayerCommitted, Metric, Note, Sink, StageAdvanced, null_sink
-from coraq.model.activations import ActivationGrids, ActivationRecord, Site, find_sites
+from coraq.model.activations import ActivationGrids, ActivationRecord, Site, find_sites, spread_over
 from coraq.model.blocks import Block, Granularity, partition
 from coraq.model.delegate import OneLayer, OneUnit
-from coraq.model.engine import Arrival, LockStep, Schedule, live_bytes, released, spread_out
+from coraq.model.engine import Arrival, LockStep, Schedule, live_bytes, released
 from coraq.model.fold import Trace
-from coraq.model.layers import LayerView, as_matrices, groups_of, install, kernel_axes, kernel_of, kind_of
+from coraq.model.inputs import (
+    FISHER_IMAGES,
+    SAMPLED_IMAGES,
+    sample_inputs,
+    share_bits,
+    site_scales,
+    some_of,
+    tried_grids,
+)
+from coraq.model.layers import LayerView, as_matrices, groups_of, install, kernel_of, kind_of
 from coraq.model.layerwise import ROWS_PER_INPUT, LayerByLayer
 from coraq.model.reconstruction import BlockData, Collector, calibrate_inside, cut_out
 from coraq.model.statistics import LayerStats
 
 Metrics = dict[str, float | int | str]
-SCALED_ON = 256  # images that input scales are chosen on
-CHANNEL_SAMPLE, SAMPLES = 4096, 2**26  # values of each channel for that, and of all together
 
 
 class CalibrationTask(LayerByLayer):
@@ -74,6 +79,7 @@ class CalibrationTask(LayerByLayer):
     ) -> None:
         self._find_method, self._bases = find_method, dict[str, Any]()
         self._memory: MutableMapping[str, Any] = {} if memory is None else memory
+        self._resumed = bool(done)
         self.teacher = teacher.requires_grad_(False)
         self.student = copy.deepcopy(self.teacher)
         super().__init__(scheme, self._describe(found, scheme), defaultdict(float), rows_per_input)
@@ -117,58 +123,80 @@ class CalibrationTask(LayerByLayer):
         sites, lost = find_sites(self.teacher, found.order, found.flow, self.scheme)
         if lost:
             self.note(f"{len(lost)} tensors stay float where a grid was wanted, first {lost[0]}")
-        columns = self._input_scales([site for site in sites if site.scaled])
+        sites, columns = self._decide_inputs(sites, self.scheme.mixes(found.order))
         grids = ActivationGrids(self.student, sites, self.scheme, columns)
         for name, view in self._views.items():
-            site = grids.site_of(name)
-            act_bits = None if site is None else site.bits
+            read = grids.site_of(name)
+            act_bits = None if read is None else read.bits
             self._views[name] = replace(view, act_bits=act_bits, input_scales=columns.get(name))
         return grids
 
-    @torch.no_grad()
-    def _input_scales(self, sites: Sequence[Site]) -> dict[str, Tensor]:
-        """Column scales of the layers that read tensors which get factors, from the float network on some images."""
-        if not sites or not self._batches:
-            return {}
+    def _decide_inputs(self, sites: Sequence[Site], mixed: Container[str]) -> tuple[list[Site], dict[str, Tensor]]:
+        """The sites with their bits, and the column scales of the layers that read those which are scaled.
+
+        Args:
+            mixed: layers whose inputs' bits are to be shared out.
+        """
+        free = [site for site in sites if site.readers and all(name in mixed for name in site.readers)]
+        chosen = [site for site in sites if site.scaled or site in free]
+        columns: dict[str, Tensor] = {}
+        if not chosen or not self._batches:
+            return list(sites), columns
         start = time.perf_counter()
-        samples: dict[str, list[Tensor]] = {site.name: [] for site in sites}
-        order, images = spread_out(len(self._batches)), accumulate(len(batch) for batch in self._batches)
-        count = next((n for n, seen in enumerate(images, 1) if seen >= SCALED_ON), len(order))
-
-        channels = sum(view.shape[0] * view.channels for view in (self._views[site.readers[0]] for site in sites))
-        wanted = max(1, min(CHANNEL_SAMPLE, SAMPLES // channels) // count)
-
-        def take(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = args[0] if args else next(iter(kwargs.values()))
-                last = x.movedim(-1 - kernel_axes(module), -1)  # a view of images that are channels-last, and no copy
-                rows = last.reshape(-1, last.shape[-1])
-                generator = torch.Generator().manual_seed(len(samples[name]))
-                index = torch.randint(len(rows), (wanted,), generator=generator)
-                samples[name].append(rows[index.to(x.device)].float().t())
-
-            return hook
-
-        handles = [
-            self.teacher.get_submodule(site.readers[0]).register_forward_pre_hook(take(site.name), with_kwargs=True)
+        images = some_of(self._batches, SAMPLED_IMAGES)
+        samples = sample_inputs(self.teacher, chosen, self._views, images, self._report)
+        for site in chosen:
+            if site.scaled:
+                self._report(f"scale of {site.name}")
+                columns |= site_scales(site, self._views, samples[site.name])
+        bits = {site.name: site.bits for site in sites}
+        if free:
+            bits |= self.remember(
+                "bits of inputs",
+                lambda: self._share_bits(free, samples, columns),
+                lambda kept: _is_widths(kept, free),
+            )
+        self.clock["input scales and bits"] += time.perf_counter() - start
+        decided = [
+            replace(site, bits=bits[site.name], scaled=site.scaled and self.scheme.scales_inputs(bits[site.name]))
             for site in sites
         ]
-        try:
-            for done, index in enumerate(order[:count]):
-                self._sink(StageAdvanced(QUANTIZE, 0, f"input scales: images, {done} of {count} micro-batches"))
-                self.teacher(self._batches[index])
-        finally:
-            for handle in handles:
-                handle.remove()
-        found: dict[str, Tensor] = {}
+        scaled = {name for site in decided if site.scaled for name in site.readers}
+        return decided, {name: own for name, own in columns.items() if name in scaled}
+
+    def _share_bits(
+        self, sites: Sequence[Site], samples: Mapping[str, Tensor], columns: Mapping[str, Tensor]
+    ) -> dict[str, int]:
+        """The bits of each of these sites, `scheme.act_bits` on average."""
+        grids: dict[str, dict[int, ActivationGrid]] = {}
         for site in sites:
-            self._sink(StageAdvanced(QUANTIZE, 0, f"input scales: {site.name}"))
-            views = [self._views[name] for name in site.readers]
-            power = DEPTHWISE if all(view.channels == 1 for view in views) else SHARED
-            factors = input_scales(torch.cat(samples.pop(site.name), 1), site.bits, power)
-            found |= {view.name: factors.reshape(view.shape[0], 1, view.channels) for view in views}
-        self.clock["input scales"] += time.perf_counter() - start
-        return found
+            self._report(f"grids of {site.name}")
+            scales, module = columns.get(site.readers[0]), self.teacher.get_submodule(site.readers[0])
+            factors = None if scales is None else spread_over(scales, module)
+            grids[site.name] = tried_grids(samples[site.name], self.scheme, factors)
+        by_values = self.scheme.act_mixed == "values"
+        shares = share_bits(
+            self.teacher,
+            grids,
+            {site.name: site.readers for site in sites},
+            {
+                site.name: site.values if by_values else sum(self._views[name].macs for name in site.readers)
+                for site in sites
+            },
+            sites[0].bits,
+            some_of(self._batches, FISHER_IMAGES),
+            torch.Generator().manual_seed(self._seed),
+            self._report,
+        )
+        self.note(
+            f"the inputs of {len(sites)} layers have {min(shares.bits.values())} to {max(shares.bits.values())} bits, "
+            f"predicted to cost a KL of {shares.kl:.3g} nats where {sites[0].bits} bits each would cost "
+            f"{shares.uniform_kl:.3g}"
+        )
+        return shares.bits
+
+    def _report(self, doing: str) -> None:
+        self._sink(StageAdvanced(QUANTIZE, 0, f"inputs: {doing}"))
 
     @property
     def activations(self) -> dict[str, ActivationRecord]:
@@ -492,7 +520,7 @@ class CalibrationTask(LayerByLayer):
             if valid is None or valid(self._memory[key]):
                 return self._memory[key]
             raise CoraqError(f"the decision {key!r} of this run does not fit it", "Run it afresh with --force.")
-        if self.committed:
+        if self.committed or self._resumed:
             raise CoraqError(
                 f"this run has finished layers but lost the decision {key!r} that they rest on",
                 "Run it afresh with --force.",
@@ -578,3 +606,10 @@ class CalibrationTask(LayerByLayer):
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+
+
+def _is_widths(kept: object, sites: Sequence[Site]) -> bool:
+    """Whether there are bits for each of these sites."""
+    return isinstance(kept, dict) and all(
+        type(bits := kept.get(site.name)) is int and MIN_BITS <= bits <= MAX_BITS for site in sites
+    )

@@ -49,12 +49,14 @@ class Dataflow(Frozen):
         calls: of all modules, by time of return (an inner module before its outer one).
         ops: by time.
         images, output: the network's input, and what it returned.
+        count: of images.
     """
 
     calls: tuple[Call, ...]
     ops: tuple[Op, ...]
     images: int
     output: tuple[int, ...]
+    count: int
 
     def readers(self, tensor: int) -> list[Op]:
         """The operations that read a tensor."""
@@ -170,7 +172,13 @@ def watch(model: nn.Module, images: Tensor) -> tuple[Any, Dataflow]:
         number = watcher.name(images)
         with watcher:
             output = model(images)
-        flow = Dataflow(calls=tuple(calls), ops=tuple(watcher.ops), images=number, output=watcher.known(output))
+        flow = Dataflow(
+            calls=tuple(calls),
+            ops=tuple(watcher.ops),
+            images=number,
+            output=watcher.known(output),
+            count=len(images),
+        )
     finally:
         for handle in handles:
             handle.remove()

@@ -90,10 +90,7 @@ def run_result(
         ),
         **vars(measured),
         size=_size(task, file_bytes, prepared.float_bytes),
-        cost=CostInfo(
-            macs=sum(v.macs for v in views),
-            bitops=sum(v.macs * task.committed[v.name][0].weight.bits * (v.act_bits or 32) for v in views),
-        ),
+        cost=_cost(task),
         stages={**recorder.stages, **{f"quantize: {part}": seconds for part, seconds in task.clock.items()}},
         total_s=time.perf_counter() - started,
         float_pass_s=task.clock.get("float pass"),
@@ -117,6 +114,17 @@ def _size(task: CalibrationTask, file_bytes: int, float_bytes: int) -> SizeInfo:
         quantized_weights=weights,
         total_params=total,
         float_params=total - weights,
+    )
+
+
+def _cost(task: CalibrationTask) -> CostInfo:
+    views, sites = task.all_layers, [site for site in task.grids.sites if site.values]
+    values = sum(site.values for site in sites)
+    return CostInfo(
+        macs=sum(v.macs for v in views),
+        bitops=sum(v.macs * task.committed[v.name][0].weight.bits * (v.act_bits or 32) for v in views),
+        input_values=values or None,
+        input_bits=sum(site.values * site.bits for site in sites) / values if values else None,
     )
 
 

@@ -134,7 +134,17 @@ def size_facts(result: RunResult) -> list[tuple[str, str]]:
 
 
 def cost_facts(result: RunResult) -> list[tuple[str, str]]:
-    return [("arithmetic", f"{count_text(result.cost.macs)}MACs, {count_text(result.cost.bitops)}BitOps an image")]
+    cost = result.cost
+    arithmetic = f"{count_text(cost.macs)}MACs, {count_text(cost.bitops)}BitOps an image"
+    return [("arithmetic", arithmetic), *input_facts(result)]
+
+
+def input_facts(result: RunResult) -> list[tuple[str, str]]:
+    """What the layers' inputs take, where they are quantized."""
+    cost = result.cost
+    if not cost.input_values or not cost.input_bits:
+        return []
+    return [("inputs", f"{cost.input_bits:.3f} bits on average, {count_text(cost.input_values)}values an image")]
 
 
 def time_facts(result: RunResult) -> list[tuple[str, str]]:

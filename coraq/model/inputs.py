@@ -1,0 +1,159 @@
+"""What is decided of the layers' inputs before the first layer, from the float network on some images.
+
+Input scales (`coraq.core.smoothing`), and mixed precision: what bits each tensor gets, at the same average as if all
+had the same. What rounding costs differs by orders of magnitude from tensor to tensor, and more so for each value: of
+mobilenetv2's, the narrow ones that expanding layers read want 5 to 8 bits where the depthwise layers' wide ones do with
+3. The cost is the KL divergence to the float network, to second order, as the loss is for HAWQ (arXiv 1911.03852) and
+the KL for the weights of `coraq.methods.cora`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from coraq.config import MAX_BITS, MIN_BITS, Scheme
+from coraq.core.allocate import Choice, allocate
+from coraq.core.ranges import activation_grid
+from coraq.core.sensitivity import kl_of_rounding
+from coraq.core.smoothing import DEPTHWISE, SHARED, input_scales
+from coraq.core.tensors import ActivationGrid
+from coraq.errors import OVERFLOW_HINT, CoraqError
+from coraq.model.activations import Site
+from coraq.model.engine import spread_out
+from coraq.model.layers import LayerView, kernel_axes
+
+SAMPLED_IMAGES = 256
+CHANNEL_SAMPLE, SAMPLES = 4096, 2**26  # values of each channel, and of all together
+FISHER_IMAGES = 128
+GRID_SAMPLE = 1 << 13  # values that a grid which is only tried is chosen on
+WIDER = 1  # bits fewer and more that are tried; for each bit beyond, a quarter of the cost is left
+AT_ONCE = 8  # images that go forward and back together: all their activations are in memory
+
+Report = Callable[[str], None]
+
+
+def some_of(batches: Sequence[Tensor], images: int) -> list[Tensor]:
+    """Micro-batches from all over, of so many images or a few more; all if there are no more."""
+    order = spread_out(len(batches))
+    seen = accumulate(len(batches[index]) for index in order)
+    count = next((n for n, total in enumerate(seen, 1) if total >= images), len(order))
+    return [batches[index] for index in order[:count]]
+
+
+@torch.no_grad()
+def sample_inputs(
+    network: nn.Module, sites: Sequence[Site], views: Mapping[str, LayerView], batches: Sequence[Tensor], report: Report
+) -> dict[str, Tensor]:
+    """Some values of each tensor's channels, float32 [channels, n], by site."""
+    samples: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    channels = sum(view.shape[0] * view.channels for view in (views[site.readers[0]] for site in sites))
+    wanted = max(1, min(CHANNEL_SAMPLE, SAMPLES // channels) // len(batches))
+
+    def take(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            last = x.movedim(-1 - kernel_axes(module), -1)  # a view of images that are channels-last, and no copy
+            rows = last.reshape(-1, last.shape[-1])
+            generator = torch.Generator().manual_seed(len(samples[name]))
+            index = torch.randint(len(rows), (wanted,), generator=generator)
+            samples[name].append(rows[index.to(x.device)].float().t())
+
+        return hook
+
+    handles = [
+        network.get_submodule(site.readers[0]).register_forward_pre_hook(take(site.name), with_kwargs=True)
+        for site in sites
+    ]
+    try:
+        for done, images in enumerate(batches):
+            report(f"images, {done} of {len(batches)} micro-batches")
+            network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(samples.pop(name), 1) for name in list(samples)}
+
+
+def site_scales(site: Site, views: Mapping[str, LayerView], values: Tensor) -> dict[str, Tensor]:
+    """The column scales, float32 [groups, 1, channels], of the layers that read a tensor, from `values` of it."""
+    readers = [views[name] for name in site.readers]
+    power = DEPTHWISE if all(view.channels == 1 for view in readers) else SHARED
+    factors = input_scales(values, site.bits, power)
+    return {view.name: factors.reshape(view.shape[0], 1, view.channels) for view in readers}
+
+
+def tried_grids(values: Tensor, scheme: Scheme, factors: Tensor | None) -> dict[int, ActivationGrid]:
+    """Grids of about `scheme.act_bits`, by their bits, of a tensor that some `values` [channels, n] are known of.
+
+    Args:
+        factors: its input scales, in a shape that spreads over it, if it has any where its bits are few.
+    """
+    assert scheme.act_bits is not None
+    grids = {}
+    for bits in range(max(MIN_BITS, scheme.act_bits - WIDER), min(MAX_BITS, scheme.act_bits + WIDER) + 1):
+        own = factors if scheme.scales_inputs(bits) else None
+        scaled = (values if own is None else values * own.reshape(-1, 1)).reshape(-1)
+        few = scaled[:: -(-len(scaled) // GRID_SAMPLE)].cpu()
+        low, high = min(0.0, float(scaled.min())), max(0.0, float(scaled.max()))
+        grid = activation_grid(few, low, high, bits, scheme.act_range, scheme.act_percentile)
+        grids[bits] = replace(grid, factors=own)
+    return grids
+
+
+class Shares(NamedTuple):
+    """Bits by tensor, the KL in nats that their rounding is predicted to cost, and that of the same bits for all."""
+
+    bits: dict[str, int]
+    kl: float
+    uniform_kl: float
+
+
+def share_bits(
+    network: nn.Module,
+    grids: Mapping[str, Mapping[int, ActivationGrid]],
+    readers: Mapping[str, Sequence[str]],
+    costs: Mapping[str, float],
+    bits: int,
+    batches: Sequence[Tensor],
+    generator: torch.Generator,
+    report: Report,
+) -> Shares:
+    """Bits of least predicted KL for tensors that may have `bits` on average, weighted by `costs`.
+
+    Args:
+        network: the folded float network.
+        grids: by a tensor's name and bits.
+        readers: by a tensor's name, the layers that read it.
+        costs: of a bit of each tensor.
+        batches: images.
+        generator: draws labels.
+
+    Raises:
+        CoraqError: the network overflows on these images.
+    """
+    parts = [part for images in batches for part in images.split(AT_ONCE)]
+
+    def passing() -> Iterator[Tensor]:
+        for done, part in enumerate(parts):
+            report(f"sensitivities, {done} of {len(parts)} micro-batches")
+            yield part
+
+    try:
+        found = kl_of_rounding(network, grids, readers, passing(), generator)
+    except ValueError as error:
+        raise CoraqError(str(error), OVERFLOW_HINT) from None
+    choices = []
+    for name, kl in found.items():
+        last = max(kl)
+        kl |= {width: kl[last] / 4 ** (width - last) for width in range(last + 1, MAX_BITS + 1)}
+        choices.append([Choice(costs[name] * width, loss) for width, loss in kl.items()])
+    taken = allocate(choices, bits * sum(costs.values()))
+    predicted = sum(own[index].loss for own, index in zip(choices, taken, strict=True))
+    widths = {name: list(kl)[index] for (name, kl), index in zip(found.items(), taken, strict=True)}
+    return Shares(widths, predicted, sum(kl[bits] for kl in found.values()))
