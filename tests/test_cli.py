@@ -192,6 +192,7 @@ def test_no_model_means_the_demo(pipeline: FakePipeline) -> None:
             ["--act-bits", "4", "--override", ".*conv_dw=3/8"],
             {"scheme": {"act_bits": 4, "overrides": {".*conv_dw": {"bits": 3, "act_bits": 8}}}},
         ),
+        (["--act-bits", "4", "--act-mixed", "macs"], {"scheme": {"act_bits": 4, "act_mixed": "macs"}}),
         (["--method", "rtn"], {"method": "rtn"}),
         (
             ["-o", "sweeps=3", "-o", "order=greedy", "--option", "grid=[1, 2]", "-o", "fast=true", "-o", "x=a=b"],
@@ -250,7 +251,13 @@ def test_plugin_folders_reach_the_registry(pipeline: FakePipeline, tmp_path: Pat
         (["quantize", "m", "--first-bits", "9"], "'9' is neither 2 to 8 nor 'same'", "--help"),
         (["quantize", "m", "-b", "0"], "--batch-size 0", "greater than or equal to 1"),
         (["quantize", "m", "--crop-pct", "-1"], "--crop-pct -1", "greater than 0"),
-        (["quantize", "m", "--granularity", "row"], "--granularity", "--help"),
+        (["quantize", "m", "--granularity", "row"], "'--granularity': 'row' is not one of 'channel'", "--help"),
+        (["quantize", "m", "--act-mixed", "values"], "--act-mixed 'values' is not allowed", "need --act-bits"),
+        (
+            ["quantize", "m", "-a", "4", "--act-placement", "integer", "--act-mixed", "macs"],
+            "--act-mixed 'macs' is not allowed",
+            "leave out --act-placement integer",
+        ),
         (["quantize", "m", "-o", "sweeps"], "-o 'sweeps' is not KEY=VALUE", "sweeps=VALUE"),
         (["quantize", "m", "-o", "a=1", "-o", "a=2"], "-o a is given twice", "once"),
         (["quantize", "m", "--override", "layer"], "--override 'layer' is not REGEX=BITS", "for example"),

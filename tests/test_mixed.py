@@ -199,6 +199,16 @@ def test_overrides_and_edges_keep_their_own() -> None:
     assert {view.name: view.act_bits for view in fixed.all_layers}["hidden"] == 7
 
 
+@pytest.mark.parametrize("bits", [2, 8])
+def test_where_none_can_pay_or_gain_all_have_the_same(bits: int) -> None:
+    sink = ListSink()
+    task = task_of(MIXED.model_copy(update={"act_bits": bits}), sink=sink)
+    assert {site.bits for site in task.grids.sites} == {bits, 8}
+    assert [event.message for event in sink.events if isinstance(event, Note)] == [
+        f"inputs of {bits} bits on average all have {bits} bits: there are only 2 to 8"
+    ]
+
+
 def test_it_is_the_same_every_time_and_is_not_decided_twice() -> None:
     memory: dict[str, Any] = {}
     first = task_of(MIXED, memory=memory)
@@ -220,7 +230,8 @@ def test_a_resumed_run_that_lost_the_decision_says_so() -> None:
 
 def test_the_file_has_the_bits_and_gives_the_same_outputs(tmp_path: Path) -> None:
     path, x = tmp_path / "mixed.safetensors", random_images(16)
-    module, result = coraq.quantize(small_network(), "comq", data=random_images(64), scheme=MIXED, path=path)
+    scheme = MIXED.model_copy(update={"act_bits": 5})
+    module, result = coraq.quantize(small_network(), "comq", data=random_images(64), scheme=scheme, path=path)
     sites = load_checkpoint(path).info.activations
     stored = {name: record.bits for record in sites.values() for name in record.readers}
     assert len(set(stored.values())) > 2

@@ -92,7 +92,8 @@ def run(arguments: list[str]) -> int:
     except _ParseError as error:
         known = [name for name in arguments[:1] if name in COMMANDS]
         hint = f"see {shlex.join(['coraq', *known, '--help'])}"
-        return _fail(error.format_message(), hint, EXIT_USAGE)  # type: ignore[attr-defined]
+        message = error.format_message().replace("Value error, ", "")  # type: ignore[attr-defined]  # pydantic's
+        return _fail(message, hint, EXIT_USAGE)
     except (KeyboardInterrupt, typer.Abort):
         return _fail(
             "interrupted", f"the same command starts again: {shlex.join(['coraq', *arguments])}", EXIT_INTERRUPTED

@@ -138,6 +138,10 @@ class CalibrationTask(LayerByLayer):
             mixed: layers whose inputs' bits are to be shared out.
         """
         free = [site for site in sites if site.readers and all(name in mixed for name in site.readers)]
+        if free and free[0].bits in (MIN_BITS, MAX_BITS):
+            own = free[0].bits
+            self.note(f"inputs of {own} bits on average all have {own} bits: there are only {MIN_BITS} to {MAX_BITS}")
+            free = []
         chosen = [site for site in sites if site.scaled or site in free]
         columns: dict[str, Tensor] = {}
         if not chosen or not self._batches:
@@ -188,11 +192,14 @@ class CalibrationTask(LayerByLayer):
             torch.Generator().manual_seed(self._seed),
             self._report,
         )
-        self.note(
-            f"the inputs of {len(sites)} layers have {min(shares.bits.values())} to {max(shares.bits.values())} bits, "
-            f"predicted to cost a KL of {shares.kl:.3g} nats where {sites[0].bits} bits each would cost "
-            f"{shares.uniform_kl:.3g}"
-        )
+        own, least, most = sites[0].bits, min(shares.bits.values()), max(shares.bits.values())
+        if least == most:
+            self.note(f"the inputs keep {own} bits each: sharing them out is predicted to gain nothing")
+        else:
+            self.note(
+                f"{len(sites)} inputs have {least} to {most} bits, predicted to cost a KL of "
+                f"{shares.kl:.3g} nats where {own} bits each would cost {shares.uniform_kl:.3g}"
+            )
         return shares.bits
 
     def _report(self, doing: str) -> None:

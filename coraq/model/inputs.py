@@ -155,5 +155,8 @@ def share_bits(
         choices.append([Choice(costs[name] * width, loss) for width, loss in kl.items()])
     taken = allocate(choices, bits * sum(costs.values()))
     predicted = sum(own[index].loss for own, index in zip(choices, taken, strict=True))
+    uniform = sum(kl[bits] for kl in found.values())
+    if predicted >= uniform:  # few tensors, and none that the same average can be made of otherwise
+        return Shares(dict.fromkeys(found, bits), uniform, uniform)
     widths = {name: list(kl)[index] for (name, kl), index in zip(found.items(), taken, strict=True)}
-    return Shares(widths, predicted, sum(kl[bits] for kl in found.values()))
+    return Shares(widths, predicted, uniform)
