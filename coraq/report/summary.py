@@ -144,7 +144,7 @@ def input_facts(result: RunResult) -> list[tuple[str, str]]:
     cost = result.cost
     if not cost.input_values or not cost.input_bits:
         return []
-    return [("inputs", f"{cost.input_bits:.3f} bits on average, {count_text(cost.input_values)}values an image")]
+    return [("inputs", f"{cost.input_bits:.3f} bits on average, {count_text(cost.input_values)} values an image")]
 
 
 def time_facts(result: RunResult) -> list[tuple[str, str]]:
