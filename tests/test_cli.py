@@ -414,6 +414,26 @@ def test_notes_that_the_result_does_not_hold_reach_the_person_once(
     assert out.count("note: fell back to half precision") == 1
 
 
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        ({"act_bits": 4}, True),
+        ({}, False),
+        ({"act_bits": 8}, False),
+        ({"act_bits": 2}, False),
+        ({"act_bits": 4, "act_mixed": "macs"}, False),
+        ({"act_bits": 4, "act_placement": "integer"}, False),
+    ],
+)
+def test_few_bits_for_inputs_are_told_of_how_to_share_them_out(
+    pipeline: FakePipeline, capsys: pytest.CaptureFixture[str], scheme: dict[str, Any], said: bool
+) -> None:
+    config = RunConfig.model_validate({"model": "m", "scheme": scheme})
+    pipeline.result = run_result(config=config, command=["coraq", "quantize", "my model"])
+    assert run(["quantize", "m"]) == 0
+    assert ("  coraq quantize 'my model' --act-mixed values\n" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("arguments", [[], ["-q"], ["-v"]])
 def test_json_is_exactly_one_object_on_stdout(
     pipeline: FakePipeline, capsys: pytest.CaptureFixture[str], arguments: list[str]

@@ -118,6 +118,12 @@ def unmeasured() -> RunResult:
 # ---------------------------------------------------------------- results
 
 
+def test_the_inputs_bits_are_said_where_there_are_any() -> None:
+    cost = run_result().cost.model_copy(update={"input_values": 6_690_000, "input_bits": 4.0894})
+    assert "- inputs: 4.089 bits on average, 6.69 M values an image\n" in markdown(run_result(cost=cost))
+    assert "- inputs:" not in markdown(run_result())
+
+
 def test_a_result_survives_its_json_with_infinite_values() -> None:
     result = run_result()
     layers = [result.layers[0].model_copy(update={"weight_sqnr_db": math.inf}), *result.layers[1:]]

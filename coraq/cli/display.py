@@ -11,11 +11,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from coraq.config import MIN_BITS
 from coraq.report import summary
 from coraq.results import Comparison, RunResult
 
 if TYPE_CHECKING:
     from coraq.pipeline import Plan
+
+
+FEW_BITS = 4  # of inputs, where sharing them out has been seen to pay
 
 
 def stdout() -> Console:
@@ -106,6 +110,13 @@ def _show_next(console: Console, result: RunResult, commands: Collection[str]) -
     if result.comparison is None:
         lines.append(("evaluate", f"coraq evaluate {run} --data-dir FOLDER"))
     lines += [("compare", "coraq compare"), ("export", f"coraq export {run}")]
+    scheme = result.config.scheme
+    if (
+        MIN_BITS < (scheme.act_bits or 0) <= FEW_BITS
+        and scheme.act_mixed == "none"
+        and scheme.act_placement == "inputs"
+    ):
+        lines.append(("quantize", shlex.join([*result.command, "--act-mixed", "values"])))
     console.print(Text("next:", style="dim"))
     for command, line in lines:
         if command in commands:
