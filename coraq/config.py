@@ -100,11 +100,12 @@ class Scheme(Frozen):
         default="mse", description="range of an activation's grid: least error of its values, or percentiles of them"
     )
     act_percentile: float = Field(default=99.99, gt=50, le=100, description="percentile: the upper one, in %")
-    act_mixed: Literal["none", "values", "macs"] = Field(
+    act_mixed: Literal["none", "values", "macs", "both"] = Field(
         default="none",
         description="mixed precision of inputs: 2 to 8 bits each, by the KL divergence that its rounding costs, and "
-        "--act-bits on average over all values (values: the same bytes), or over the multiplications that they go into "
-        "(macs); none: all alike. The first and last input and overrides keep their own",
+        "--act-bits on average over all values (values: the same bytes), over the multiplications that they go into "
+        "(macs: the same BitOps), or over either (both); none: all alike. The first and last input and overrides keep "
+        "their own",
     )
     overrides: dict[str, LayerScheme] = Field(
         default_factory=dict,
@@ -266,7 +267,12 @@ class Scheme(Frozen):
         where = "layer inputs" if self.act_placement == "inputs" else "layer inputs and outputs, sums and products"
         edges = f"images/last input {self.act_first_bits or self.act_bits}/{self.act_last_bits or self.act_bits} bits"
         kind = "mse" if self.act_range == "mse" else f"percentile {self.act_percentile:g}"
-        over = {"none": "", "values": "a value", "macs": "a multiplication"}[self.act_mixed]
+        over = {
+            "none": "",
+            "values": "a value",
+            "macs": "a multiplication",
+            "both": "a value and a multiplication",
+        }[self.act_mixed]
         mixed = f"mixed, {self.act_bits} bits {over} on average, " if over else ""
         return f"activations per tensor at {where} ({self.act_placement}), {mixed}{edges}, range by {kind}"
 

@@ -101,7 +101,7 @@ def main() -> int:
     parser.add_argument("--methods", default="rtn,comq,brecq,qdrop")
     parser.add_argument("--bits", default="4/32,3/32,2/32,4/8,4/4,2/4", help="weight/activation bits; 32: float")
     parser.add_argument("--placement", default="inputs", choices=["inputs", "integer"])
-    parser.add_argument("--mixed", default="none", choices=["none", "values", "macs"], help="bits of inputs")
+    parser.add_argument("--mixed", default="none", choices=["none", "values", "macs", "both"], help="bits of inputs")
     parser.add_argument("--zero-point", default="auto", choices=["auto", "whole", "half", "quarter", "eighth"])
     parser.add_argument("--column-scale", default="auto", choices=["auto", "none", "channel", "input"])
     parser.add_argument("--calib-size", type=int, default=USUAL)

@@ -431,7 +431,7 @@ def test_few_bits_for_inputs_are_told_of_how_to_share_them_out(
     config = RunConfig.model_validate({"model": "m", "scheme": scheme})
     pipeline.result = run_result(config=config, command=["coraq", "quantize", "my model"])
     assert run(["quantize", "m"]) == 0
-    assert ("  coraq quantize 'my model' --act-mixed values\n" in capsys.readouterr().out) == said
+    assert ("  coraq quantize 'my model' --act-mixed both\n" in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize("arguments", [[], ["-q"], ["-v"]])

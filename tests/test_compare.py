@@ -371,9 +371,11 @@ CONFIGS = [
         calib_memory=123456789,
         float_dtype="float16",
     ),
-    RunConfig(  # what the second cannot have: it is symmetric, and its inputs are float
+    RunConfig(  # what the second cannot have: it is symmetric, and all of its activations are quantized
         model="demo",
-        scheme=Scheme(zero_point="quarter", act_bits=4, overrides={"a": LayerScheme(bits=5, act_bits=8)}),
+        scheme=Scheme(
+            zero_point="quarter", act_bits=4, act_mixed="macs", overrides={"a": LayerScheme(bits=5, act_bits=8)}
+        ),
     ),
 ]
 
@@ -402,7 +404,7 @@ def _with_others(model: type[Any], full: Any, plain: Any) -> Any:
         value, default = getattr(full, name), getattr(plain, name)
         if isinstance(value, BaseModel):
             content[name] = _with_others(type(value), value, default)
-        elif value == default and name not in ("version", "zero_point"):
+        elif value == default and name not in ("version", "zero_point", "act_mixed"):
             for other in (not default, 3, 0.5, 99.0, "x", *get_args(field.annotation)):
                 try:
                     changed = model.model_validate({**content, name: other})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from coraq.errors import CoraqError
 from coraq.events import ListSink, Note
 from coraq.model.calibration import CalibrationTask
 from coraq.model.fold import fold
-from coraq.model.inputs import share_bits
+from coraq.model.inputs import cheapest, share_bits
 from coraq.pipeline import run
 from coraq.testing.networks import random_images, small_network
 
@@ -122,7 +123,7 @@ def test_an_overflow_is_named() -> None:
             network,
             grids,
             {"pooled": ["head"]},
-            {"pooled": 1.0},
+            [{"pooled": 1.0}],
             4,
             [torch.randn(4, 3, 6, 6, dtype=torch.float64)],
             torch.Generator(),
@@ -139,7 +140,7 @@ def test_bits_go_where_they_save_most_at_the_same_average() -> None:
 
     def bits(costs: dict[str, float]) -> dict[str, int]:
         generator = torch.Generator().manual_seed(0)
-        shares = share_bits(network, grids, readers, costs, 4, [x], generator, lambda text: None)
+        shares = share_bits(network, grids, readers, [costs], 4, [x], generator, lambda text: None)
         assert shares.kl <= shares.uniform_kl
         assert sum(costs[name] * bits for name, bits in shares.bits.items()) <= 4 * sum(costs.values())
         return shares.bits
@@ -147,6 +148,28 @@ def test_bits_go_where_they_save_most_at_the_same_average() -> None:
     one, other = bits({"fork": 9.0, "pooled": 1.0}), bits({"fork": 1.0, "pooled": 9.0})
     assert one["pooled"] > other["pooled"]
     assert one["fork"] < other["fork"]
+
+
+def test_two_costs_are_kept_to_and_little_is_lost_to_the_best_there_is() -> None:
+    """Against every choice of bits for seven tensors."""
+    generator = torch.Generator().manual_seed(0)
+    widths, names = (3, 4, 5, 6), [str(i) for i in range(7)]
+    for _ in range(5):
+        scale = (torch.rand(7, generator=generator) * 6).exp().tolist()
+        losses = {n: {w: s * 4.0**-w for w in widths} for n, s in zip(names, scale, strict=True)}
+        costs = [
+            dict(zip(names, (torch.rand(7, generator=generator) * 2).exp().tolist(), strict=True)) for _ in range(2)
+        ]
+        found, loss = cheapest(losses, costs, 4)
+        best = float("inf")
+        for own in itertools.product(widths, repeat=7):
+            if all(sum(c[n] * w for n, w in zip(names, own, strict=True)) <= 4 * sum(c.values()) for c in costs):
+                best = min(best, sum(losses[n][w] for n, w in zip(names, own, strict=True)))
+        assert all(sum(c[n] * w for n, w in found.items()) <= 4 * sum(c.values()) * (1 + 1e-9) for c in costs)
+        assert loss == pytest.approx(sum(losses[n][w] for n, w in found.items()))
+        assert best <= loss * (1 + 1e-9)
+        assert loss <= 1.35 * best
+        assert loss < 0.9 * sum(own[4] for own in losses.values())
 
 
 # -- in a run
@@ -157,7 +180,7 @@ def task_of(scheme: Scheme, **more: Any) -> CalibrationTask:
     return CalibrationTask(model, fold(model, images[:4]), scheme, list(images.split(8)), **more)
 
 
-@pytest.mark.parametrize("by", ["values", "macs"])
+@pytest.mark.parametrize("by", ["values", "macs", "both"])
 @pytest.mark.parametrize("bits", [3, 4, 6])
 def test_the_average_is_kept_over_what_is_shared_out(by: str, bits: int) -> None:
     scheme = MIXED.model_copy(update={"act_bits": bits, "act_mixed": by})
@@ -166,12 +189,16 @@ def test_the_average_is_kept_over_what_is_shared_out(by: str, bits: int) -> None
     uniform = task_of(scheme.model_copy(update={"act_mixed": "none"}))
     macs = {view.name: view.macs for view in task.all_layers}
     free = [site for site in task.grids.sites if site.readers[0] not in ("stem", "head")]
-    cost = {site.name: site.values if by == "values" else sum(macs[name] for name in site.readers) for site in free}
-    assert len({site.bits for site in free}) > 1
-    assert sum(cost[site.name] * site.bits for site in free) <= bits * sum(cost.values())
+    values = {site.name: site.values for site in free}
+    products = {site.name: sum(macs[name] for name in site.readers) for site in free}
+    differ = len({site.bits for site in free}) > 1
+    assert differ or by == "both"  # which leaves five tensors little to choose
+    for cost in {"values": [values], "macs": [products], "both": [values, products]}[by]:
+        assert sum(cost[site.name] * site.bits for site in free) <= bits * sum(cost.values()) * (1 + 1e-9)
     assert {site.bits for site in task.grids.sites if site not in free} == {8}
     assert [site.name for site in task.grids.sites] == [site.name for site in uniform.grids.sites]
-    assert any("predicted to cost a KL" in event.message for event in sink.events if isinstance(event, Note))
+    said = "predicted to cost a KL" if differ else "predicted to gain nothing"
+    assert any(said in event.message for event in sink.events if isinstance(event, Note))
     for view in task.all_layers:  # wide inputs are rounded as they are, and their weights take no scales off
         assert (view.input_scales is not None) == (view.act_bits is not None and view.act_bits <= 4), view.name
 
@@ -274,6 +301,6 @@ def test_it_is_said_in_the_scheme_and_is_part_of_a_run_s_identity() -> None:
     assert "mixed" not in Scheme(act_bits=4).describe()
     digests = {
         RunConfig(model="demo", scheme=MIXED.model_copy(update={"act_mixed": by})).digest()
-        for by in ("none", "values", "macs")
+        for by in ("none", "values", "macs", "both")
     }
-    assert len(digests) == 3
+    assert len(digests) == 4

@@ -116,7 +116,7 @@ def _show_next(console: Console, result: RunResult, commands: Collection[str]) -
         and scheme.act_mixed == "none"
         and scheme.act_placement == "inputs"
     ):
-        lines.append(("quantize", shlex.join([*result.command, "--act-mixed", "values"])))
+        lines.append(("quantize", shlex.join([*result.command, "--act-mixed", "both"])))
     console.print(Text("next:", style="dim"))
     for command, line in lines:
         if command in commands:

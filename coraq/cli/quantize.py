@@ -125,7 +125,7 @@ def quantize(
         float, option(Scheme, "act_percentile", "--act-percentile", panel=SCHEME_PANEL)
     ] = SCHEME.act_percentile,
     act_mixed: Annotated[
-        Literal["none", "values", "macs"], option(Scheme, "act_mixed", "--act-mixed", panel=SCHEME_PANEL)
+        Literal["none", "values", "macs", "both"], option(Scheme, "act_mixed", "--act-mixed", panel=SCHEME_PANEL)
     ] = SCHEME.act_mixed,
     override: Annotated[
         list[str] | None,

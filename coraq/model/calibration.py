@@ -178,15 +178,13 @@ class CalibrationTask(LayerByLayer):
             scales, module = columns.get(site.readers[0]), self.teacher.get_submodule(site.readers[0])
             factors = None if scales is None else spread_over(scales, module)
             grids[site.name] = tried_grids(samples[site.name], self.scheme, factors)
-        by_values = self.scheme.act_mixed == "values"
+        values = {site.name: site.values for site in sites}
+        macs = {site.name: sum(self._views[name].macs for name in site.readers) for site in sites}
         shares = share_bits(
             self.teacher,
             grids,
             {site.name: site.readers for site in sites},
-            {
-                site.name: site.values if by_values else sum(self._views[name].macs for name in site.readers)
-                for site in sites
-            },
+            {"values": [values], "macs": [macs], "both": [values, macs]}[self.scheme.act_mixed],
             sites[0].bits,
             some_of(self._batches, FISHER_IMAGES),
             torch.Generator().manual_seed(self._seed),

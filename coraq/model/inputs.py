@@ -33,6 +33,10 @@ CHANNEL_SAMPLE, SAMPLES = 4096, 2**26  # values of each channel, and of all toge
 FISHER_IMAGES = 128
 GRID_SAMPLE = 1 << 13  # values that a grid which is only tried is chosen on
 WIDER = 1  # bits fewer and more that are tried; for each bit beyond, a quarter of the cost is left
+BUDGETS, HALVINGS = (
+    (1.0, 0.995, 0.99, 0.98),
+    24,
+)  # of two costs: shares of the bits, and weights between, that are tried
 AT_ONCE = 8  # images that go forward and back together: all their activations are in memory
 
 Report = Callable[[str], None]
@@ -118,19 +122,19 @@ def share_bits(
     network: nn.Module,
     grids: Mapping[str, Mapping[int, ActivationGrid]],
     readers: Mapping[str, Sequence[str]],
-    costs: Mapping[str, float],
+    costs: Sequence[Mapping[str, float]],
     bits: int,
     batches: Sequence[Tensor],
     generator: torch.Generator,
     report: Report,
 ) -> Shares:
-    """Bits of least predicted KL for tensors that may have `bits` on average, weighted by `costs`.
+    """Bits of least predicted KL for tensors that may have `bits` on average, weighted by each of `costs`.
 
     Args:
         network: the folded float network.
         grids: by a tensor's name and bits.
         readers: by a tensor's name, the layers that read it.
-        costs: of a bit of each tensor.
+        costs: of a bit of each tensor, in one or two currencies: neither may cost more than with `bits` each.
         batches: images.
         generator: draws labels.
 
@@ -148,15 +152,41 @@ def share_bits(
         found = kl_of_rounding(network, grids, readers, passing(), generator)
     except ValueError as error:
         raise CoraqError(str(error), OVERFLOW_HINT) from None
-    choices = []
-    for name, kl in found.items():
+    for kl in found.values():
         last = max(kl)
         kl |= {width: kl[last] / 4 ** (width - last) for width in range(last + 1, MAX_BITS + 1)}
-        choices.append([Choice(costs[name] * width, loss) for width, loss in kl.items()])
-    taken = allocate(choices, bits * sum(costs.values()))
-    predicted = sum(own[index].loss for own, index in zip(choices, taken, strict=True))
-    uniform = sum(kl[bits] for kl in found.values())
-    if predicted >= uniform:  # few tensors, and none that the same average can be made of otherwise
-        return Shares(dict.fromkeys(found, bits), uniform, uniform)
-    widths = {name: list(kl)[index] for (name, kl), index in zip(found.items(), taken, strict=True)}
-    return Shares(widths, predicted, uniform)
+    widths, predicted = cheapest(found, costs, bits)
+    return Shares(widths, predicted, sum(kl[bits] for kl in found.values()))
+
+
+def cheapest(
+    losses: Mapping[str, Mapping[int, float]], costs: Sequence[Mapping[str, float]], bits: int
+) -> tuple[dict[str, int], float]:
+    """Bits of little loss, and their loss, that cost no more than `bits` each in any of one or two `costs`.
+
+    Of two costs, a weighted sum is kept to for many weights (Lagrange's method); the best that keeps to both is taken.
+    The same bits for all are one of the candidates, so that nothing is lost where there are few tensors to choose for.
+    """
+    totals = [sum(cost.values()) for cost in costs]
+    shares = [{name: cost[name] / total for name in losses} for cost, total in zip(costs, totals, strict=True)]
+
+    def taken(weight: float, budget: float) -> dict[str, int]:
+        prices = {name: weight * shares[0][name] + (1 - weight) * shares[-1][name] for name in losses}
+        choices = [[Choice(prices[name] * width, loss) for width, loss in own.items()] for name, own in losses.items()]
+        picked = allocate(choices, max(budget, sum(min(c.size for c in own) for own in choices)))
+        return {name: list(own)[index] for (name, own), index in zip(losses.items(), picked, strict=True)}
+
+    def average(found: Mapping[str, int], share: Mapping[str, float]) -> float:
+        return sum(share[name] * width for name, width in found.items())
+
+    candidates = [dict.fromkeys(losses, bits)]
+    for budget in BUDGETS if len(costs) > 1 else BUDGETS[:1]:
+        low, high = 0.0, 1.0
+        for _ in range(HALVINGS if len(costs) > 1 else 1):
+            weight = (low + high) / 2
+            found = taken(weight, budget * bits)
+            candidates.append(found)
+            low, high = (weight, high) if average(found, shares[0]) > bits else (low, weight)
+    kept = [found for found in candidates if all(average(found, share) <= bits + 1e-9 for share in shares)]
+    best = min(kept, key=lambda found: sum(losses[name][width] for name, width in found.items()))
+    return best, sum(losses[name][width] for name, width in best.items())
