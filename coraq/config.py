@@ -157,39 +157,30 @@ class Scheme(Frozen):
 
     def resolve(self, names: list[str]) -> dict[str, LayerScheme]:
         """Each layer's own scheme. `names` are all quantizable layers in execution order."""
-        resolved = {}
-        for index, name in enumerate(names):
-            bits = self.bits
-            if index == 0 and self.first_bits is not None:
-                bits = self.first_bits
-            elif index == len(names) - 1 and self.last_bits is not None:
-                bits = self.last_bits
-            act = self.act_bits
-            if act is not None and index == 0 and self.act_first_bits is not None:
-                act = self.act_first_bits
-            elif act is not None and index == len(names) - 1 and self.act_last_bits is not None:
-                act = self.act_last_bits
-            matches = (own for pattern, own in self.overrides.items() if re.fullmatch(pattern, name))
-            own = next(matches, LayerScheme(bits=bits))
-            if own.act_bits is None:
-                own = own.model_copy(update={"act_bits": act})
-            resolved[name] = own
-        return resolved
+        return {
+            name: own if own.act_bits is not None else own.model_copy(update={"act_bits": self.act_bits})
+            for name, own in self._own(names).items()
+        }
 
     def mixes(self, names: list[str]) -> set[str]:
         """The layers whose inputs' bits `act_mixed` shares out. `names` as in `resolve`."""
-        if self.act_mixed == "none" or self.act_bits is None:
+        if self.act_mixed == "none":
             return set()
-        free = set(names)
-        if names and self.act_first_bits is not None:
-            free.discard(names[0])
-        if names and self.act_last_bits is not None:
-            free.discard(names[-1])
-        for name in names:
-            own = next((own for pattern, own in self.overrides.items() if re.fullmatch(pattern, name)), None)
-            if own is not None and own.act_bits is not None:
-                free.discard(name)
-        return free
+        return {name for name, own in self._own(names).items() if own.act_bits is None}
+
+    def _own(self, names: list[str]) -> dict[str, LayerScheme]:
+        """As `resolve`, but without bits of an input that has no others than `act_bits`."""
+        found = {}
+        for index, name in enumerate(names):
+            first, last = index == 0, index == len(names) - 1  # of a network of one layer both: the first one counts
+            bits = (first and self.first_bits) or (last and self.last_bits) or self.bits
+            act = (first and self.act_first_bits) or (last and self.act_last_bits) or None
+            matches = (own for pattern, own in self.overrides.items() if re.fullmatch(pattern, name))
+            own = next(matches, LayerScheme(bits=bits))
+            if own.act_bits is None and self.act_bits is not None:
+                own = own.model_copy(update={"act_bits": act})
+            found[name] = own
+        return found
 
     def fraction(self, bits: int, searched: bool = True) -> int:
         """Bits of a zero point behind the point, for codes of so many bits: as many as a byte has room for.

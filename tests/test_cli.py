@@ -432,6 +432,9 @@ def test_few_bits_for_inputs_are_told_of_how_to_share_them_out(
     pipeline.result = run_result(config=config, command=["coraq", "quantize", "my model"])
     assert run(["quantize", "m"]) == 0
     assert ("  coraq quantize 'my model' --act-mixed both\n" in capsys.readouterr().out) == said
+    pipeline.result = run_result(config=config, command=[])  # a run from Python has none
+    assert run(["quantize", "m"]) == 0
+    assert "--act-mixed both" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [[], ["-q"], ["-v"]])

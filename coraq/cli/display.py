@@ -111,11 +111,8 @@ def _show_next(console: Console, result: RunResult, commands: Collection[str]) -
         lines.append(("evaluate", f"coraq evaluate {run} --data-dir FOLDER"))
     lines += [("compare", "coraq compare"), ("export", f"coraq export {run}")]
     scheme = result.config.scheme
-    if (
-        MIN_BITS < (scheme.act_bits or 0) <= FEW_BITS
-        and scheme.act_mixed == "none"
-        and scheme.act_placement == "inputs"
-    ):
+    few = MIN_BITS < (scheme.act_bits or 0) <= FEW_BITS
+    if few and scheme.act_mixed == "none" and scheme.act_placement == "inputs" and result.command:
         lines.append(("quantize", shlex.join([*result.command, "--act-mixed", "both"])))
     console.print(Text("next:", style="dim"))
     for command, line in lines:

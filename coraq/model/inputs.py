@@ -173,20 +173,24 @@ def cheapest(
     def taken(weight: float, budget: float) -> dict[str, int]:
         prices = {name: weight * shares[0][name] + (1 - weight) * shares[-1][name] for name in losses}
         choices = [[Choice(prices[name] * width, loss) for width, loss in own.items()] for name, own in losses.items()]
-        picked = allocate(choices, max(budget, sum(min(c.size for c in own) for own in choices)))
+        picked = allocate(choices, budget)
         return {name: list(own)[index] for (name, own), index in zip(losses.items(), picked, strict=True)}
 
     def average(found: Mapping[str, int], share: Mapping[str, float]) -> float:
         return sum(share[name] * width for name, width in found.items())
 
+    def loss(found: Mapping[str, int]) -> float:
+        return sum(losses[name][width] for name, width in found.items())
+
     candidates = [dict.fromkeys(losses, bits)]
-    for budget in BUDGETS if len(costs) > 1 else BUDGETS[:1]:
-        low, high = 0.0, 1.0
-        for _ in range(HALVINGS if len(costs) > 1 else 1):
-            weight = (low + high) / 2
-            found = taken(weight, budget * bits)
-            candidates.append(found)
-            low, high = (weight, high) if average(found, shares[0]) > bits else (low, weight)
-    kept = [found for found in candidates if all(average(found, share) <= bits + 1e-9 for share in shares)]
-    best = min(kept, key=lambda found: sum(losses[name][width] for name, width in found.items()))
-    return best, sum(losses[name][width] for name, width in best.items())
+    if len(costs) == 1:
+        candidates.append(taken(1.0, bits))
+    else:
+        for budget in BUDGETS:
+            low, high = 0.0, 1.0
+            for _ in range(HALVINGS):
+                weight = (low + high) / 2
+                candidates.append(taken(weight, budget * bits))
+                low, high = (weight, high) if average(candidates[-1], shares[0]) > bits else (low, weight)
+    best = min((c for c in candidates if all(average(c, share) <= bits + 1e-9 for share in shares)), key=loss)
+    return best, loss(best)
