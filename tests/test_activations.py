@@ -20,6 +20,7 @@ from coraq.artifact import RunFolder, load_checkpoint, read_result
 from coraq.artifact.checkpoint import CheckpointInfo, read_checkpoint
 from coraq.cli.app import run as command
 from coraq.config import LayerScheme, RunConfig, Scheme
+from coraq.core.levels import nearest_levels
 from coraq.core.ranges import RangeSample, activation_grid, grid_between
 from coraq.core.tensors import ActivationGrid, QuantizedLayer
 from coraq.errors import CoraqError
@@ -77,6 +78,31 @@ def test_a_grid_rounds_to_the_nearest_level_and_only_once(bits: int, signed: boo
     assert torch.allclose((codes - grid.zero_point) * grid.scale, grid.round(x))
     assert float(grid.round(torch.zeros(1))) == 0  # padding is zeros
     grid.check()
+
+
+@pytest.mark.parametrize(
+    ("zero_point", "low", "high"), [(-3, -8, 7), (0, 0, 15), (5, 0, 15), (-128, -128, 127), (1, 0, 3)]
+)
+@pytest.mark.parametrize("scale", [0.25, 0.1733, 3e-5, 1e6])
+def test_levels_are_torch_s_to_the_bit(scale: float, zero_point: int, low: int, high: int) -> None:
+    """Ties, where the codes end, and far beyond."""
+    scale = float(torch.tensor(scale))
+    steps = torch.cat([torch.arange(-600, 600) / 2, torch.randn(1000) * 20, torch.randn(100) * 1e8])
+    for x in (steps * scale, (steps * scale).reshape(5, 20, -1).transpose(0, 2)):
+        wanted = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)
+        assert torch.equal(nearest_levels(x, scale, zero_point, low, high), wanted)
+
+
+def test_levels_of_what_is_not_finite() -> None:
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    assert nearest_levels(x, 0.5, 0, -8, 7).nan_to_num(nan=9.0).tolist() == [3.5, -4.0, 9.0]
+
+
+def test_levels_hand_gradients_on_inside_the_range() -> None:
+    x = torch.tensor([-1.0, 0.3, 0.6, 9.0], requires_grad=True)
+    nearest_levels(x, 0.5, 0, 0, 7).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
 
 
 def test_a_grid_that_is_none_is_refused() -> None:

@@ -90,4 +90,4 @@ def grid_between(low: float, high: float, bits: int, signed: bool) -> Activation
 
 
 def _loss(values: Tensor, grid: ActivationGrid) -> float:
-    return float((grid.round(values) - values).abs_().pow_(NORM).sum(dtype=torch.float64))
+    return float(grid.round(values).sub_(values).abs_().pow_(NORM).sum(dtype=torch.float64))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from coraq.core.grid import Grid
+from coraq.core.levels import nearest_levels
 from coraq.core.tensors import ActivationGrid
 
 ZETA, GAMMA = 1.1, -0.1  # the sigmoid is stretched to this range and clipped, so that 0 and 1 are reached
@@ -94,20 +95,20 @@ class _LearnedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, x: Tensor, step: Tensor, grid: ActivationGrid) -> Tensor:
-        context.save_for_backward(x, step)
+        values = x.to(step.dtype)  # of half precision under autocast
+        rounded = nearest_levels(values, float(step), grid.zero_point, grid.low, grid.high)
+        context.save_for_backward(values, rounded, step)
         context.bounds = grid.low - grid.zero_point, grid.high - grid.zero_point
-        return torch.fake_quantize_per_tensor_affine(x, float(step), grid.zero_point, grid.low, grid.high)
+        return rounded
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, step = context.saved_tensors
+        x, rounded, step = context.saved_tensors
         low, high = context.bounds
-        unit = x / step
-        level = unit.round().clamp_(low, high)
-        inside = (unit >= low - 0.5) & (unit <= high + 0.5)
-        slope = torch.where(inside, level - unit, level)
-        scale = 1 / math.sqrt(x.numel() * max(high, 1))
-        return gradient * inside, (gradient * slope).sum() * scale, None
+        inside = torch.ops.aten.hardtanh_backward(gradient, x, (low - 0.5) * float(step), (high + 0.5) * float(step))
+        # step · ∂rounded/∂step is rounded − x inside the range and rounded outside
+        slope = (gradient * rounded).addcmul_(inside, x, value=-1).sum() / step
+        return inside, slope / math.sqrt(x.numel() * max(high, 1)), None
 
 
 def beta_at(progress: float, start: float = 20.0, end: float = 2.0) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from coraq.core.columns import multiplied, rounded
+from coraq.core.levels import nearest_levels
 
 MAX_CORE_BITS = 16  # the numerics work up to here, so that tests can approach the float limit
 
@@ -184,8 +185,8 @@ class ActivationGrid:
     def round(self, x: Tensor) -> Tensor:
         """The nearest levels to `x`, in a new tensor of the same shape; rounding twice changes nothing."""
         if self.factors is not None:
-            return replace(self, factors=None).round(x * self.factors) / self.factors
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.low, self.high)
+            return replace(self, factors=None).round(x * self.factors).div_(self.factors)
+        return nearest_levels(x, self.scale, self.zero_point, self.low, self.high)
 
     __call__ = round  # a grid stands wherever a function of a tensor can
 

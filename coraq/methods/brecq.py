@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.functional import mse_loss
 
 from coraq.api import (
     ActivationGrid,
@@ -498,10 +499,11 @@ class Unit:
             x = torch.where(keep, data.teacher_input[rows], x)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=in_half(config, x.device)):
             got = functional_call(data.module, self._soft() if weights else self._hard(), (x,))
-        square = (got.float() - wanted).square()
-        if weigh is not None:
-            square = square * weigh[rows]
-        loss = square.sum() / (square.numel() / square.shape[1])  # a sum over channels, as published
+        if weigh is None:
+            loss = mse_loss(got.float(), wanted, reduction="sum")
+        else:
+            loss = (mse_loss(got.float(), wanted, reduction="none") * weigh[rows]).sum()
+        loss = loss / (wanted.numel() / wanted.shape[1])  # a sum over channels, as published
         found = float(loss.detach())
         if beta is not None:
             loss = loss + config.weight * sum(layer.rounding.undecided(beta) for layer in self.layers.values())
