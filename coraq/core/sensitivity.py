@@ -179,5 +179,7 @@ def _product(slope: Tensor, error: Tensor, images: int) -> Tensor:
     """g·δy of each image [n], the error's mean taken out of every channel, since the bias absorbs it."""
     linear = slope.dim() != 4
     rest = tuple(range(error.dim() - 1)) if linear else (0, 2, 3)
-    centred = error - error.mean(rest, keepdim=True)
-    return (slope * centred).reshape(images, -1).sum(1)
+    products = (error - error.mean(rest, keepdim=True)).mul_(slope)
+    if len(products) == images:
+        return products.sum(tuple(range(1, products.dim())))  # as it lies in memory, channels last or not
+    return products.reshape(images, -1).sum(1)  # several windows an image
