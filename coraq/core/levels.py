@@ -12,9 +12,10 @@ def nearest_levels(x: Tensor, scale: float, zero_point: int, low: int, high: int
     What `torch.fake_quantize_per_tensor_affine` gives, bit for bit, but that infinities go to the nearer end and NaN
     stays. That operation is one element at a time on a CPU: these four take a quarter to a third of its time. It is
     called where gradients are wanted, by exporters, which look for it, and on other devices, where it is fast.
+    `scale` is positive and exact in float32.
     """
     tracing = torch.compiler.is_compiling()
     if x.device.type != "cpu" or x.dtype != torch.float32 or tracing or (x.requires_grad and torch.is_grad_enabled()):
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)
-    inverse = float(1 / torch.tensor(scale, dtype=torch.float32))  # a product, as that operation takes it
-    return (x * inverse).round_().clamp_(low - zero_point, high - zero_point).mul_(scale)
+    # a product, as that operation takes it: its factor becomes float32 with the tensor
+    return (x * (1 / scale)).round_().clamp_(low - zero_point, high - zero_point).mul_(scale)
