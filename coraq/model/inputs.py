@@ -33,10 +33,8 @@ CHANNEL_SAMPLE, SAMPLES = 4096, 2**26  # values of each channel, and of all toge
 FISHER_IMAGES = 128
 GRID_SAMPLE = 1 << 13  # values that a grid which is only tried is chosen on
 WIDER = 1  # bits fewer and more that are tried; for each bit beyond, a quarter of the cost is left
-BUDGETS, HALVINGS = (
-    (1.0, 0.995, 0.99, 0.98),
-    24,
-)  # of two costs: shares of the bits, and weights between, that are tried
+BUDGETS = 1.0, 0.995, 0.99, 0.98  # of two costs: shares of the bits that are tried
+HALVINGS = 24  # and weights between the two
 AT_ONCE = 8  # images that go forward and back together: all their activations are in memory
 
 Report = Callable[[str], None]
