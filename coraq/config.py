@@ -288,6 +288,11 @@ class DataConfig(Frozen):
         description="images that the first layers are calibrated on, whose activations are largest and inputs fewest; "
         "the others join as soon as all together take no more memory than these did; 0: all from the start",
     )
+    calib_precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="of the passes through the network while calibrating (what is measured of them and solved is in "
+        "float32 and float64); auto: bfloat16 for at most 4 bits, if the processor multiplies it itself",
+    )
     eval_size: int | None = Field(default=None, ge=1, description="evaluate on at most so many images (default: all)")
     class_map: str | None = Field(default=None, description="text file: class names in index order")
     batch_size: int = Field(default=32, ge=1, description="images in a micro-batch")
@@ -339,6 +344,8 @@ class RunConfig(Frozen):
         without = {"workers"} if self.data.strict else {"workers", "strict"}
         if not 0 < self.data.calib_early < self.data.calib_size:
             without.add("calib_early")  # all images are there from the start
+        if self.data.calib_precision == "float32":  # as in runs that do not say: they stay found
+            without.add("calib_precision")
         content = self.model_dump(mode="json", exclude={"calib_memory": True, "data": without})
         scheme = content["scheme"]
         if self.scheme.act_bits is None:  # what does not act does not count: earlier runs stay found

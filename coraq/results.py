@@ -170,7 +170,7 @@ class RunResult(Result):
         """What the command of a result that does not say it had, which is not what a command has now."""
         earlier: dict[str, dict[str, Any]] = {
             "scheme": {"zero_point": "whole", "column_scale": "none"},
-            "data": {"calib_early": 0},
+            "data": {"calib_early": 0, "calib_precision": "float32"},
         }
         if isinstance(config, dict):
             parts = {key: {**was, **config[key]} for key, was in earlier.items() if isinstance(config.get(key), dict)}

@@ -170,6 +170,10 @@ def quantize(
     calib_early: Annotated[
         int, option(DataConfig, "calib_early", "--calib-early", panel=options.CALIBRATION_PANEL)
     ] = DATA.calib_early,
+    calib_precision: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        option(DataConfig, "calib_precision", "--calib-precision", panel=options.CALIBRATION_PANEL),
+    ] = DATA.calib_precision,
     calib_memory: Annotated[
         Any,
         option(

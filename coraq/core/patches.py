@@ -170,14 +170,19 @@ class MeanAccumulator:
         """Take in images [N, C, H, W]; the size may differ from call to call."""
         check_images(x, self.geometry)
         if x.shape[0]:
-            self.add_frame(x.detach().to(self.device, torch.float32).permute(0, 2, 3, 1))
+            self.add_frame(x.detach().to(self.device).permute(0, 2, 3, 1))
 
     def add_frame(self, frame: Tensor) -> None:
         """Take in images [N, H, W, C] float32."""
         images, height, width, _ = frame.shape
         # a product with ones: torch.sum over the first axis takes several times as long
         ones = torch.ones(1, images, device=frame.device)
-        total = (ones @ frame.reshape(images, -1)).reshape(frame.shape[1:]).double()
+        flat = frame.reshape(images, -1)
+        if flat.dtype == torch.float32:
+            total = ones @ flat
+        else:
+            total = torch.cat([ones @ part.float() for part in flat.split(CACHE_BYTES // (2 * images), 1)], 1)
+        total = total.reshape(frame.shape[1:]).double()
         size = (height, width)
         self._sums[size] = self._sums[size].add_(total) if size in self._sums else total
         self._images[size] = self.images(size) + images

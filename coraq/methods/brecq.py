@@ -35,6 +35,7 @@ from coraq.api import (
     mse_grid,
     set_grid,
 )
+from coraq.core.bfloat16 import multiplies_bfloat16
 from coraq.core.newton import Model
 from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at
 from coraq.model.activations import Site
@@ -217,14 +218,6 @@ class QDrop(BRECQ):
 def in_half(config: BRECQ.Config, device: torch.device) -> bool:
     """Whether products are in bfloat16 while learning."""
     return config.precision == "bfloat16" or (config.precision == "auto" and multiplies_bfloat16(device))
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether products in bfloat16 are the device's own (twice as fast), not emulated (slower than float)."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return device.type == "cpu" and known is not None and bool(known())
 
 
 @dataclass

@@ -23,6 +23,7 @@ from coraq.model.blocks import Block, Granularity, partition
 from coraq.model.delegate import OneLayer, OneUnit
 from coraq.model.engine import Arrival, LockStep, Schedule, live_bytes, released
 from coraq.model.fold import Trace
+from coraq.model.half import HalfPass
 from coraq.model.inputs import (
     FISHER_IMAGES,
     SAMPLED_IMAGES,
@@ -58,6 +59,7 @@ class CalibrationTask(LayerByLayer):
         early_images: that take part from the start; the others join as activations shrink, see `Schedule` (0: all do).
         find_method: makes a method from its name and options, for `codes`.
         memory: what `remember` keeps beyond this process; a mapping of JSON-able values.
+        half: calibration passes are in bfloat16; what is measured of them and solved stays float32 and float64.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class CalibrationTask(LayerByLayer):
         early_images: int = 0,
         find_method: Callable[[str, dict[str, Any]], Any] | None = None,
         memory: MutableMapping[str, Any] | None = None,
+        half: bool = False,
     ) -> None:
         self._find_method, self._bases = find_method, dict[str, Any]()
         self._memory: MutableMapping[str, Any] = {} if memory is None else memory
@@ -97,6 +100,7 @@ class CalibrationTask(LayerByLayer):
         self._seed, self._sink, self._on_commit = seed, sink, on_commit
         self.grids = self._find_grids(found)
         self.memory_bytes, self.folder = memory_bytes, folder
+        self._half = HalfPass(batches[0].device) if half and batches else None
         self._engine: LockStep | None = None
         self._stats: LayerStats | None = None
         self._at: str | None = None
@@ -309,6 +313,7 @@ class CalibrationTask(LayerByLayer):
         collector = Collector(self._arrival.images, self._bound, self.folder)
         teacher = self.teacher.get_submodule(block.module)
         for size, (x, y) in zip(self._arrival.sizes, self._arrival.pairs(raw=True), strict=True):
+            x, y = x.float(), y.float()
             # the unit's own forward, past its hooks, on a copy: it may work in place
             output = teacher.forward(x.clone())
             self._check_finite(block.module, y, output)
@@ -367,13 +372,15 @@ class CalibrationTask(LayerByLayer):
     def _start_pass(self) -> None:
         self.close()
         self._passed.clear()
-        stops = [name for name in self._views if name not in self.committed] + self.grids.begin() + self._entries
+        # in bfloat16 the means of all layers' inputs are needed, also of those that were committed before
+        own = [name for name in self._views if self._half or name not in self.committed]
+        stops = own + self.grids.begin() + self._entries
         streams = [self.teacher, self.student]
         if self._release is None:
             self._release = released(self.teacher, self._batches[0][:2])
         schedule, rewrite = self._schedule(self._release), self.grids.rewrite
         self._engine = LockStep(
-            streams, self._batches, stops, self._bound, self.folder, rewrite, schedule, self._release
+            streams, self._batches, stops, self._bound, self.folder, rewrite, schedule, self._release, self._half
         )
         self.spilled = max(self.spilled, self._engine.spilled)
         self.passes += 1
@@ -392,7 +399,7 @@ class CalibrationTask(LayerByLayer):
         key = tuple(self._entries)
         if key not in self._schedules:
             stops = [*self._views, *self.grids.stops, *self._entries]
-            live = live_bytes(self.teacher, self._batches[0], stops, release)
+            live = live_bytes(self.teacher, self._batches[0], stops, release, self._half)
             self._schedules[key] = schedule = Schedule.plan(live, sizes, self._early_images)
             fewer = [count for name, count in schedule.present.items() if name in self._views and count < len(sizes)]
             if fewer:
@@ -408,6 +415,9 @@ class CalibrationTask(LayerByLayer):
         if self._at is not None:
             self._passed.add(self._at)
         if self._stats is not None:
+            if self._half is not None and self._at is not None:
+                self._half.take(self.teacher.get_submodule(self._at), self._stats.teacher_mean)
+                self._half.take(self.student.get_submodule(self._at), self._stats.mean)
             self._stats.current = False
         self._stats = None
         self._squares.clear()

@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -396,11 +397,15 @@ def _watched(model: nn.Module, images: Tensor, shared: bool = True) -> greenlet:
 
 
 def live_bytes(
-    model: nn.Module, batch: Tensor | Sequence[Tensor], stops: Sequence[str], release: Sequence[str] = ()
+    model: nn.Module,
+    batch: Tensor | Sequence[Tensor],
+    stops: Sequence[str],
+    release: Sequence[str] = (),
+    within: AbstractContextManager[Any] | None = None,
 ) -> dict[str, int]:
     """Bytes that one micro-batch keeps alive at each stop, in execution order; a sequence's first is the model's."""
     live, found = LiveStorages([model], [batch] if isinstance(batch, Tensor) else batch), dict[str, int]()
-    engine = LockStep([model], [batch], stops, release=release)  # type: ignore[arg-type]
+    engine = LockStep([model], [batch], stops, release=release, within=within)  # type: ignore[arg-type]
     try:
         with live:
             while (arrival := engine.advance()) is not None:
@@ -423,6 +428,7 @@ class LockStep:
         rewrite: (stream, stop, output) → what goes on from a stop behind a module.
         schedule: when which micro-batches join; of at least these stops. Default: all are there from the start.
         release: what `released` found.
+        within: entered while networks run, and left while they wait (`coraq.model.half.HalfPass`).
     """
 
     def __init__(
@@ -435,8 +441,10 @@ class LockStep:
         rewrite: Callable[[int, str, Tensor], Tensor] | None = None,
         schedule: Schedule | None = None,
         release: Sequence[str] = (),
+        within: AbstractContextManager[Any] | None = None,
     ) -> None:
         self._streams = list(streams)
+        self._within: AbstractContextManager[Any] = nullcontext() if within is None else within
         self._stops = sorted(set(stops))
         self._rewrite = rewrite
         self._folder = folder or Path(tempfile.gettempdir())
@@ -445,7 +453,7 @@ class LockStep:
         resident = len(batches) * len(self._streams)
         if memory_bytes is not None and batches:
             if schedule is None:
-                live = live_bytes(self._streams[0], batches[0], self._stops, release)
+                live = live_bytes(self._streams[0], batches[0], self._stops, release, within)
                 schedule = Schedule.plan(live, [1] * len(batches))
             self.live_bytes_needed = schedule.bytes_needed * len(self._streams)
             if self.live_bytes_needed > memory_bytes:
@@ -499,6 +507,20 @@ class LockStep:
         Raises:
             CoraqError: micro-batches stopped at different layers.
         """
+        with self._within:
+            arrived = self._advance(on_stream)
+        if len(arrived) != 1:
+            raise CoraqError(
+                f"the network ran different layers for different images: {sorted(map(str, arrived))}",
+                "Its forward pass depends on the data; such a network cannot be calibrated layer by layer.",
+            )
+        name = arrived.pop()
+        if name is None:
+            return None
+        return Arrival(name, self._batches, self._order[: len(self._batches[0])])
+
+    def _advance(self, on_stream: Callable[[int], None] | None) -> set[str | None]:
+        """The names of the stops at which micro-batches are now."""
         hub, arrived = getcurrent(), set[str | None]()
         for stream, (batches, waiting) in enumerate(zip(self._batches, self._waiting, strict=True)):
             for batch in batches:
@@ -512,15 +534,7 @@ class LockStep:
                 del waiting[:joining]
             if on_stream is not None:
                 on_stream(stream)
-        if len(arrived) != 1:
-            raise CoraqError(
-                f"the network ran different layers for different images: {sorted(map(str, arrived))}",
-                "Its forward pass depends on the data; such a network cannot be calibrated layer by layer.",
-            )
-        name = arrived.pop()
-        if name is None:
-            return None
-        return Arrival(name, self._batches, self._order[: len(self._batches[0])])
+        return arrived
 
     def close(self) -> None:
         """Leave the parked forward passes, remove the hooks and the activation files."""

@@ -45,6 +45,7 @@ def calibrate(
             early_images=config.data.calib_early,
             find_method=registry.make,
             memory=memory,
+            half=config.data.calib_precision == "bfloat16",
         )
         task.method = f"method {config.method} ({prepared.method_source})"
         try:

@@ -73,7 +73,7 @@ def run(
             return result
         if force:
             folder.clear()
-        folder.write_config(config)
+        folder.write_config(prepared.config)
         with contextlib.closing(JsonLinesSink(folder.path / "events.jsonl")) as log:
             return _work(prepared, folder, tee(sink, log), recorder, started, command or [])
     except BaseException as error:

@@ -21,7 +21,7 @@ from coraq.model.load import copy_of, load_model
 from coraq.pipeline.calibrate import calibrate
 from coraq.pipeline.measure import measure
 from coraq.pipeline.outcome import Recorder, checkpoint_info, run_result
-from coraq.pipeline.prepare import Prepared, open_images, state_bytes
+from coraq.pipeline.prepare import Prepared, open_images, state_bytes, with_precision
 from coraq.results import RunResult
 
 
@@ -91,6 +91,7 @@ def quantize(
         images = Images(open_images(config, preprocess, float_model, sink).calibration, None)
     example = next(images.calibration.batches(2))[0].to(next(teacher.parameters()).device)
     found = fold(teacher, example.contiguous(memory_format=torch.channels_last))
+    config = with_precision(config, next(teacher.parameters()).device)
     prepared = Prepared(config, float_model, found, preprocess, images, chosen, source, configured, float_bytes)
     task = calibrate(prepared, sink)
     file_bytes = 0

@@ -20,6 +20,7 @@ from coraq.errors import CoraqError, UsageError
 from coraq.evaluate.accuracy import FloatLogits
 from coraq.events import Note, Sink, stage
 from coraq.model.fold import Trace, fold
+from coraq.model.half import settled_precision
 from coraq.model.load import FloatModel, load_model
 from coraq.sharing import Shared
 from coraq.system import open_device
@@ -80,6 +81,7 @@ def prepare(config: RunConfig, sink: Sink, shared: Shared) -> Prepared:
     method, source = registry.find(config.method)
     options = registry.configure(method, config.options)
     device = open_device(config.device)
+    config = with_precision(config, device)
     _check_paths(config.data)
     import_plugins(sink)
     # what decides the folded network and how its images are prepared
@@ -112,6 +114,13 @@ def prepare(config: RunConfig, sink: Sink, shared: Shared) -> Prepared:
         network.sha256,
         logits,
     )
+
+
+def with_precision(config: RunConfig, device: torch.device) -> RunConfig:
+    """The configuration with the precision that its calibration has on this device: its result depends on it."""
+    scheme = config.scheme
+    precision = settled_precision(config.data.calib_precision, min(scheme.bits, scheme.act_bits or scheme.bits), device)
+    return config.model_copy(update={"data": config.data.model_copy(update={"calib_precision": precision})})
 
 
 def _check_paths(data: DataConfig) -> None:

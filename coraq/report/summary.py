@@ -168,7 +168,8 @@ def data_facts(result: RunResult) -> list[tuple[str, str]]:
     synthetic = " (synthetic: not real images)" if calibration.synthetic else ""
     # The description usually counts the images that were asked for; skipped ones make the two differ.
     count = "" if str(calibration.count) in calibration.description else f": {calibration.count} images"
-    facts = [("calibration", f"{calibration.description}{count}{synthetic}")]
+    half = "; passes in bfloat16" if result.config.data.calib_precision == "bfloat16" else ""
+    facts = [("calibration", f"{calibration.description}{count}{synthetic}{half}")]
     if result.evaluation_data:
         facts.append(("evaluation", result.evaluation_data))
     if result.fidelity_data:

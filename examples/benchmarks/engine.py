@@ -24,6 +24,7 @@ from coraq.data import Preprocess, open_images
 from coraq.memory import reuse_freed_memory
 from coraq.model.calibration import CalibrationTask
 from coraq.model.fold import fold
+from coraq.model.half import settled_precision
 from coraq.model.load import load_model
 from coraq.system import peak_memory
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--methods", default="rtn,comq")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--memory", type=float, help="bound on live activations in GB")
+    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--random-weights", action="store_true", help="time a network whose weights are not at hand")
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
@@ -59,6 +61,9 @@ def main() -> None:
     count = sum(len(batch) for batch in batches)
     print(f"{arguments.model}: {count} images in {len(batches)} micro-batches, {torch.get_num_threads()} threads")
 
+    precision = settled_precision(arguments.precision, arguments.bits, torch.device("cpu"))
+    print(f"calibration passes in {precision}, the plain float pass in float32")
+
     def plain() -> float:
         start = time.perf_counter()
         with torch.inference_mode():
@@ -74,7 +79,15 @@ def main() -> None:
         floors, totals, clocks = [plain()], [], []
         for _ in range(arguments.repeat):
             bound = None if arguments.memory is None else int(arguments.memory * 1e9)
-            task = CalibrationTask(network, found, scheme, batches, memory_bytes=bound, early_images=data.calib_early)
+            task = CalibrationTask(
+                network,
+                found,
+                scheme,
+                batches,
+                memory_bytes=bound,
+                early_images=data.calib_early,
+                half=precision == "bfloat16",
+            )
             start = time.perf_counter()
             method(options).quantize(task)
             task.finish(name)
