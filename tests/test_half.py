@@ -68,6 +68,27 @@ def test_linear_products_are_rounded_once(monkeypatch: pytest.MonkeyPatch, nativ
     assert float(((found.double() - wanted).abs() / wanted.abs()).max()) <= ULP / 2 * 1.001
 
 
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("make", [nn.ReLU, nn.ReLU6])
+def test_activations_are_clipped_as_torch_does(make: Any, inplace: bool) -> None:
+    """Every bfloat16 number but NaN, of 65,536 bit patterns; and by the modules that networks have."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(HALF)
+    every = every[~every.isnan()].reshape(2, -1).t()  # not contiguous
+    wanted, given = make()(every.clone()), every.clone()
+    with HalfPass(torch.device("cpu")):
+        found = make(inplace=inplace)(given)
+    assert torch.equal(found, wanted)
+    assert torch.equal(given, wanted if inplace else every)
+    assert torch.equal(make()(drawn(5)), drawn(5).clamp(0, 6))  # float32 stays float32
+
+
+def test_other_ranges_are_torch_s_own() -> None:
+    x = drawn(50).to(HALF)
+    with HalfPass(torch.device("cpu")):
+        assert torch.equal(functional.hardtanh(x, -1, 1), x.clamp(-1, 1))
+        assert torch.equal(functional.relu(x.float()), x.float().clamp(min=0))
+
+
 LAYERS: list[Callable[[], nn.Module]] = [
     lambda: nn.Conv2d(16, 8, 3, padding=1),
     lambda: nn.Conv2d(16, 16, 3, padding=1, groups=16),

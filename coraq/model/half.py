@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from coraq.core.bfloat16 import AXES, convolve, multiplies_bfloat16, multiply
+from coraq.core.bfloat16 import AXES, clip, convolve, multiplies_bfloat16, multiply
 from coraq.model.layers import as_matrices, groups_of
 
 COARSE = 4  # bits whose own error is far larger
@@ -81,7 +81,7 @@ class HalfPass(TorchFunctionMode):
         given = kwargs or {}
         if func is functional.linear or func in AXES:
             return self._product(func, *args, **given)
-        return func(*args, **given)
+        return CLIPPING.get(func, func)(*args, **given)
 
     def _product(
         self,
@@ -100,3 +100,18 @@ class HalfPass(TorchFunctionMode):
             if func in AXES:
                 return convolve(func, x, *taken, *more, **by)
             return multiply(x, *taken)
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Tensor:
+    if input.dtype != torch.bfloat16:
+        return functional.relu(input, inplace)
+    return clip(input if inplace else input.clone())
+
+
+def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    if input.dtype != torch.bfloat16 or min_val != 0:
+        return functional.hardtanh(input, min_val, max_val, inplace)
+    return clip(input if inplace else input.clone(), max_val)
+
+
+CLIPPING: dict[Callable[..., Any], Callable[..., Tensor]] = {functional.relu: _relu, functional.hardtanh: _hardtanh}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from coraq.config import MAX_BITS, MIN_BITS, Scheme
 from coraq.core.allocate import Choice, allocate
 from coraq.core.ranges import activation_grid
-from coraq.core.sensitivity import kl_of_rounding
+from coraq.core.sensitivity import AT_ONCE, kl_of_rounding
 from coraq.core.smoothing import DEPTHWISE, SHARED, input_scales
 from coraq.core.tensors import ActivationGrid
 from coraq.errors import OVERFLOW_HINT, CoraqError
@@ -35,7 +35,6 @@ GRID_SAMPLE = 1 << 13  # values that a grid which is only tried is chosen on
 WIDER = 1  # bits fewer and more that are tried; for each bit beyond, a quarter of the cost is left
 BUDGETS = 1.0, 0.995, 0.99, 0.98  # of two costs: shares of the bits that are tried
 HALVINGS = 24  # and weights between the two
-AT_ONCE = 8  # images that go forward and back together: all their activations are in memory
 
 Report = Callable[[str], None]
 
