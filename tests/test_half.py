@@ -58,10 +58,14 @@ def test_products_are_rounded_once(monkeypatch: pytest.MonkeyPatch, case: Any, n
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_linear_products_are_rounded_once(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 3, 16), (2, 5, 3, 16)])
+def test_linear_products_are_rounded_once(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], native: bool
+) -> None:
     if not native:
         monkeypatch.setattr(bfloat16, "_ONEDNN", False)
-    x, weight, bias = drawn(3, 5, 16).to(HALF), drawn(8, 16, seed=1).to(HALF), 100 + drawn(8, seed=2)
+    weight, bias = drawn(8, 16, seed=1).to(HALF), 100 + drawn(8, seed=2)
+    x = drawn(*reversed(shape)).to(HALF).permute(*reversed(range(len(shape))))  # not contiguous
     wanted = functional.linear(x.double(), weight.double(), bias.double())
     found = multiply(x, weight, bias)
     assert found.dtype == HALF

@@ -44,7 +44,7 @@ def convolve(
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`functional.linear` of bfloat16 tensors and a float32 bias, in bfloat16."""
-    if not _ONEDNN or x.device.type != "cpu":
+    if not _ONEDNN or x.device.type != "cpu" or x.dim() < 2:
         return functional.linear(x.float(), weight.float(), bias).to(torch.bfloat16)
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result

@@ -611,6 +611,7 @@ class CalibrationTask(LayerByLayer):
         self.close()
         self._batches.clear()
         self.student = nn.Module()
+        self._half = None
 
     def close(self) -> None:
         """Leave the running pass, if any."""
