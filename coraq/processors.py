@@ -6,15 +6,18 @@ import contextlib
 import os
 from pathlib import Path
 
-CGROUP = Path("/sys/fs/cgroup/cpu.max")
+CGROUP = Path("/sys/fs/cgroup")
+QUOTAS = ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")  # of version 2 and of version 1
 
 
 def processors() -> int:
     """Processors that this process may use: those that it may run on, and no more than a container's share of time."""
     count = _runnable()
-    with contextlib.suppress(OSError, ValueError):  # "max 100000", or microseconds in a period: "200000 100000"
-        quota, period = map(int, CGROUP.read_text().split())
-        count = min(count, max(1, -(-quota // period)))
+    for names in QUOTAS:
+        with contextlib.suppress(OSError, ValueError):  # "max 100000", or microseconds in a period: "200000 100000"
+            quota, period = map(int, " ".join((CGROUP / name).read_text() for name in names).split())
+            if quota > 0 < period:  # -1: no limit
+                count = min(count, max(1, -(-quota // period)))
     return count
 
 

@@ -13,7 +13,14 @@ import timm
 import torch
 
 from coraq.errors import UsageError
+from coraq.processors import CGROUP
 from coraq.results import MachineInfo
+
+# limit and use, of version 2 and of version 1
+CGROUP_MEMORY = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
 
 
 def default_memory_bound() -> int:
@@ -23,9 +30,10 @@ def default_memory_bound() -> int:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    for limited, used in CGROUP_MEMORY:
+        with contextlib.suppress(OSError, ValueError):  # "max", or bytes; version 1 has a huge number for no limit
+            limit = int((CGROUP / limited).read_text())
+            free = min(free, limit - int((CGROUP / used).read_text()))
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
         with contextlib.suppress(OSError, ValueError, IndexError):

@@ -19,7 +19,7 @@ import pytest
 import timm
 import torch
 
-from coraq import pipeline
+from coraq import pipeline, system
 from coraq.cli.app import run
 from coraq.config import DataConfig, RunConfig
 from coraq.errors import CoraqError
@@ -202,11 +202,17 @@ def test_one_thread_is_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("share", "found"), [("max 100000", 8), ("250000 100000", 3), ("1000 100000", 1), ("900000 100000", 8), ("?", 8)]
 )
+@pytest.mark.parametrize("version", [1, 2])
 def test_a_container_s_share_of_time_limits_the_processors(
-    share: str, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    share: str, found: int, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "cpu.max").write_text(share + "\n")
-    monkeypatch.setattr("coraq.processors.CGROUP", tmp_path / "cpu.max")
+    if version == 2:
+        (tmp_path / "cpu.max").write_text(share + "\n")
+    else:
+        (tmp_path / "cpu").mkdir()
+        for name, part in zip(("quota", "period"), (share.replace("max", "-1") + " 0").split(), strict=False):
+            (tmp_path / "cpu" / f"cpu.cfs_{name}_us").write_text(part + "\n")
+    monkeypatch.setattr("coraq.processors.CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "")  # so that it is put back, whatever is set meanwhile
@@ -220,8 +226,19 @@ def test_a_container_s_share_of_time_limits_the_processors(
 
 
 def test_no_container_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coraq.processors.CGROUP", tmp_path / "cpu.max")
+    monkeypatch.setattr("coraq.processors.CGROUP", tmp_path)
     assert processors() == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("names", system.CGROUP_MEMORY)
+def test_a_container_s_memory_bounds_a_run(
+    names: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in zip(names, (3 << 30, 1 << 30), strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{size}\n")
+    monkeypatch.setattr("coraq.system.CGROUP", tmp_path)
+    assert system.default_memory_bound() == 1 << 30  # half of the 2 GiB that are free
 
 
 # ---------------------------------------------------------------- the network
