@@ -291,7 +291,8 @@ class DataConfig(Frozen):
     calib_precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="of the passes through the network while calibrating (what is measured of them and solved is in "
-        "float32 and float64); auto: bfloat16 for at most 4 bits, if the processor multiplies it itself",
+        "float32 and float64); auto: bfloat16 for weights of at most 4 bits, float activations and a processor that "
+        "multiplies it itself",
     )
     eval_size: int | None = Field(default=None, ge=1, description="evaluate on at most so many images (default: all)")
     class_map: str | None = Field(default=None, description="text file: class names in index order")

@@ -238,20 +238,19 @@ def test_the_precision_is_part_of_the_run() -> None:
 
 
 @pytest.mark.parametrize("has", [True, False])
-def test_auto_is_bfloat16_for_few_bits_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "coarse"),
+    [(Scheme(bits=4), True), (Scheme(bits=2), True), (Scheme(bits=5), False), (Scheme(bits=4, act_bits=4), False)],
+)
+def test_auto_is_bfloat16_for_few_bits_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch, scheme: Scheme, coarse: bool, has: bool
+) -> None:
     monkeypatch.setattr("coraq.model.half.multiplies_bfloat16", lambda device: has)
-    cpu = torch.device("cpu")
-    assert settled_precision("auto", 4, cpu) == ("bfloat16" if has else "float32")
-    assert settled_precision("auto", 5, cpu) == settled_precision("auto", 4, torch.device("meta")) == "float32"
-    assert settled_precision("bfloat16", 8, cpu) == "bfloat16"
-    assert settled_precision("float32", 2, cpu) == "float32"
-
-
-@pytest.mark.parametrize(("act_bits", "kind"), [(None, "float32"), (8, "float32"), (4, "bfloat16")])
-def test_a_run_is_as_coarse_as_its_coarsest_part(monkeypatch: pytest.MonkeyPatch, act_bits: int, kind: str) -> None:
-    monkeypatch.setattr("coraq.model.half.multiplies_bfloat16", lambda device: True)
-    config = RunConfig(model="demo", scheme=Scheme(bits=8, act_bits=act_bits))
-    assert with_precision(config, torch.device("cpu")).data.calib_precision == kind
+    config, cpu = RunConfig(model="demo", scheme=scheme), torch.device("cpu")
+    assert with_precision(config, cpu).data.calib_precision == ("bfloat16" if has and coarse else "float32")
+    assert settled_precision("auto", scheme, torch.device("meta")) == "float32"
+    assert settled_precision("bfloat16", scheme, cpu) == "bfloat16"
+    assert settled_precision("float32", scheme, cpu) == "float32"
 
 
 def test_an_earlier_result_was_in_float32() -> None:

@@ -118,8 +118,7 @@ def prepare(config: RunConfig, sink: Sink, shared: Shared) -> Prepared:
 
 def with_precision(config: RunConfig, device: torch.device) -> RunConfig:
     """The configuration with the precision that its calibration has on this device: its result depends on it."""
-    scheme = config.scheme
-    precision = settled_precision(config.data.calib_precision, min(scheme.bits, scheme.act_bits or scheme.bits), device)
+    precision = settled_precision(config.data.calib_precision, config.scheme, device)
     return config.model_copy(update={"data": config.data.model_copy(update={"calib_precision": precision})})
 
 

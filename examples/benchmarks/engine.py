@@ -61,7 +61,7 @@ def main() -> None:
     count = sum(len(batch) for batch in batches)
     print(f"{arguments.model}: {count} images in {len(batches)} micro-batches, {torch.get_num_threads()} threads")
 
-    precision = settled_precision(arguments.precision, arguments.bits, torch.device("cpu"))
+    precision = settled_precision(arguments.precision, config.scheme, torch.device("cpu"))
     print(f"calibration passes in {precision}, the plain float pass in float32")
 
     def plain() -> float:
