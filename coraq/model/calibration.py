@@ -386,8 +386,8 @@ class CalibrationTask(LayerByLayer):
         self.passes += 1
         if self._engine.spilled and self.passes == 1:
             self.note(
-                f"live activations need {self._engine.live_bytes_needed / 1e9:.1f} GB, more than the bound of "
-                f"{(self._bound or 0) / 1e9:.1f} GB: {self._engine.spilled} of "
+                f"live activations need {self._engine.live_bytes_needed / 1e6:,.0f} MB, more than the bound of "
+                f"{(self._bound or 0) / 1e6:,.0f} MB: {self._engine.spilled} of "
                 f"{2 * len(self._batches)} micro-batches wait in a temporary file"
             )
 
