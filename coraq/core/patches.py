@@ -173,7 +173,7 @@ class MeanAccumulator:
             self.add_frame(x.detach().to(self.device).permute(0, 2, 3, 1))
 
     def add_frame(self, frame: Tensor) -> None:
-        """Take in images [N, H, W, C] float32."""
+        """Take in images [N, H, W, C]; what is not float32 becomes it piece by piece, in the cache."""
         images, height, width, _ = frame.shape
         # a product with ones: torch.sum over the first axis takes several times as long
         ones = torch.ones(1, images, device=frame.device)
@@ -181,7 +181,8 @@ class MeanAccumulator:
         if flat.dtype == torch.float32:
             total = ones @ flat
         else:
-            total = torch.cat([ones @ part.float() for part in flat.split(CACHE_BYTES // (2 * images), 1)], 1)
+            columns = max(1, CACHE_BYTES // (2 * images))
+            total = torch.cat([ones @ part.float() for part in flat.split(columns, 1)], 1)
         total = total.reshape(frame.shape[1:]).double()
         size = (height, width)
         self._sums[size] = self._sums[size].add_(total) if size in self._sums else total
