@@ -129,7 +129,7 @@ def _kl(
     handles: Sequence[RemovableHandle],
 ) -> dict[Any, float]:
     """`½ E (g·δy)²` by key, its errors of one pass added up; the hooks of `handles` fill `seen`."""
-    total, count = dict.fromkeys(keys, 0.0), 0
+    total, count = {key: _Products() for key in keys}, 0
     try:
         for images in (part for batch in batches for part in batch.split(AT_ONCE)):
             seen.clear()
@@ -142,19 +142,15 @@ def _kl(
                 label, weight = draw(log_p.detach())
                 drawn = log_p.gather(-1, label).squeeze(-1)
                 slopes = torch.autograd.grad((drawn * weight).sum(), [s.tensor for s in seen], allow_unused=True)
-            count += len(images)
-            products: dict[Any, Tensor] = {}
             for one, slope in zip(seen, slopes, strict=True):
                 for key, error in one.errors() if slope is not None else ():
-                    product = _product(slope, error, len(images))
-                    products[key] = products[key] + product if key in products else product
-            for key, product in products.items():
-                total[key] += float(product.double().square().sum())
+                    total[key].add(slope, error, len(images), count)
+            count += len(images)
     finally:
         seen.clear()
         for handle in handles:
             handle.remove()
-    return {key: value / (2 * max(count, 1)) for key, value in total.items()}
+    return {key: products.mean_square() / 2 for key, products in total.items()}
 
 
 def _by_probability(log_p: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -179,11 +175,39 @@ def _by_slope(log_p: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor
     return label.to(log_p.device), weight.to(log_p)
 
 
-def _product(slope: Tensor, error: Tensor, images: int) -> Tensor:
-    """g·δy of each image [n], the error's mean taken out of every channel, since the bias absorbs it."""
-    linear = slope.dim() != 4
-    rest = tuple(range(error.dim() - 1)) if linear else (0, 2, 3)
-    products = (error - error.mean(rest, keepdim=True)).mul_(slope)
-    if len(products) == images:
-        return products.sum(tuple(range(1, products.dim())))  # as it lies in memory, channels last or not
-    return products.reshape(images, -1).sum(1)  # several windows an image
+class _Products:
+    """g·δy of every image, the error's mean over all images taken out of every channel, since the bias absorbs it.
+
+    That mean is known at the end: until then g·δy as it is and, by channel, what g would make of a mean are kept.
+    """
+
+    def __init__(self) -> None:
+        self._plain: dict[int, Tensor] = {}  # by the first image's number: float64 [n]
+        self._slope: dict[int, Tensor] = {}  # and [n, C]
+        self._error: Tensor | None = None  # sum over images and positions, float64 [C]
+        self._positions = 0
+
+    def add(self, slope: Tensor, error: Tensor, images: int, first: int) -> None:
+        """Take in an error and its slope, [n, C, H, W] or [..., C], perhaps several windows of each image."""
+        channel = 1 if slope.dim() == 4 else slope.dim() - 1
+        rest = tuple(axis for axis in range(slope.dim()) if axis != channel)
+        product = slope * error
+        # as it lies in memory, channels last or not
+        plain = product.sum(tuple(range(1, product.dim()))) if len(product) == images else product.reshape(images, -1)
+        by_channel = slope.sum(tuple(axis for axis in rest if axis)) if len(rest) > 1 else slope
+        self._count(self._plain, first, plain.reshape(images, -1).double().sum(1))
+        self._count(self._slope, first, by_channel.reshape(images, -1, by_channel.shape[-1]).double().sum(1))
+        sum_ = error.sum(rest).double()
+        self._error = sum_ if self._error is None else self._error + sum_
+        self._positions += error.numel() // error.shape[channel]
+
+    @staticmethod
+    def _count(kept: dict[int, Tensor], first: int, value: Tensor) -> None:
+        kept[first] = kept[first] + value if first in kept else value
+
+    def mean_square(self) -> float:
+        """Over all images; 0 where there are none."""
+        if self._error is None:
+            return 0.0
+        plain, slope = torch.cat(list(self._plain.values())), torch.cat(list(self._slope.values()))
+        return float((plain - slope @ (self._error / self._positions)).square().mean())

@@ -83,7 +83,7 @@ class CoRa:
 
     name: ClassVar[str] = "cora"
     summary: ClassVar[str] = "bits or adapter ranks of all layers shared out under one byte budget, on any codes"
-    version: ClassVar[str] = "4"
+    version: ClassVar[str] = "5"
     needs_data: ClassVar[bool] = True
     chooses_bits: ClassVar[bool] = True
 
