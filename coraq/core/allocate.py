@@ -4,14 +4,19 @@ The relaxation `min Σ loss + λ Σ bytes` is solved exactly for every λ at onc
 the lower convex hull of (bytes, loss), and all steps along all hulls are taken in order of loss saved for each byte
 (Everett 1963; Shoham and Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers"). Where a step no
 longer fits, later, smaller ones are still tried, so no more than one step's bytes are left over.
+
+That may be many: a classifier of a third of all weights stays a bit below where it should be if its step misses by a
+byte. So the layers of the largest steps are also held at each of the choices around, and the best outcome is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
+
+HELD, AROUND = 4, 2  # layers that are held, and steps up and down
 
 
 class Choice(NamedTuple):
@@ -58,13 +63,42 @@ def allocate(layers: Sequence[Sequence[Choice]], budget: float) -> list[int]:
     hulls = [lower_hull(choices) for choices in layers]
     if not all(hulls):
         raise ValueError("a layer has no choice")
-    taken = [hull[0] for hull in hulls]
-    left = budget - sum(layers[i][taken[i]].size for i in range(len(layers)))
-    if left < 0:
-        raise ValueError(f"the smallest choices exceed the budget by {-left:,.0f}")
+    least = budget - sum(layers[i][hull[0]].size for i, hull in enumerate(hulls))
+    if least < 0:
+        raise ValueError(f"the smallest choices exceed the budget by {-least:,.0f}")
     steps = [step for i, hull in enumerate(hulls) for step in _steps(i, layers[i], hull)]
-    for step in sorted(steps, key=lambda step: -step.rate):
-        if step.size <= left and taken[step.layer] == step.before:
+    steps.sort(key=lambda step: -step.rate)
+
+    def loss(taken: Sequence[int]) -> float:
+        return sum(layers[i][choice].loss for i, choice in enumerate(taken))
+
+    best = _greedy(layers, hulls, steps, budget, {})
+    assert best is not None  # the smallest choices fit
+    largest = {step.layer: step.size for step in sorted(steps, key=lambda step: step.size)}
+    for layer in sorted(largest, key=lambda layer: -largest[layer])[:HELD]:
+        hull = hulls[layer]
+        place = hull.index(best[layer])
+        for choice in hull[max(0, place - AROUND) : place + AROUND + 1]:
+            other = _greedy(layers, hulls, steps, budget, {layer: choice})
+            if other is not None and loss(other) < loss(best):
+                best = other
+    return best
+
+
+def _greedy(
+    layers: Sequence[Sequence[Choice]],
+    hulls: Sequence[Sequence[int]],
+    steps: Sequence[_Step],
+    budget: float,
+    held: Mapping[int, int],
+) -> list[int] | None:
+    """All steps in order, those of `held` layers (by their number: a choice) left out. None if that does not fit."""
+    taken = [held.get(i, hull[0]) for i, hull in enumerate(hulls)]
+    left = budget - sum(layers[i][choice].size for i, choice in enumerate(taken))
+    if left < 0:
+        return None
+    for step in steps:
+        if step.size <= left and step.layer not in held and taken[step.layer] == step.before:
             taken[step.layer] = step.after
             left -= step.size
     return taken
