@@ -277,9 +277,6 @@ def test_the_hull_leaves_out_what_is_dearer_and_no_better() -> None:
     assert lower_hull(choices) == [0, 2, 5]
 
 
-# -- sensitivity
-
-
 def test_a_large_layer_does_not_miss_its_step_by_a_byte() -> None:
     """Small steps that save a little more for each byte come first, and leave no room for one that saves far more."""
     small = [[Choice(0, 1.1), Choice(1, 0.0)] for _ in range(5)]
@@ -287,6 +284,9 @@ def test_a_large_layer_does_not_miss_its_step_by_a_byte() -> None:
     assert allocate([*small, large], 100) == [0, 0, 0, 0, 0, 1]
     assert allocate([*small, large], 102) == [1, 1, 0, 0, 0, 1]
     assert allocate([*small, large], 99) == [1, 1, 1, 1, 1, 0]
+
+
+# -- sensitivity
 
 
 def test_the_predicted_kl_is_the_measured_one_for_small_errors() -> None:

@@ -63,9 +63,6 @@ def allocate(layers: Sequence[Sequence[Choice]], budget: float) -> list[int]:
     hulls = [lower_hull(choices) for choices in layers]
     if not all(hulls):
         raise ValueError("a layer has no choice")
-    least = budget - sum(layers[i][hull[0]].size for i, hull in enumerate(hulls))
-    if least < 0:
-        raise ValueError(f"the smallest choices exceed the budget by {-least:,.0f}")
     steps = [step for i, hull in enumerate(hulls) for step in _steps(i, layers[i], hull)]
     steps.sort(key=lambda step: -step.rate)
 
@@ -73,7 +70,9 @@ def allocate(layers: Sequence[Sequence[Choice]], budget: float) -> list[int]:
         return sum(layers[i][choice].loss for i, choice in enumerate(taken))
 
     best = _greedy(layers, hulls, steps, budget, {})
-    assert best is not None  # the smallest choices fit
+    if best is None:
+        least = sum(layers[i][hull[0]].size for i, hull in enumerate(hulls))
+        raise ValueError(f"the smallest choices exceed the budget by {least - budget:,.0f}")
     largest = {step.layer: step.size for step in sorted(steps, key=lambda step: step.size)}
     for layer in sorted(largest, key=lambda layer: -largest[layer])[:HELD]:
         hull = hulls[layer]

@@ -153,6 +153,11 @@ def _onednn_works() -> bool:
 _ONEDNN = _onednn_works()
 
 
+def sum_of_rows(x: Tensor) -> Tensor:
+    """Of a float32 tensor over its first axis, float64; a product with ones: torch.sum takes several times as long."""
+    return (x.new_ones(1, len(x)) @ x.flatten(1)).reshape(x.shape[1:]).double()
+
+
 class MeanAccumulator:
     """The mean patch alone, in O(C·H·W) per image: what bias correction needs and the Gram is too dear for.
 
@@ -175,15 +180,8 @@ class MeanAccumulator:
     def add_frame(self, frame: Tensor) -> None:
         """Take in images [N, H, W, C]; what is not float32 becomes it piece by piece, in the cache."""
         images, height, width, _ = frame.shape
-        # a product with ones: torch.sum over the first axis takes several times as long
-        ones = torch.ones(1, images, device=frame.device)
-        flat = frame.reshape(images, -1)
-        if flat.dtype == torch.float32:
-            total = ones @ flat
-        else:
-            columns = max(1, CACHE_BYTES // (2 * images))
-            total = torch.cat([ones @ part.float() for part in flat.split(columns, 1)], 1)
-        total = total.reshape(frame.shape[1:]).double()
+        pieces = frame.reshape(images, -1).split(max(1, CACHE_BYTES // (2 * images)), 1)
+        total = torch.cat([sum_of_rows(piece.float()) for piece in pieces]).reshape(frame.shape[1:])
         size = (height, width)
         self._sums[size] = self._sums[size].add_(total) if size in self._sums else total
         self._images[size] = self.images(size) + images

@@ -27,6 +27,7 @@ from coraq.core.patches import (
     gram_channels_first,
     mirrored,
     product,
+    sum_of_rows,
     taps_first,
 )
 
@@ -135,13 +136,13 @@ class SampledMoments:
             moved = [(apart * by).sum(1, keepdim=True) for by in self._project.permute(1, 2, 0)]
         for start in range(0, count, at_once):
             part = rows[start : start + at_once].sub_(shift)
-            total += _sum_of_rows(part)
+            total += sum_of_rows(part)
             for tap in range(taps if len(gram) else 0):
-                gram[tap, tap:] += _sum_of_rows(part[:, tap, None] * part[:, tap:])
+                gram[tap, tap:] += sum_of_rows(part[:, tap, None] * part[:, tap:])
             for k, output in enumerate(moved):
                 here = output[start : start + at_once]
-                self._drift_sum[:, k] += _sum_of_rows(here)[0]
-                self._drift[:, k] += _sum_of_rows(part * here).t()
+                self._drift_sum[:, k] += sum_of_rows(here)[0]
+                self._drift[:, k] += sum_of_rows(part * here).t()
         return count
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -226,11 +227,6 @@ def sampled_windows(x: Tensor, geometry: Geometry, positions: int, turn: int) ->
                 tap.zero_()
             tap[:, rows, columns] = frame[:, y, z]
     return patches.flatten(0, 2)
-
-
-def _sum_of_rows(x: Tensor) -> Tensor:
-    """Of [rows, taps, C] over rows, float64; by a product, which is faster than torch's sum over a first axis."""
-    return (x.new_ones(1, len(x)) @ x.flatten(1)).reshape(x.shape[1:]).double()
 
 
 def _turned(matrix: Tensor) -> Tensor:

@@ -143,8 +143,11 @@ def _kl(
                 drawn = log_p.gather(-1, label).squeeze(-1)
                 slopes = torch.autograd.grad((drawn * weight).sum(), [s.tensor for s in seen], allow_unused=True)
             for one, slope in zip(seen, slopes, strict=True):
-                for key, error in one.errors() if slope is not None else ():
-                    total[key].add(slope, error, len(images), count)
+                if slope is None:
+                    continue
+                by_channel = _by_channel(slope, len(images))
+                for key, error in one.errors():
+                    total[key].add(slope, by_channel, error, count)
             count += len(images)
     finally:
         seen.clear()
@@ -187,19 +190,17 @@ class _Products:
         self._error: Tensor | None = None  # sum over images and positions, float64 [C]
         self._positions = 0
 
-    def add(self, slope: Tensor, error: Tensor, images: int, first: int) -> None:
-        """Take in an error and its slope, [n, C, H, W] or [..., C], perhaps several windows of each image."""
-        channel = 1 if slope.dim() == 4 else slope.dim() - 1
-        rest = tuple(axis for axis in range(slope.dim()) if axis != channel)
+    def add(self, slope: Tensor, by_channel: Tensor, error: Tensor, first: int) -> None:
+        """Take in an error and its slope, [n, C, H, W] or [..., C], and `_by_channel` of the slope."""
+        images, channels = by_channel.shape
         product = slope * error
         # as it lies in memory, channels last or not
         plain = product.sum(tuple(range(1, product.dim()))) if len(product) == images else product.reshape(images, -1)
-        by_channel = slope.sum(tuple(axis for axis in rest if axis)) if len(rest) > 1 else slope
         self._count(self._plain, first, plain.reshape(images, -1).double().sum(1))
-        self._count(self._slope, first, by_channel.reshape(images, -1, by_channel.shape[-1]).double().sum(1))
-        sum_ = error.sum(rest).double()
-        self._error = sum_ if self._error is None else self._error + sum_
-        self._positions += error.numel() // error.shape[channel]
+        self._count(self._slope, first, by_channel)
+        total = error.sum(tuple(axis for axis in range(error.dim()) if axis != _channel(error))).double()
+        self._error = total if self._error is None else self._error + total
+        self._positions += error.numel() // channels
 
     @staticmethod
     def _count(kept: dict[int, Tensor], first: int, value: Tensor) -> None:
@@ -211,3 +212,15 @@ class _Products:
             return 0.0
         plain, slope = torch.cat(list(self._plain.values())), torch.cat(list(self._slope.values()))
         return float((plain - slope @ (self._error / self._positions)).square().mean())
+
+
+def _channel(x: Tensor) -> int:
+    """The axis of the channels of [n, C, H, W] or [..., C]."""
+    return 1 if x.dim() == 4 else x.dim() - 1
+
+
+def _by_channel(slope: Tensor, images: int) -> Tensor:
+    """Sums over the positions, perhaps of several windows, of each image: float64 [n, C]."""
+    rest = tuple(axis for axis in range(1, slope.dim()) if axis != _channel(slope))
+    sums = slope.sum(rest) if rest else slope
+    return sums.reshape(images, -1, sums.shape[-1]).double().sum(1)
