@@ -14,7 +14,7 @@ from coraq import registry
 from coraq.config import Scheme
 from coraq.core.grid import mse_grid
 from coraq.core.ranges import grid_between
-from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at
+from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at, squared_error
 from coraq.errors import CoraqError
 from coraq.methods.brecq import BRECQ, QDrop
 from coraq.model.calibration import CalibrationTask
@@ -114,6 +114,40 @@ def test_the_step_s_gradient_is_lsq_s(signed: bool) -> None:
     torch.testing.assert_close(learned.log_factor.grad, expected)
     assert x.grad is not None
     assert torch.equal(x.grad == 0, outside)
+
+
+def test_the_step_s_gradient_in_bfloat16_is_that_of_the_same_numbers_in_float32() -> None:
+    grid = grid_between(0.0, 2.0, 4, False)
+    x = (torch.rand(20_000, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
+    slope = torch.randn(20_000, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = {}
+    for kind in (torch.float32, torch.bfloat16):
+        learned, values = LearnedGrid(grid), x.to(kind).requires_grad_(True)
+        rounded = learned(values)
+        assert rounded.dtype == kind
+        rounded.backward(slope.to(kind))
+        assert learned.log_factor.grad is not None
+        assert values.grad is not None
+        found[kind] = rounded.detach(), values.grad, learned.log_factor.grad
+    single, half = found[torch.float32], found[torch.bfloat16]
+    assert torch.equal(half[0], single[0].bfloat16())
+    assert torch.equal(half[1].float(), single[1])
+    torch.testing.assert_close(half[2], single[2], rtol=0.02, atol=0)
+
+
+def test_the_squared_error_and_its_slope_are_those_of_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    got = torch.randn(3, 4, 5, 2, generator=generator, dtype=torch.float64).to(memory_format=torch.channels_last)
+    wanted = torch.randn(3, 4, 5, 2, generator=generator, dtype=torch.float64)
+    got.requires_grad_(True)
+    total = squared_error(got, wanted)
+    torch.testing.assert_close(total.double(), (got - wanted).square().sum(), rtol=1e-6, atol=0)
+    (3 * total).backward()
+    torch.testing.assert_close(got.grad, 6 * (got - wanted).detach())
+    half = got.detach().bfloat16().requires_grad_(True)
+    squared_error(half, wanted.float()).backward()
+    assert half.grad is not None
+    torch.testing.assert_close(half.grad.double(), 2 * (got - wanted).detach(), rtol=0.02, atol=0.05)
 
 
 def test_a_learned_step_stays_positive_and_starts_at_the_grid() -> None:
@@ -320,6 +354,16 @@ def test_products_are_in_bfloat16_where_the_device_has_it(monkeypatch: pytest.Mo
     assert not same(single, half)
     assert same(codes(False), single)
     assert same(codes(True), half)
+    seen: list[set[torch.dtype]] = []
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    monkeypatch.setattr(
+        "coraq.methods.brecq.squared_error", lambda got, wanted: seen.append({got.dtype}) or squared_error(got, wanted)
+    )
+    for precision, kind in kinds.items():
+        seen.clear()
+        codes(True, precision=precision)
+        assert seen
+        assert set.union(*seen) == {kind}  # to the end of a unit, its residual sum included
     assert configure(BRECQ, {"preset": "paper"}).precision == "float32"  # type: ignore[attr-defined]
 
 

@@ -95,9 +95,9 @@ class _LearnedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, x: Tensor, step: Tensor, grid: ActivationGrid) -> Tensor:
-        values = x.to(step.dtype)  # of half precision under autocast
-        rounded = nearest_levels(values, float(step), grid.zero_point, grid.low, grid.high)
-        context.save_for_backward(values, rounded, step)
+        values = x.to(step.dtype)  # of half precision where products are
+        rounded = nearest_levels(values, float(step), grid.zero_point, grid.low, grid.high).to(x.dtype)
+        context.save_for_backward(x, rounded, step)
         context.bounds = grid.low - grid.zero_point, grid.high - grid.zero_point
         return rounded
 
@@ -109,6 +109,27 @@ class _LearnedStep(torch.autograd.Function):
         # step · ∂rounded/∂step is rounded − x inside the range and rounded outside
         slope = (gradient * rounded).addcmul_(inside, x, value=-1).sum() / step
         return inside, slope / math.sqrt(x.numel() * max(high, 1)), None
+
+
+def squared_error(got: Tensor, wanted: Tensor) -> Tensor:
+    """Σ (got − wanted)², float32; differences, and gradients with them, in the type of `got`."""
+    total: Tensor = _SquaredError.apply(got, wanted)
+    return total
+
+
+class _SquaredError(torch.autograd.Function):
+    """Three visits to an activation, one backward; torch's own takes six where types differ."""
+
+    @staticmethod
+    def forward(context: Any, got: Tensor, wanted: Tensor) -> Tensor:
+        difference = got - wanted.to(got.dtype)
+        context.save_for_backward(difference)
+        return torch.linalg.vector_norm(difference.float()).square()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (difference,) = context.saved_tensors
+        return difference * (2 * float(gradient)), None
 
 
 def beta_at(progress: float, start: float = 20.0, end: float = 2.0) -> float:

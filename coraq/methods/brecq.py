@@ -37,7 +37,7 @@ from coraq.api import (
 )
 from coraq.core.bfloat16 import multiplies_bfloat16
 from coraq.core.newton import Model
-from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at
+from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at, squared_error
 from coraq.model.activations import Site
 
 PAPER = {
@@ -73,7 +73,7 @@ class BRECQ:
 
     name: ClassVar[str] = "brecq"
     summary: ClassVar[str] = "codes that preserve each block's output, by descent or learned; activation steps learned"
-    version: ClassVar[str] = "4"
+    version: ClassVar[str] = "5"
     needs_data: ClassVar[bool] = True
 
     class Config(MethodConfig):
@@ -198,7 +198,7 @@ class QDrop(BRECQ):
 
     name: ClassVar[str] = "qdrop"
     summary: ClassVar[str] = "learned rounding as brecq, half of the activations dropped to float while learning"
-    version: ClassVar[str] = "4"
+    version: ClassVar[str] = "5"
 
     class Config(BRECQ.Config):
         # QDrop's own paper learns roundings and steps together
@@ -490,10 +490,12 @@ class Unit:
         if config.drop:
             keep = torch.empty_like(x).uniform_(generator=self.task.rng) < config.drop
             x = torch.where(keep, data.teacher_input[rows], x)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=in_half(config, x.device)):
+        half = in_half(config, x.device)
+        x = x.to(torch.bfloat16) if half else x  # or what is added to it would be made float32 again
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             got = functional_call(data.module, self._soft() if weights else self._hard(), (x,))
         if weigh is None:
-            loss = mse_loss(got.float(), wanted, reduction="sum")
+            loss = squared_error(got, wanted)
         else:
             loss = (mse_loss(got.float(), wanted, reduction="none") * weigh[rows]).sum()
         loss = loss / (wanted.numel() / wanted.shape[1])  # a sum over channels, as published

@@ -6,17 +6,21 @@
 The block is ResNet's basic block with BatchNorm folded and random weights, the data random. One step is what both do
 in their loops: draw a batch from the cache, run the block with soft weights (and learned activation steps, if asked),
 loss and regulariser, backward, Adam. The authors' classes run on the CPU; their loop, which insists on CUDA, is written
-out here step by step. The medians of `--steps` steps are compared, the two taking turns; `cpu ms` are processor time.
+out here step by step. Each runs in a process of its own, coraq's with the memory of its command (`coraq.memory`), and
+with `--same-memory` the authors', too. The medians of `--steps` steps are compared, the two taking turns; `cpu ms` are
+processor time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +32,7 @@ from torch import Tensor, nn
 from coraq.api import BlockData, LayerView
 from coraq.config import Scheme
 from coraq.core.ranges import RangeSample
+from coraq.memory import reuse_freed_memory
 from coraq.methods.brecq import BRECQ, Unit
 from coraq.model.activations import Site
 from coraq.model.blocks import Block
@@ -35,6 +40,7 @@ from coraq.model.gridded import make_gridded
 from coraq.registry import configure
 
 ROWS = 128
+WARM_UP = 2  # steps of each that do not count
 
 
 def float_block(channels: int) -> nn.Module:
@@ -134,6 +140,24 @@ def theirs(
     return step
 
 
+def side(name: str, arguments: argparse.Namespace, pipe: Connection) -> None:
+    """One of the two in a process of its own: a step for every true message, answered with seconds and cpu seconds."""
+    if name == "coraq" or arguments.same_memory:
+        reuse_freed_memory()  # as the command does
+    torch.set_num_threads(arguments.threads)
+    block = float_block(arguments.channels)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(ROWS, arguments.channels, arguments.side, arguments.side, generator=generator).relu()
+    with torch.no_grad():
+        y = block(x.clone())
+    common = (block, x, y, arguments.bits, arguments.act_bits, arguments.batch)
+    step = ours(*common, arguments.precision) if name == "coraq" else theirs(arguments.repository, *common)
+    while pipe.recv():
+        start, used = time.perf_counter(), time.process_time()
+        step()
+        pipe.send((time.perf_counter() - start, time.process_time() - used))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repository", type=Path, help="checkout of github.com/yhhhli/BRECQ")
@@ -145,24 +169,24 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--precision", default="float32", help="of coraq's products: float32 or bfloat16")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--same-memory", action="store_true")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    block = float_block(arguments.channels)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(ROWS, arguments.channels, arguments.side, arguments.side, generator=generator).relu()
-    with torch.no_grad():
-        y = block(x.clone())
-    common = (block, x, y, arguments.bits, arguments.act_bits, arguments.batch)
-    runs = {"coraq": ours(*common, arguments.precision), "released": theirs(arguments.repository, *common)}
-    wall: dict[str, list[float]] = {name: [] for name in runs}
-    cpu: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(arguments.steps + 2):
-        for name, step in runs.items():
-            start, used = time.perf_counter(), time.process_time()
-            step()
-            if turn >= 2:  # the first two warm up
-                wall[name].append(time.perf_counter() - start)
-                cpu[name].append(time.process_time() - used)
+    context = multiprocessing.get_context("spawn")
+    wall: dict[str, list[float]] = {name: [] for name in ("coraq", "released")}
+    cpu: dict[str, list[float]] = {name: [] for name in wall}
+    pipes = {}
+    for name in wall:
+        pipes[name], other = context.Pipe()
+        context.Process(target=side, args=(name, arguments, other), daemon=True).start()
+    for turn in range(arguments.steps + WARM_UP):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            taken = pipe.recv()
+            if turn >= WARM_UP:
+                wall[name].append(taken[0])
+                cpu[name].append(taken[1])
+    for pipe in pipes.values():
+        pipe.send(False)
     medians = {f"{name} ms": round(1e3 * statistics.median(values), 2) for name, values in wall.items()}
     medians |= {f"{name} cpu ms": round(1e3 * statistics.median(values), 2) for name, values in cpu.items()}
     ratio = medians["coraq cpu ms"] / medians["released cpu ms"]
