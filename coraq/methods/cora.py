@@ -4,8 +4,8 @@ The published form is `-o preset=paper`: a per-tensor grid over μ ± 5σ, the p
 layer learned on the KL to the float network through a Butterworth relaxation, a budget of 5 % in adapter parameters,
 ranks rounded up. No labels are used (the released code feeds them). The default differs where measurement says so:
 see `Config` and the README's table. Bits and ranks may compete for the same bytes (`spend`), since at equal bytes a
-bit more in a sensitive layer is the adapter's real rival; where it was measured, bits alone do nearly as well in one
-pass, and are the default.
+bit more in a sensitive layer is the adapter's real rival; where it was measured, bits alone do as well, and are the
+default. What a layer costs is seen in a first pass over the whole network on the base's codes.
 """
 
 from __future__ import annotations
@@ -56,14 +56,11 @@ PAPER: dict[str, Any] = {
     "rounds": 0,
     "correction": 0.0,
 }
-# Least mean squared error of a uniform grid on Gaussian weights, relative to their variance: how a layer's error
-# falls with its bits. Measured errors of real layers fall alike; the absolute size cancels out.
-GAUSSIAN = {2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.003495, 6: 0.001041, 7: 0.000305, 8: 0.0000888}
+FULL = 8  # bits at which a layer's KL is taken where fewer say too little, and the most that a layer may get
 FISHER_IMAGES = 128
 # The KL that a plan is predicted to leave, of that of uniform codes, for it to be worth more than the prediction's own
-# error. Nearest rounding tells how layers compare, and that not well for convolutions whose inputs correlate, which a
-# better rounding gains most on. resnet18_cifar10 at 2 bits, whose edges have no bytes to give: predicted 0.93, the
-# measured KL was 1.04 of uniform codes'. Where a plan pays, 0.01 to 0.05 is predicted (the demo: 0.53 and 0.74).
+# error. resnet18_cifar10 at 2 bits, whose edges have no bytes to give: predicted 0.93 (from nearest rounding), and the
+# measured KL was 1.04 of uniform codes'. Where a plan pays, 0.01 to 0.05 is predicted.
 WORTH = 0.8
 
 
@@ -76,6 +73,8 @@ class _Seen:
     bias: Tensor | None
     mean: Tensor
     found: Directions | None
+    error: Tensor  # what the layer's KL is taken from,
+    bits: int  # with codes of so many bits
 
 
 class CoRa:
@@ -83,7 +82,7 @@ class CoRa:
 
     name: ClassVar[str] = "cora"
     summary: ClassVar[str] = "bits or adapter ranks of all layers shared out under one byte budget, on any codes"
-    version: ClassVar[str] = "5"
+    version: ClassVar[str] = "6"
     needs_data: ClassVar[bool] = True
     chooses_bits: ClassVar[bool] = True
 
@@ -108,7 +107,7 @@ class CoRa:
         spend: Literal["auto", "ranks", "bits"] = Field(
             default="bits",
             description="what the budget buys: adapters (ranks, the paper), more bits for the most sensitive layers "
-            "(bits), or whichever saves more for its bytes, layer by layer (auto; a second pass, little gain)",
+            "(bits), or whichever saves more for its bytes, layer by layer (auto; little gain)",
         )
         edges: Literal["share", "keep"] = Field(
             default="share",
@@ -183,8 +182,8 @@ class CoRa:
         if not self.config.budget and all(min(self._widths(layer, task.scheme)) == layer.bits for layer in task.layers):
             task.note("cora has no bytes to share out here (-o budget=0.05 gives it some): the codes are the base's")
             return _uniform(task)
-        seen = [] if self.config.spend == "bits" else self._look(task)
-        plan = self._closed_form(task, {s.layer.name: s.found for s in seen if s.found is not None})
+        seen = self._look(task)
+        plan = self._closed_form(task, seen)
         if self._searches:
             plan = self._search(task, seen, plan)
         return plan
@@ -194,8 +193,13 @@ class CoRa:
         return self.config.spend == "ranks" and self.config.iterations > 0
 
     def _look(self, task: Task) -> list[_Seen]:
-        """The whole network on the base's codes alone; what each layer's codes leave."""
-        seen = []
+        """The whole network on the base's codes alone; what each layer's codes leave.
+
+        Nearest rounding would tell without a pass, but not how layers compare: what a better method makes of it is a
+        twenty-fifth for a depthwise layer, and a half for a classifier. (mobilenetv1_075's had 3 bits of 4 by that, a
+        KL of .0216, of which .018 were its own; by what `comq` leaves it has 4, for .0092.)
+        """
+        seen, images = [], sum(map(len, task.batches()))
         for layer in task.layers:
             squares = task.least_squares(layer.name, self.config.correction)
             codes = self._codes(task, layer, layer.bits)
@@ -203,24 +207,29 @@ class CoRa:
             # the search goes on from the network as it stands; the gain in it tells of the errors before a layer,
             # which a share of the bytes for this layer does not mend
             left = squares.weight - (installed if self._searches else codes).weight.dequantize()
-            ranked = can_pay(layer.shape, layer.bits, self.config.adapter_bits)
+            ranked = self.config.spend != "bits" and can_pay(layer.shape, layer.bits, self.config.adapter_bits)
             found = directions(left, squares.inputs(self.config.form)) if ranked else None
             mean = task.stats(layer.name).mean.float()
-            seen.append(_Seen(layer, installed.weight.dequantize(), installed.bias, mean, found))
+            bits, error = layer.bits, squares.weight - codes.weight.dequantize()
+            if squares.count is not None and squares.count <= images:
+                bits, error = FULL, _nearest_error(task, layer)
+            seen.append(_Seen(layer, installed.weight.dequantize(), installed.bias, mean, found, error, bits))
         return seen
 
-    def _closed_form(self, task: Task, found: Mapping[str, Directions]) -> dict[str, list[int]]:
+    def _closed_form(self, task: Task, seen: Sequence[_Seen]) -> dict[str, list[int]]:
         """Bits and ranks of least predicted KL under the budget: each layer's own KL, scaled by what would be left."""
         config = self.config
-        errors = {layer.name: _nearest_error(task, layer) for layer in task.layers}
+        errors = {s.layer.name: s.error for s in seen}
         try:
             kl = kl_of_errors(task.teacher, errors, _first(task, FISHER_IMAGES), task.rng)
         except ValueError as error:
             raise CoraqError(str(error), OVERFLOW_HINT) from None
-        pairs, layers = [], []
-        for layer in task.layers:
+        pairs, layers, uniform = [], [], 0.0
+        for s in seen:
             # what 8-bit codes leave says nothing of what fewer would, but for its size
-            own = found.get(layer.name) if layer.bits == task.scheme.bits else None
+            layer, own = s.layer, s.found if s.layer.bits == task.scheme.bits else None
+            fall = _fall(task, layer, self._widths(layer, task.scheme), s.bits)
+            uniform += kl[layer.name] * fall[layer.bits]
             left = torch.ones(1, dtype=torch.float64) if own is None else own.left()
             share = (left / left[0].clamp(min=1e-30)).tolist()
             options = [(bits, rank) for bits in self._widths(layer, task.scheme) for rank in range(len(share))]
@@ -229,7 +238,7 @@ class CoRa:
                 [
                     Choice(
                         stored_bytes(layer.shape, bits, 0, 0) + adapter_bytes(layer.shape, rank, config.adapter_bits),
-                        kl[layer.name] * GAUSSIAN[bits] / GAUSSIAN[layer.bits] * share[rank],
+                        kl[layer.name] * fall[bits] * share[rank],
                     )
                     for bits, rank in options
                 ]
@@ -237,7 +246,7 @@ class CoRa:
         weights = sum(layer.weight.numel() for layer in task.layers)
         budget = sum(stored_bytes(layer.shape, layer.bits, 0, 0) for layer in task.layers) + config.budget * weights
         taken = allocate(layers, budget)
-        predicted, uniform = sum(c[i].loss for c, i in zip(layers, taken, strict=True)), sum(kl.values())
+        predicted = sum(c[i].loss for c, i in zip(layers, taken, strict=True))
         if not config.budget and predicted > WORTH * uniform:
             task.note(
                 f"sharing the bytes out is predicted to leave {predicted / uniform:.2f} of the KL of uniform "
@@ -252,7 +261,7 @@ class CoRa:
         keeps = scheme.overrides_layer(layer.name) or (own != scheme.bits and self.config.edges == "keep")
         if self.config.spend == "ranks" or keeps:
             return [own]
-        return range(max(2, min(own, scheme.bits) - 1), 9)
+        return range(max(2, min(own, scheme.bits) - 1), FULL + 1)
 
     def _search(self, task: Task, seen: Sequence[_Seen], plan: dict[str, list[int]]) -> dict[str, list[int]]:
         """The paper's search, from cutoffs of the plan's ranks or 0.9."""
@@ -300,13 +309,25 @@ def _uniform(task: Task) -> dict[str, list[int]]:
 
 
 def _nearest_error(task: Task, layer: LayerView) -> Tensor:
-    """What nearest rounding leaves of a weight: the error that a layer's KL is taken from.
+    """What nearest rounding to 8 bits leaves of a weight: what the KL of a layer of one row an image is taken from.
 
-    The base's own is fitted to the calibration images, and the KL is measured on these: with fewer of them than a layer
-    has inputs it says next to nothing of others. mobilenetv2's classifier, 1,280 inputs and 256 images, seemed to be
-    free of cost at 2 bits; KL on other images with 2-bit and 3-bit budgets: .044 and .040, but .044 and .013 by this.
+    The base's own error is fitted to these very rows, fewer of them than the layer has inputs, and says next to nothing
+    of others. mobilenetv2's classifier, 1,280 inputs and 1,000 images, took 3 bits of a 4-bit budget by that, for a KL
+    of .0046, of which .0035 were its own; by this it takes 4, for one of .0031.
     """
-    return layer.weight - task.codes(layer.name, "rtn").dequantize()
+    return layer.weight - task.codes(layer.name, "rtn", bits=FULL).dequantize()
+
+
+def _fall(task: Task, layer: LayerView, widths: Sequence[int], at: int) -> dict[int, float]:
+    """The squared error of nearest rounding to so many bits, over that at `at` bits: how a layer's KL falls with bits.
+
+    By four for a bit where the range holds all weights, by less at 2 and 3 bits, by more with nine weights a scale.
+    """
+    error = {
+        bits: float((layer.weight - task.codes(layer.name, "rtn", bits=bits).dequantize()).square().sum())
+        for bits in {*widths, layer.bits, at}
+    }
+    return {bits: value / max(error[at], 1e-30) for bits, value in error.items()}
 
 
 def _is_plan(kept: object, layers: Sequence[LayerView]) -> bool:
