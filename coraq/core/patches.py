@@ -126,10 +126,12 @@ def write_products(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def rows_times(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows weightᵀ of [K, P] and [Q, P], float32."""
-    if _ONEDNN and rows.device.type == "cpu" and rows.dtype == torch.float32 and weight.numel() >= LEAST_WEIGHT:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(rows.contiguous(), weight.contiguous(), None, "none", [], "")
-        return out
+    """rows weightᵀ of [G, K, P] and [G, Q, P], or of [K, P] and [Q, P], float32."""
+    known = _ONEDNN and rows.device.type == "cpu" and rows.dtype == torch.float32
+    if known and rows.shape[:-2].numel() == 1 and weight.numel() >= LEAST_WEIGHT:
+        left, right = rows.flatten(0, -2).contiguous(), weight.flatten(0, -2).contiguous()
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+        return out.view(*rows.shape[:-1], len(right))
     return rows @ weight.mT
 
 

@@ -109,8 +109,7 @@ class SampledMoments:
         difference = None
         if self._project is not None and teacher is not None:
             apart = _in_blocks(self._rows(teacher), self.blocks).sub_(rows)
-            one = len(apart) == 1
-            difference = rows_times(apart[0], self._project[0])[None] if one else apart @ self._project.mT
+            difference = rows_times(apart, self._project)
         if self._shift is None:
             self._shift = rows.mean(1, keepdim=True)
         rows.sub_(self._shift)
@@ -201,7 +200,7 @@ def window_products(pieces: Sequence[Tensor], weight: Tensor) -> list[Tensor]:
     groups, out, _ = weight.shape
     taps = pieces[0].shape[1]
     if groups == 1:
-        matrix = taps_first(weight[0], taps).contiguous()
+        matrix = taps_first(weight[0], taps)
         return [rows_times(windows.flatten(1), matrix) for windows in pieces]
     # a matrix for each group is slow to make and, with one input channel each, to multiply by
     kernel = weight.reshape(groups * out, -1, taps, 1)

@@ -212,7 +212,7 @@ class CoRa:
             mean = task.stats(layer.name).mean.float()
             bits, error = layer.bits, squares.weight - codes.weight.dequantize()
             if squares.count is not None and squares.count <= images:
-                bits, error = FULL, _nearest_error(task, layer)
+                bits, error = FULL, _nearest_error(task, layer, FULL)
             seen.append(_Seen(layer, installed.weight.dequantize(), installed.bias, mean, found, error, bits))
         return seen
 
@@ -308,14 +308,15 @@ def _uniform(task: Task) -> dict[str, list[int]]:
     return {layer.name: [layer.bits, 0] for layer in task.layers}
 
 
-def _nearest_error(task: Task, layer: LayerView) -> Tensor:
-    """What nearest rounding to 8 bits leaves of a weight: what the KL of a layer of one row an image is taken from.
+def _nearest_error(task: Task, layer: LayerView, bits: int) -> Tensor:
+    """What nearest rounding to so many bits leaves of a weight.
 
-    The base's own error is fitted to these very rows, fewer of them than the layer has inputs, and says next to nothing
-    of others. mobilenetv2's classifier, 1,280 inputs and 1,000 images, took 3 bits of a 4-bit budget by that, for a KL
-    of .0046, of which .0035 were its own; by this it takes 4, for one of .0031.
+    At 8 bits it is what the KL of a layer of one row an image is taken from. The base's own error is fitted to these
+    very rows, fewer of them than the layer has inputs, and says next to nothing of others. mobilenetv2's classifier,
+    1,280 inputs and 1,000 images, took 3 bits of a 4-bit budget by that, for a KL of .0046, .0035 of them its own; by
+    this it takes 4, for one of .0031.
     """
-    return layer.weight - task.codes(layer.name, "rtn", bits=FULL).dequantize()
+    return layer.weight - task.codes(layer.name, "rtn", bits=bits).dequantize()
 
 
 def _fall(task: Task, layer: LayerView, widths: Sequence[int], at: int) -> dict[int, float]:
@@ -323,10 +324,7 @@ def _fall(task: Task, layer: LayerView, widths: Sequence[int], at: int) -> dict[
 
     By four for a bit where the range holds all weights, by less at 2 and 3 bits, by more with nine weights a scale.
     """
-    error = {
-        bits: float((layer.weight - task.codes(layer.name, "rtn", bits=bits).dequantize()).square().sum())
-        for bits in {*widths, layer.bits, at}
-    }
+    error = {bits: float(_nearest_error(task, layer, bits).square().sum()) for bits in {*widths, layer.bits, at}}
     return {bits: value / max(error[at], 1e-30) for bits, value in error.items()}
 
 
