@@ -197,7 +197,7 @@ class CoRa:
 
         Nearest rounding would tell without a pass, but not how layers compare: what a better method makes of it is a
         twenty-fifth for a depthwise layer, and a half for a classifier. (mobilenetv1_075's had 3 bits of 4 by that, a
-        KL of .0216, of which .018 were its own; by what `comq` leaves it has 4, for .0092.)
+        KL of .0216, of which .018 were its own; by what `comq` leaves it has 5, for .0092.)
         """
         seen, images = [], sum(map(len, task.batches()))
         for layer in task.layers:
