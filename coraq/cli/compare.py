@@ -11,6 +11,7 @@ import typer
 
 from coraq.cli import options
 from coraq.cli.commandline import command_line, given_names, overlaid, with_parameters_of
+from coraq.cli.loading import load_networks
 from coraq.cli.options import METHOD_PANEL, RUN_PANEL, SCHEME_PANEL
 from coraq.cli.quantize import quantize, run_config
 from coraq.config import MAX_BITS, MIN_BITS, RunConfig
@@ -88,6 +89,7 @@ def compare(
             raise UsageError(f"{name} {value} without --engine ray", "add --engine ray")
     output: Path = parameters["output"]
     options.use_plugins(parameters["plugins_dir"] or [])
+    load_networks(parameters["quiet"])
     newest = None if models else newest_run(output)
     base = base_config(context, models[0] if models else "demo", newest)
     widths = parse_numbers(bits, "--bits", MIN_BITS, MAX_BITS) or [base.scheme.bits]

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from coraq.cli import options
+from coraq.cli.loading import load_networks
 from coraq.config import DataConfig
 from coraq.errors import EXIT_BELOW_THRESHOLD, CoraqError, UsageError
 
@@ -46,7 +47,7 @@ def evaluate(
     if run is not None and ".onnx" in Path(run).suffixes:
         evaluate_exported(Path(run), given, fail_under, as_json, quiet, verbose)
         return
-    folder = options.find_run(run, output)
+    folder = options.find_run(run, output, quiet)
 
     from coraq import artifact, pipeline
     from coraq.cli.display import show_result
@@ -76,6 +77,7 @@ def evaluate_exported(
     """
     if not file.is_file():
         raise UsageError(f"there is no file {file}", "coraq export writes one")
+    load_networks(quiet)
 
     from coraq import pipeline
     from coraq.cli.display import facts_table, stdout

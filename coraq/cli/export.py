@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from coraq.cli import options
+from coraq.cli.loading import load_networks
 from coraq.errors import EXIT_FAILURE, UsageError
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def export(
     if openvino and no_verify:
         raise UsageError("--openvino verifies, --no-verify does not", "give one of them")
     options.use_plugins(plugins_dir or [])
-    source = Path(run) if run is not None and Path(run).is_file() else options.find_run(run, output)
+    source = Path(run) if run is not None and Path(run).is_file() else options.find_run(run, output, quiet)
+    load_networks(quiet)
 
     from coraq.cli.progress import progress
     from coraq.export.run import Request, export_run

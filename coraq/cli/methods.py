@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coraq.cli import options
+from coraq.cli.loading import load_networks
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -23,6 +24,7 @@ def methods(
 ) -> None:
     """List the methods with their source; with NAME, print that method's options."""
     options.use_plugins(plugins_dir or [])
+    load_networks()
 
     from coraq import registry
 

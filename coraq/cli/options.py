@@ -17,6 +17,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 from typer.core import TyperGroup
 
+from coraq.cli.loading import load_networks
 from coraq.config import MAX_BITS, MIN_BITS, DataConfig
 from coraq.errors import EXIT_BELOW_THRESHOLD, CoraqError, UsageError
 
@@ -186,18 +187,22 @@ def use_plugins(folders: Iterable[Path]) -> None:
         os.environ["CORAQ_PLUGINS"] = os.pathsep.join(dict.fromkeys([*added, *known]))
 
 
-def find_run(run: str | None, runs_dir: Path) -> Path:
+def find_run(run: str | None, runs_dir: Path, quiet: bool = False) -> Path:
     """The run folder meant by `run`: a path, a name within `runs_dir`, or, for None, the newest one.
+
+    Where there is one, what a command then needs of it is imported (see `load_networks`).
 
     Raises:
         CoraqError: there is none.
     """
     if run is None:
+        load_networks(quiet)
         from coraq import artifact
 
         return artifact.newest_run(runs_dir)
     for folder in (Path(run), runs_dir / run):
         if folder.is_dir():
+            load_networks(quiet)
             return folder
     names = [child.name for child in runs_dir.iterdir() if child.is_dir()] if runs_dir.is_dir() else []
     raise UsageError(f"no run {run!r} here or in {runs_dir}", nearest(run, names) or "coraq quantize makes one")

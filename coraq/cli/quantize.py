@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from coraq.cli import options
+from coraq.cli.loading import load_networks
 from coraq.cli.options import METHOD_PANEL, MODEL_PANEL, RUN_PANEL, SCHEME_PANEL, option
 from coraq.config import ColumnScale, DataConfig, RunConfig, Scheme
 from coraq.errors import EXIT_INTERRUPTED, CoraqError, UsageError
@@ -212,6 +213,7 @@ def quantize(
     if fail_under is not None and not (config.data.data_dir or config.data.dataset or config.model == "demo"):
         raise UsageError(f"--fail-under {fail_under} needs images to measure accuracy on", "give --data-dir FOLDER")
     options.use_plugins(plugins_dir or [])
+    load_networks(quiet)
 
     from coraq import pipeline
     from coraq.cli.display import show_plan, show_result

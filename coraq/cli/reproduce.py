@@ -24,7 +24,7 @@ def reproduce(
     The second run goes to a temporary folder. Exit code 1 if anything but times and memory differs.
     """
     options.use_plugins(plugins_dir or [])
-    folder = options.find_run(run, output)
+    folder = options.find_run(run, output, quiet)
 
     from coraq.cli.display import columns_table, stdout
     from coraq.cli.progress import progress

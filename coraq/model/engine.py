@@ -51,6 +51,11 @@ class LiveStorages(TorchDispatchMode):
         self._refs: dict[int, StorageWeakRef] = {}
         self.written: set[int] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # else torch imports its compiler at the first operation, 3 s, to keep it away from this mode
+        return False
+
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
