@@ -26,12 +26,14 @@ folder, and reports progress; so sequential calibration and resuming come for fr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from coraq import events
 from coraq.config import Frozen, LayerScheme, Scheme
 from coraq.core.allocate import Choice, allocate
 from coraq.core.alternate import alternate
@@ -191,6 +193,12 @@ class Task(Protocol):
     def commit(self, name: str, layer: QuantizedLayer, **metrics: float | int | str) -> None:
         """Install, save and report one layer. Each layer is committed exactly once."""
 
+    def fewer_images(self, count: int) -> AbstractContextManager[int]:
+        """Within it, passes go through `count` of the calibration images, spread over all, and not through all.
+
+        Gives how many these are, a few more than `count` where micro-batches do not end there. Each pass starts anew.
+        """
+
     def preview(self, name: str, layer: QuantizedLayer) -> QuantizedLayer:
         """Install a layer as `commit` would, but for now: it is not saved, and must still be committed.
 
@@ -232,6 +240,13 @@ class Task(Protocol):
 
     def log(self, metric: str, value: float, step: int) -> None:
         """Report a scalar while working (a loss, a budget)."""
+
+    def stage(self, name: str, total: int = 0) -> events.stage:
+        """A context manager around work that commits no layer; its `advance(done, detail)` shows how far it is.
+
+        Args:
+            total: what `done` goes up to; 0: not known.
+        """
 
     def note(self, message: str) -> None:
         """Report something a person should know, such as a fallback taken."""

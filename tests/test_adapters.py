@@ -20,7 +20,7 @@ from coraq.core.alternate import alternate
 from coraq.core.grid import mse_grid
 from coraq.core.lowrank import adapter, adapter_bytes, can_pay, directions
 from coraq.core.sensitivity import kl_of_errors
-from coraq.events import ListSink, Metric, Note
+from coraq.events import ListSink, Metric, Note, StageAdvanced, StageFinished, StageStarted
 from coraq.methods import cora
 from coraq.methods.cora import PAPER, CoRa
 from coraq.methods.qera import QERA
@@ -251,6 +251,22 @@ def test_the_paper_s_preset_is_what_the_paper_says_and_can_be_varied() -> None:
     assert layers["depthwise"].adapter is None
     with pytest.raises(ValidationError):
         CoRa.Config(iterations=251)  # type: ignore[call-arg]
+
+
+def test_the_first_pass_and_the_search_show_how_far_they_are() -> None:
+    sink = ListSink()
+    made = task(sink=sink)
+    run(made, CoRa, spend="ranks", budget=0.3, iterations=3)
+    totals = {event.stage: event.total for event in sink.events if isinstance(event, StageStarted)}
+    images = sum(map(len, made.batches()))
+    assert totals == {"look at all layers": 7, "see what each costs": images, "search for ranks": 3}
+    reached: dict[str, int] = {}
+    for event in sink.events:
+        if isinstance(event, StageAdvanced):
+            assert event.done >= reached.get(event.stage, 0)
+            reached[event.stage] = event.done
+    assert reached == {"look at all layers": 6, "see what each costs": images, "search for ranks": 3}
+    assert {event.stage for event in sink.events if isinstance(event, StageFinished)} == set(totals)
 
 
 # -- what the task offers to such methods

@@ -284,6 +284,39 @@ def test_the_run_says_how_many_images_its_first_layers_saw() -> None:
     task.close()
 
 
+@pytest.mark.parametrize("early", [0, 4, 18])
+def test_a_pass_of_fewer_images_has_these_alone_spread_over_all_and_the_next_has_all(early: int) -> None:
+    task = coarse_task(18, early_images=early)
+    first, last = task.layers[0].name, task.layers[-1].name
+    with torch.no_grad():
+        pooled = [task.teacher.forward_head(task.teacher.forward_features(x), pre_logits=True) for x in task.batches()]
+    with task.fewer_images(5) as images:
+        assert images == 6  # whole micro-batches
+        assert len(task.stats(first).paired) == (2 if early == 4 else 3)
+        stats = task.stats(last)
+        assert stats.count == 6
+        chosen = torch.cat([pooled[index] for index in spread_out(9)[:3]])
+        assert torch.allclose(stats.teacher_mean[0].float(), chosen.mean(0), atol=1e-5)
+        assert len(task.stats(first).paired) == (2 if early == 4 else 3)  # and back
+    assert task.stats(last).count == 18
+    assert torch.allclose(task.stats(last).teacher_mean[0].float(), torch.cat(pooled).mean(0), atol=1e-5)
+    with task.fewer_images(100) as images:
+        assert images == task.stats(last).count == 18
+    task.close()
+
+
+def test_a_pass_of_fewer_images_needs_room_for_these_alone() -> None:
+    small = coarse_task(2)
+    live = live_bytes(small.teacher, random_images(2, 32), [layer.name for layer in small.layers])
+    task = coarse_task(18, memory_bytes=2 * 4 * max(live.values()))  # four micro-batches of nine, in both streams
+    with task.fewer_images(4):
+        task.stats(task.layers[-1].name)
+        assert task.spilled == 0
+    task.stats(task.layers[-1].name)
+    assert task.spilled > 0
+    task.close()
+
+
 def test_fisher_information_is_of_the_images_that_a_unit_has() -> None:
     task = coarse_task(18, early_images=4)
     unit = task.partition()[0]

@@ -11,7 +11,7 @@ default. What a layer costs is seen in a first pass over the whole network on th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -58,6 +58,9 @@ PAPER: dict[str, Any] = {
 }
 FULL = 8  # bits at which a layer's KL is taken where fewer say too little, and the most that a layer may get
 FISHER_IMAGES = 128
+# Images of the first pass. More, 1,000, take twice as long and plan no better: KL at 4, 3 and 2 bits
+# .0031, .0069 and XX for .0031, .0082 and .0162 (mobilenetv2_100), .0107, .0224 and .0474 for .0092, .0207 and .0715
+LOOK_IMAGES = 256
 # The KL that a plan is predicted to leave, of that of uniform codes, for it to be worth more than the prediction's own
 # error. resnet18_cifar10 at 2 bits, whose edges have no bytes to give: predicted 0.93 (from nearest rounding), and the
 # measured KL was 1.04 of uniform codes'. Where a plan pays, 0.01 to 0.05 is predicted.
@@ -82,7 +85,7 @@ class CoRa:
 
     name: ClassVar[str] = "cora"
     summary: ClassVar[str] = "bits or adapter ranks of all layers shared out under one byte budget, on any codes"
-    version: ClassVar[str] = "6"
+    version: ClassVar[str] = "7"
     needs_data: ClassVar[bool] = True
     chooses_bits: ClassVar[bool] = True
 
@@ -199,29 +202,37 @@ class CoRa:
         twenty-fifth for a depthwise layer, and a half for a classifier. (mobilenetv1_075's had 3 bits of 4 by that, a
         KL of .0216, of which .018 were its own; by what `comq` leaves it has 5, for .0092.)
         """
-        seen, images = [], sum(map(len, task.batches()))
-        for layer in task.layers:
-            squares = task.least_squares(layer.name, self.config.correction)
-            codes = self._codes(task, layer, layer.bits)
-            installed = task.preview(layer.name, codes)
-            # the search goes on from the network as it stands; the gain in it tells of the errors before a layer,
-            # which a share of the bytes for this layer does not mend
-            left = squares.weight - (installed if self._searches else codes).weight.dequantize()
-            ranked = self.config.spend != "bits" and can_pay(layer.shape, layer.bits, self.config.adapter_bits)
-            found = directions(left, squares.inputs(self.config.form)) if ranked else None
-            mean = task.stats(layer.name).mean.float()
-            bits, error = layer.bits, squares.weight - codes.weight.dequantize()
-            if squares.count is not None and squares.count <= images:
-                bits, error = FULL, _nearest_error(task, layer, FULL)
-            seen.append(_Seen(layer, installed.weight.dequantize(), installed.bias, mean, found, error, bits))
+        seen = []
+        with (
+            task.fewer_images(LOOK_IMAGES) as images,
+            task.stage("look at all layers", len(task.layers)) as looking,
+        ):
+            for number, layer in enumerate(task.layers):
+                looking.advance(number, layer.name)
+                seen.append(self._look_at(task, layer, images))
         return seen
+
+    def _look_at(self, task: Task, layer: LayerView, images: int) -> _Seen:
+        squares = task.least_squares(layer.name, self.config.correction)
+        codes = self._codes(task, layer, layer.bits)
+        installed = task.preview(layer.name, codes)
+        # the search goes on from the network as it stands; the gain in it tells of the errors before a layer,
+        # which a share of the bytes for this layer does not mend
+        left = squares.weight - (installed if self._searches else codes).weight.dequantize()
+        ranked = self.config.spend != "bits" and can_pay(layer.shape, layer.bits, self.config.adapter_bits)
+        found = directions(left, squares.inputs(self.config.form)) if ranked else None
+        mean = task.stats(layer.name).mean.float()
+        bits, error = layer.bits, squares.weight - codes.weight.dequantize()
+        if squares.count is not None and squares.count <= images:
+            bits, error = FULL, _nearest_error(task, layer, FULL)
+        return _Seen(layer, installed.weight.dequantize(), installed.bias, mean, found, error, bits)
 
     def _closed_form(self, task: Task, seen: Sequence[_Seen]) -> dict[str, list[int]]:
         """Bits and ranks of least predicted KL under the budget: each layer's own KL, scaled by what would be left."""
         config = self.config
         errors = {s.layer.name: s.error for s in seen}
         try:
-            kl = kl_of_errors(task.teacher, errors, _first(task, FISHER_IMAGES), task.rng)
+            kl = kl_of_errors(task.teacher, errors, _first(task, FISHER_IMAGES, "see what each costs"), task.rng)
         except ValueError as error:
             raise CoraqError(str(error), OVERFLOW_HINT) from None
         pairs, layers, uniform = [], [], 0.0
@@ -280,21 +291,24 @@ class CoRa:
         with torch.no_grad():
             batches = [(x, task.teacher(x)) for x in task.batches()]
 
-        def report(step: int, kl: float, spent: float) -> None:
-            task.log("kl", kl, step)
-            task.log("budget", spent, step)
+        with task.stage("search for ranks", config.iterations) as searching:
 
-        cutoffs = search_cutoffs(
-            task.student,
-            layers,
-            start,
-            batches,
-            config.iterations,
-            config.budget,
-            rate=config.rate,
-            gamma=config.gamma,
-            on_step=report,
-        )
+            def report(step: int, kl: float, spent: float) -> None:
+                task.log("kl", kl, step)
+                task.log("budget", spent, step)
+                searching.advance(step + 1, f"KL {kl:.3g}")
+
+            cutoffs = search_cutoffs(
+                task.student,
+                layers,
+                start,
+                batches,
+                config.iterations,
+                config.budget,
+                rate=config.rate,
+                gamma=config.gamma,
+                on_step=report,
+            )
         ranks = {name: counts[name] * c for name, c in zip(layers, cutoffs, strict=True)}
         if config.rounding == "up":
             whole = {name: max(1, math.ceil(rank)) for name, rank in ranks.items()}
@@ -360,12 +374,13 @@ def _within(ranks: Mapping[str, float], layers: Mapping[str, LayerView], allowed
     return whole(low)
 
 
-def _first(task: Task, count: int) -> list[Tensor]:
-    """The first calibration images, at least `count` of them if there are as many."""
-    images, seen = [], 0
-    for batch in task.batches():
-        images.append(batch)
-        seen += len(batch)
-        if seen >= count:
-            break
-    return images
+def _first(task: Task, count: int, doing: str) -> Iterator[Tensor]:
+    """The first calibration images, at least `count` of them if there are as many; tells how many are done with."""
+    seen = 0
+    with task.stage(doing, min(count, sum(map(len, task.batches())))) as going:
+        for batch in task.batches():
+            yield batch
+            seen += len(batch)
+            going.advance(seen)
+            if seen >= count:
+                break

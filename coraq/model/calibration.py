@@ -7,6 +7,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coraq import events
 from coraq.config import MAX_BITS, MIN_BITS, Scheme
 from coraq.core.tensors import ActivationGrid, QuantizedLayer
 from coraq.errors import CoraqError, MethodError
@@ -21,7 +23,7 @@ from coraq.events import QUANTIZE, LayerCommitted, Metric, Note, Sink, StageAdva
 from coraq.model.activations import ActivationGrids, ActivationRecord, Site, find_sites, spread_over
 from coraq.model.blocks import Block, Granularity, partition
 from coraq.model.delegate import OneLayer, OneUnit
-from coraq.model.engine import Arrival, LockStep, Schedule, live_bytes, released
+from coraq.model.engine import Arrival, LockStep, Schedule, live_bytes, released, spread_out
 from coraq.model.fold import Trace
 from coraq.model.half import HalfPass
 from coraq.model.inputs import (
@@ -96,6 +98,7 @@ class CalibrationTask(LayerByLayer):
         self._batches = list(batches)
         self._early_images = early_images
         self._release: list[str] | None = None
+        self._only: int | None = None  # so many micro-batches, and no more, take part in a pass
         self._schedules: dict[tuple[str, ...], Schedule] = {}  # by the modules, no layers, that the pass stops at
         self._seed, self._sink, self._on_commit = seed, sink, on_commit
         self.grids = self._find_grids(found)
@@ -394,13 +397,14 @@ class CalibrationTask(LayerByLayer):
     def _schedule(self, release: Sequence[str]) -> Schedule | None:
         """When which micro-batches join: over all stops, so that a resumed run has the same. None: all are there."""
         sizes = list(map(len, self._batches))
-        if not 0 < self._early_images < sum(sizes):
+        early = self._early_images if self._early_images < sum(sizes) else 0
+        if not early and self._only is None:
             return None
         key = tuple(self._entries)
         if key not in self._schedules:
             stops = [*self._views, *self.grids.stops, *self._entries]
             live = live_bytes(self.teacher, self._batches[0], stops, release, self._half)
-            self._schedules[key] = schedule = Schedule.plan(live, sizes, self._early_images)
+            self._schedules[key] = schedule = Schedule.plan(live, sizes, early)
             fewer = [count for name, count in schedule.present.items() if name in self._views and count < len(sizes)]
             if fewer:
                 first = sum(sizes[index] for index in schedule.order[: fewer[0]])
@@ -408,7 +412,24 @@ class CalibrationTask(LayerByLayer):
                     f"the first {len(fewer)} layers, of the largest activations, are calibrated on fewer of the "
                     f"{sum(sizes)} images, {first} of them at first"
                 )
-        return self._schedules[key]
+        schedule = self._schedules[key]
+        return schedule if self._only is None else schedule.limited(self._only)
+
+    @contextmanager
+    def fewer_images(self, count: int) -> Iterator[int]:
+        """See `coraq.api.Task.fewer_images`."""
+        taken = images = 0
+        for index in spread_out(len(self._batches)):
+            if images >= count:
+                break
+            taken, images = taken + 1, images + len(self._batches[index])
+        self.close()
+        self._only = taken if taken < len(self._batches) else None
+        try:
+            yield images
+        finally:
+            self._only = None
+            self.close()
 
     def _step(self, wanted: str) -> None:
         assert self._engine is not None
@@ -575,6 +596,10 @@ class CalibrationTask(LayerByLayer):
 
     def log(self, metric: str, value: float, step: int) -> None:
         self._sink(Metric(metric, value, step))
+
+    def stage(self, name: str, total: int = 0) -> events.stage:
+        """See `coraq.api.Task.stage`."""
+        return events.stage(self._sink, name, total)
 
     def note(self, message: str) -> None:
         self._sink(Note(message))

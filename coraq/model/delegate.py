@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from coraq import events
 from coraq.config import Scheme
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
@@ -43,6 +45,12 @@ class Part:
 
     def log(self, metric: str, value: float, step: int) -> None:
         pass  # it would be one curve for each part and round; the outer method reports its own
+
+    def fewer_images(self, count: int) -> AbstractContextManager[int]:
+        return nullcontext(sum(map(len, self.batches())))  # the whole task's pass goes on
+
+    def stage(self, name: str, total: int = 0) -> events.stage:
+        return events.stage(events.null_sink, name, total)  # the outer method shows how far it is
 
     def note(self, message: str) -> None:
         self._task.note(message)

@@ -298,7 +298,7 @@ class Schedule(NamedTuple):
     """When which micro-batches take part.
 
     Attributes:
-        order: of the micro-batches. Spread over all if some join late: images may come sorted.
+        order: of the micro-batches that take part. Spread over all if some join late, or never: images may come sorted.
         present: stop → how many of these are there, in execution order. All are at the last.
         live: stop → bytes that one micro-batch keeps alive there.
     """
@@ -331,6 +331,11 @@ class Schedule(NamedTuple):
             present[stop] = min(every, room // max(1, widest)) if present else every
         late = any(there < every for there in present.values())
         return cls(order if late else list(range(every)), dict(reversed(present.items())), dict(live))
+
+    def limited(self, count: int) -> Schedule:
+        """The same with so many micro-batches in all, spread over all there are."""
+        present = {stop: min(there, count) for stop, there in self.present.items()}
+        return Schedule(spread_out(len(self.order))[:count], present, self.live)
 
 
 class _Release:
@@ -455,7 +460,8 @@ class LockStep:
         self._folder = folder or Path(tempfile.gettempdir())
         self.live_bytes_needed = 0
         given = [b for batch in batches for b in ([batch] if isinstance(batch, Tensor) else batch)]
-        resident = len(batches) * len(self._streams)
+        every = len(batches if schedule is None else schedule.order) * len(self._streams)
+        resident = every
         if memory_bytes is not None and batches:
             if schedule is None:
                 live = live_bytes(self._streams[0], batches[0], self._stops, release, within)
@@ -464,7 +470,7 @@ class LockStep:
             if self.live_bytes_needed > memory_bytes:
                 one = max(schedule.live.values())  # of one micro-batch
                 resident = int((memory_bytes - 2 * one) // max(1, one))
-        self.spilled = max(0, len(batches) * len(self._streams) - max(0, resident))
+        self.spilled = max(0, every - max(0, resident))
         self._handles = [self._hook(index, name) for index in range(len(self._streams)) for name in self._stops]
         self._handles += [_Release(model, release) for model in self._streams]
         self._present = {} if schedule is None else schedule.present

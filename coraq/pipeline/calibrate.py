@@ -58,8 +58,8 @@ def calibrate(
             raise blamed from error
         finally:
             task.close()
-    if task.passes > 1:
-        sink(Note(f"the method went back to earlier layers: {task.passes} calibration passes instead of one"))
+    if task.passes > 2:  # two are a plan's: a look at all layers, then the work
+        sink(Note(f"the method went back to earlier layers: {task.passes} calibration passes instead of one or two"))
     return task
 
 
