@@ -196,7 +196,8 @@ class Task(Protocol):
     def fewer_images(self, count: int) -> AbstractContextManager[int]:
         """Within it, passes go through `count` of the calibration images, spread over all, and not through all.
 
-        Gives how many these are, a few more than `count` where micro-batches do not end there. Each pass starts anew.
+        Gives how many these are, a few more than `count` where micro-batches do not end there. A pass ends where this
+        begins, and where it ends.
         """
 
     def preview(self, name: str, layer: QuantizedLayer) -> QuantizedLayer:

@@ -37,6 +37,10 @@ class LayerScheme(Frozen):
         default=None, ge=MIN_BITS, le=MAX_BITS, description="bits of the layer's input, where inputs are quantized"
     )
 
+    def __str__(self) -> str:
+        """As `--override` takes it."""
+        return f"{self.bits}" if self.act_bits is None else f"{self.bits}/{self.act_bits}"
+
 
 class Scheme(Frozen):
     """All that decides whether a number reproduces, beside the method. Printed with every result."""
@@ -246,7 +250,7 @@ class Scheme(Frozen):
             "input": ", column scales of inputs",
             "none": "",
         }[self.column_scale]
-        extra = f", {len(self.overrides)} overrides" if self.overrides else ""
+        extra = "".join(f", {pattern}={own}" for pattern, own in self.overrides.items())
         return (
             f"W{self.bits}A{self.act_bits or 32}, {edges}, {grid}, bias {self.bias}, gain {self.gain}, "
             f"{self._activations()}{extra}"

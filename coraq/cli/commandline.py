@@ -63,8 +63,7 @@ def command_line(config: RunConfig, runs_dir: Path, plugins_dirs: Iterable[Path]
                     add("method_options" if name == "options" else name, f"{key}={_text(content)}")
             elif name == "overrides":
                 for pattern, own in value.items():
-                    inputs = "" if own.act_bits is None else f"/{own.act_bits}"
-                    add("override", f"{pattern}={own.bits}{inputs}")
+                    add("override", f"{pattern}={own}")
             elif isinstance(value, bool):
                 line.append(flags[name][0 if value else 1])
             elif name in ("first_bits", "last_bits"):

@@ -92,6 +92,7 @@ class CalibrationTask(LayerByLayer):
         self.committed: dict[str, tuple[QuantizedLayer, Metrics]] = {}
         self.spilled = 0
         self.passes = 0
+        self.float_pass_s: float | None = None  # of the last pass
         self._found = found
         self._entries: list[str] = []  # modules, no layers, in front of which the engine must stop
         self._by_units = False
@@ -375,6 +376,7 @@ class CalibrationTask(LayerByLayer):
     def _start_pass(self) -> None:
         self.close()
         self._passed.clear()
+        self.float_pass_s = 0.0
         # in bfloat16 the means of all layers' inputs are needed, also of those that were committed before
         own = [name for name in self._views if self._half or name not in self.committed]
         stops = own + self.grids.begin() + self._entries
@@ -445,6 +447,7 @@ class CalibrationTask(LayerByLayer):
         marks = [time.perf_counter()]
         arrival = self._engine.advance(lambda stream: marks.append(time.perf_counter()))
         self.clock["float pass"] += marks[1] - marks[0]
+        self.float_pass_s = (self.float_pass_s or 0.0) + marks[1] - marks[0]
         self.clock["student pass"] += marks[2] - marks[1]
         if arrival is None:
             raise CoraqError(

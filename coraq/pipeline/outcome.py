@@ -93,7 +93,7 @@ def run_result(
         cost=_cost(task),
         stages={**recorder.stages, **{f"quantize: {part}": seconds for part, seconds in task.clock.items()}},
         total_s=time.perf_counter() - started,
-        float_pass_s=task.clock.get("float pass"),
+        float_pass_s=task.float_pass_s,
         peak_memory_bytes=peak_memory(),
         memory_bound_bytes=task.memory_bytes,
         layers=[_layer_result(view, *task.committed[view.name]) for view in views],

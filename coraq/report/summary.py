@@ -150,7 +150,8 @@ def input_facts(result: RunResult) -> list[tuple[str, str]]:
 def time_facts(result: RunResult) -> list[tuple[str, str]]:
     float_pass = ""
     if result.float_pass_s is not None:
-        float_pass = f"; the calibration images once through the float network: {time_text(result.float_pass_s)}"
+        half = " in bfloat16" if result.config.data.calib_precision == "bfloat16" else ""
+        float_pass = f"; one calibration pass of the float network{half}: {time_text(result.float_pass_s)}"
     least, without = "", ""
     if result.resumed_layers:
         least, without = "at least ", f", without the {result.resumed_layers} layers of an earlier attempt"
