@@ -468,7 +468,7 @@ def test_a_dry_run_plans_and_runs_nothing(pipeline: FakePipeline, capsys: pytest
         "conv[0]",
         "16×3×7×7",
         "118 M",
-        "about 6.24 MB of 46.8 MB",
+        "6.24 MB and a header, of 46.8 MB",
         "not measured",
     ]:
         assert said in out, said

@@ -129,7 +129,7 @@ def show_plan(plan: Plan) -> None:
         ("scheme", plan.scheme_line),
         ("calibration", plan.calibration),
         ("evaluation", plan.evaluation or summary.NOT_MEASURED),
-        ("size", f"about {summary.bytes_text(plan.estimated_bytes)} of {summary.bytes_text(plan.float_bytes)}"),
+        ("size", f"{summary.bytes_text(plan.estimated_bytes)} and a header, of {summary.bytes_text(plan.float_bytes)}"),
         ("starts at", "nothing to do: finished already" if plan.finished else plan.resume_at or "the first layer"),
     ]
     console.print(facts_table((label, str(text)) for label, text in facts))

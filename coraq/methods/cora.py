@@ -73,7 +73,7 @@ class _Seen:
     """What the first pass keeps of a layer: its weight and bias on the base's codes, and what these leave."""
 
     layer: LayerView
-    weight: Tensor
+    weight: Tensor | None  # for a search
     bias: Tensor | None
     mean: Tensor
     found: Directions | None
@@ -226,7 +226,8 @@ class CoRa:
         bits, error = layer.bits, squares.weight - codes.weight.dequantize()
         if squares.count is not None and squares.count <= images:
             bits, error = FULL, _nearest_error(task, layer, FULL)
-        return _Seen(layer, installed.weight.dequantize(), installed.bias, mean, found, error, bits)
+        weight = installed.weight.dequantize() if self._searches else None
+        return _Seen(layer, weight, installed.bias, mean, found, error, bits)
 
     def _closed_form(self, task: Task, seen: Sequence[_Seen]) -> dict[str, list[int]]:
         """Bits and ranks of least predicted KL under the budget: each layer's own KL, scaled by what would be left."""
@@ -281,7 +282,7 @@ class CoRa:
         weights = sum(s.layer.weight.numel() for s in seen)
         layers = {}
         for s in seen:
-            if s.found is not None:
+            if s.found is not None and s.weight is not None:
                 groups, out, inputs = s.layer.shape
                 full = groups * (out + inputs) * s.found.energy.shape[1]
                 layers[s.layer.name] = SearchLayer(s.weight, s.bias, s.mean, s.found, full / weights)
