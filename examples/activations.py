@@ -70,7 +70,7 @@ def row(network: str, result: dict[str, Any]) -> list[str]:
     }
     return [
         network,
-        result["method"],
+        f"{result['method']} {result['method_version']}",
         f"{scheme['bits']}/{scheme['act_bits'] or 32}",
         scheme.get("zero_point", "whole"),
         next((kind for words, kind in COLUMN_SCALES.items() if words in result["scheme_line"]), "none"),
@@ -137,17 +137,28 @@ def main() -> int:
 
 
 def write_table(folder: Path) -> None:
-    """The table of every cell that has been measured."""
-    rows = [
-        row(path.name.split("-")[0], json.loads(path.read_text()))
-        for network in NETWORKS
-        for path in sorted(folder.glob(f"{network}-*.json"))
-    ]
+    """The tables of every cell that has been measured: today's defaults, and all else."""
+    usual: list[list[str]] = []
+    other: list[list[str]] = []
+    for network in NETWORKS:
+        for path in sorted(folder.glob(f"{network}-*.json"), key=_place):
+            cell = row(network, json.loads(path.read_text()))
+            (usual if len(path.stem.split("-")) == 3 else other).append(cell)
     text = ["# Accuracy with quantized weights and activations", ""]
     text += ["Written by `python examples/activations.py`; every row is one `coraq quantize`, whose result stands in"]
-    text += ["`activations/`. Intervals are 95 %. `steps` are gradient steps of all units together.", ""]
-    text += [table(COLUMNS, rows), ""]
+    text += [
+        "`activations/`. Intervals are 95 %. `steps` are gradient steps of all units together. A method's version is"
+    ]
+    text += ["that of the day; float activations with today's versions: `compare.md` and `accuracy.md`.", ""]
+    text += [f"## Defaults, {USUAL} calibration images", "", table(COLUMNS, usual), ""]
+    text += ["## Other settings, other numbers of images", "", table(COLUMNS, other), ""]
     (folder.parent / "activations.md").write_text("\n".join(text))
+
+
+def _place(path: Path) -> tuple[str, list[str]]:
+    """By the bits first, then the method and what is special, so that what compares stands together."""
+    _, method, bits, *special = path.stem.split("-")
+    return bits, [method, *special]
 
 
 if __name__ == "__main__":
