@@ -509,6 +509,18 @@ def test_layers_drive_a_stage_that_has_no_steps_of_its_own() -> None:
     assert lines[1:3] == ["quantize: 1/4 layer0, about 33.0 s left", "quantize: 2/4 layer1, about 22.0 s left"]
 
 
+def test_what_is_left_does_not_count_the_time_of_a_stage_within() -> None:
+    sink, lines, clock = plain()
+    sink(StageStarted("quantize", 4))
+    sink(StageStarted("look", 4))
+    clock[0] += 50
+    sink(StageFinished("look", 50.0))
+    for done in (1, 2):
+        clock[0] += 11
+        sink(StageAdvanced("quantize", done))
+    assert lines[-2:] == ["quantize: 1/4, about 33.0 s left", "quantize: 2/4, about 22.0 s left"]
+
+
 def test_a_short_stage_ends_without_a_line() -> None:
     sink, lines, _ = plain()
     sink(StageStarted("load"))

@@ -63,6 +63,8 @@ class PlainProgress:
             self._step(event.stage, event.done, self._stages[event.stage][1], event.detail)
         elif isinstance(event, StageFinished):
             self._stages.pop(event.stage, None)
+            # a stage's own steps took none of an inner stage's time, which would count as theirs in what is left
+            self._stages = {name: (start + event.time_s, total) for name, (start, total) in self._stages.items()}
             if event.time_s >= SHOWN_AFTER_S:
                 self._line(f"{event.stage}: done in {time_text(event.time_s)}")
         elif isinstance(event, LayerCommitted):
