@@ -519,6 +519,15 @@ def test_what_is_left_does_not_count_the_time_of_a_stage_within() -> None:
         clock[0] += 11
         sink(StageAdvanced("quantize", done))
     assert lines[-2:] == ["quantize: 1/4, about 33.0 s left", "quantize: 2/4, about 22.0 s left"]
+    sink, lines, clock = plain()
+    sink(StageStarted("compare", 4))  # whose cells are made of stages
+    sink(StageStarted("quantize", 4))
+    clock[0] += 20
+    sink(StageFinished("quantize", 20.0))
+    sink(StageAdvanced("compare", 1))
+    clock[0] += 20
+    sink(StageAdvanced("compare", 2))
+    assert lines[-1] == "compare: 2/4, about 40.0 s left"
 
 
 def test_a_short_stage_ends_without_a_line() -> None:

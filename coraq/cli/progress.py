@@ -16,7 +16,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID,
 from rich.table import Column
 from rich.text import Text
 
-from coraq.events import Event, LayerCommitted, Note, Sink, StageAdvanced, StageFinished, StageStarted, null_sink
+from coraq.events import (
+    QUANTIZE,
+    Event,
+    LayerCommitted,
+    Note,
+    Sink,
+    StageAdvanced,
+    StageFinished,
+    StageStarted,
+    null_sink,
+)
 from coraq.report.summary import number_text, time_text
 
 SHOWN_AFTER_S = 2.0
@@ -63,8 +73,9 @@ class PlainProgress:
             self._step(event.stage, event.done, self._stages[event.stage][1], event.detail)
         elif isinstance(event, StageFinished):
             self._stages.pop(event.stage, None)
-            # a stage's own steps took none of an inner stage's time, which would count as theirs in what is left
-            self._stages = {name: (start + event.time_s, total) for name, (start, total) in self._stages.items()}
+            if QUANTIZE in self._stages:  # no layer took the time of a stage within, such as a look at all layers
+                start, total = self._stages[QUANTIZE]
+                self._stages[QUANTIZE] = (start + event.time_s, total)
             if event.time_s >= SHOWN_AFTER_S:
                 self._line(f"{event.stage}: done in {time_text(event.time_s)}")
         elif isinstance(event, LayerCommitted):
