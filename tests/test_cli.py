@@ -231,11 +231,12 @@ def test_output_and_force_reach_the_pipeline(pipeline: FakePipeline) -> None:
     assert pipeline.calls[-1]["force"] is True
 
 
-def test_plugin_folders_reach_the_registry(pipeline: FakePipeline, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [["quantize", "m"], ["evaluate", "made"]])
+def test_plugin_folders_reach_the_registry(command: list[str], pipeline: FakePipeline, tmp_path: Path) -> None:
     folders = [tmp_path / "one", tmp_path / "two"]
-    for folder in folders:
+    for folder in [*folders, tmp_path / "made"]:
         folder.mkdir()
-    assert run(["quantize", "m", "--plugins-dir", "one", "--plugins-dir", str(folders[1])]) == 0
+    assert run([*command, "--plugins-dir", "one", "--plugins-dir", str(folders[1])]) == 0
     assert registry.plugin_folders()[:2] == folders
 
 

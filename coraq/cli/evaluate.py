@@ -32,6 +32,7 @@ def evaluate(
     std: options.Std = None,
     interpolation: options.Interpolation = None,
     strict: options.Strict = None,
+    plugins_dir: options.PluginsDir = None,
     output: options.RunsDir = options.DEFAULT_RUNS_DIR,
     fail_under: options.FailUnder = None,
     as_json: options.AsJson = False,
@@ -43,6 +44,7 @@ def evaluate(
     Options that are not given stay as they were in the run.
     """
     options.check_fail_under(fail_under)
+    options.use_plugins(plugins_dir or [])
     given = {name: value for name in DataConfig.model_fields if (value := context.params.get(name)) is not None}
     if run is not None and ".onnx" in Path(run).suffixes:
         evaluate_exported(Path(run), given, fail_under, as_json, quiet, verbose)
