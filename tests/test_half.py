@@ -86,22 +86,6 @@ def test_activations_are_clipped_as_torch_does(make: Any, inplace: bool) -> None
     assert torch.equal(make()(drawn(5)), drawn(5).clamp(0, 6))  # float32 stays float32
 
 
-@pytest.mark.parametrize("last", [True, False])
-@pytest.mark.parametrize("pad", [(0, 1, 0, 1), (2, 0, 1, 3), (1, 1, 1, 1), (0, 0, 0, 0), (-1, 1, 0, 0), (1, 2)])
-def test_zeros_around_images_are_torch_s(pad: tuple[int, ...], last: bool) -> None:
-    x = torch.randn(3, 5, 7, 6).to(torch.bfloat16)
-    x = x.contiguous(memory_format=torch.channels_last) if last else x
-    with HalfPass(torch.device("cpu")):
-        found = functional.pad(x, pad)
-        ones = functional.pad(x, pad, value=1.0)
-        mirrored = functional.pad(x, (1, 1, 1, 1), mode="reflect")
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, functional.pad(x, pad))
-    assert found.is_contiguous(memory_format=torch.channels_last) or not last or pad == (1, 2)
-    assert torch.equal(ones, functional.pad(x, pad, value=1.0))
-    assert torch.equal(mirrored, functional.pad(x, (1, 1, 1, 1), mode="reflect"))
-
-
 def test_other_ranges_are_torch_s_own() -> None:
     x = drawn(50).to(HALF)
     with HalfPass(torch.device("cpu")):

@@ -84,7 +84,7 @@ class HalfPass(TorchFunctionMode):
         given = kwargs or {}
         if func is functional.linear or func in AXES:
             return self._product(func, *args, **given)
-        return FASTER.get(func, func)(*args, **given)
+        return CLIPPING.get(func, func)(*args, **given)
 
     def _product(
         self,
@@ -117,29 +117,4 @@ def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplac
     return clip(input if inplace else input.clone(), max_val)
 
 
-def _pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
-    """`functional.pad`; with zeros around images that lie channels last, without writing their inside twice."""
-    if mode != "constant" or value or len(pad) != 4 or min(pad) < 0 or not _channels_last(input):
-        return functional.pad(input, pad, mode, value)
-    left, right, top, bottom = pad
-    images, channels, height, width = input.shape
-    frame = input.new_empty(images, top + height + bottom, left + width + right, channels)
-    frame[:, :top].zero_()
-    frame[:, top + height :].zero_()
-    inside = frame[:, top : top + height]
-    inside[:, :, :left].zero_()
-    inside[:, :, left + width :].zero_()
-    inside[:, :, left : left + width] = input.permute(0, 2, 3, 1)
-    return frame.permute(0, 3, 1, 2)
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
-
-
-# what torch takes two to four times as long for on bfloat16
-FASTER: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    functional.relu: _relu,
-    functional.hardtanh: _hardtanh,
-    functional.pad: _pad,
-}
+CLIPPING: dict[Callable[..., Any], Callable[..., Tensor]] = {functional.relu: _relu, functional.hardtanh: _hardtanh}
