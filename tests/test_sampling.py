@@ -11,6 +11,7 @@ from coraq.core.sampling import (
     MIN_ROWS,
     SampledMoments,
     grid_step,
+    paired_positions,
     positions_needed,
     sampled_patches,
     sampled_windows,
@@ -111,8 +112,19 @@ def test_a_grid_has_enough_positions_and_not_many_more(out: tuple[int, int], pos
 
 def test_layers_with_few_inputs_get_a_minimum_of_rows() -> None:
     depthwise = Geometry((3, 3), groups=8, in_channels=8)
-    assert positions_needed(depthwise, 1024, 64) * 1024 >= MIN_ROWS
+    assert positions_needed(depthwise, 64, 64) * 64 == positions_needed(depthwise, 256, 64) * 256 == MIN_ROWS
     assert positions_needed(Geometry((1, 1), in_channels=960), 1024, 64) == 60
+
+
+def test_of_more_images_fewer_rows_are_taken() -> None:
+    depthwise = Geometry((3, 3), groups=8, in_channels=8)
+    images = (64, 256, 1024, 4096)
+    for rows in (
+        [count * positions_needed(depthwise, count, 64) for count in images],
+        [count * paired_positions(depthwise, count) for count in images],
+    ):
+        assert rows == [MIN_ROWS, MIN_ROWS, MIN_ROWS // 2, MIN_ROWS // 4]
+    assert positions_needed(Geometry((3, 3), in_channels=512), 4096, 64) == 64 * 9 * 512 // 4096  # for each input 64
 
 
 def test_the_drift_needs_the_teacher() -> None:

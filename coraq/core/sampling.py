@@ -33,8 +33,10 @@ from coraq.core.patches import (
 )
 
 # For layers with few inputs: a depthwise 3×3 has nine, and they matter. A quarter of these rows, here and in pairs, was
-# a third faster on 256 images, and cost mobilenetv2 at 2 bits a fifth of its KL (cora: 0.244 against 0.206).
-MIN_ROWS = 16_384
+# a third faster on 256 images, and cost mobilenetv2 at 2 bits a fifth of its KL (cora: 0.244 against 0.206). Rows of
+# other images say more than others of the same: with 1,000, a half costs nothing that shows (comq at 4, 3 and 2 bits:
+# 0.0488, 0.203, 0.939 for 0.0504, 0.205, 0.929; mobilenetv1_075 0.0515, 0.158, 0.596 for 0.0506, 0.158, 0.629).
+MIN_ROWS, FEW_IMAGES = 16_384, 256
 # Of a layer's Gram: 0.5 GiB in float64, or 8,192 inputs in one piece; a solver needs six to eight of that size. No
 # share of the memory that is free: a run must give the same bytes wherever and whenever it runs.
 GRAM_ENTRIES = 2**26
@@ -274,13 +276,18 @@ def grid_step(out: tuple[int, int], positions: int) -> tuple[int, int]:
 
 def positions_needed(geometry: Geometry, images: int, rows_per_input: int) -> int:
     """Positions of each of `images` images that give `rows_per_input` patches for every input of a layer."""
-    return math.ceil(max(rows_per_input * geometry.inputs, MIN_ROWS) / images)
+    return math.ceil(max(rows_per_input * geometry.inputs, _least(MIN_ROWS, images)) / images)
 
 
 def paired_positions(geometry: Geometry, images: int) -> int:
     """Positions of each of `images` images at which the outputs of both networks are compared."""
-    rows = min(PAIRED_ROWS, max(1, PAIRED_ENTRIES // (geometry.groups * geometry.inputs)))
-    return math.ceil(rows / images)
+    most = max(1, PAIRED_ENTRIES // (geometry.groups * geometry.inputs))
+    return math.ceil(min(_least(PAIRED_ROWS, images), most) / images)
+
+
+def _least(rows: int, images: int) -> int:
+    """How many rows of more than `FEW_IMAGES` images are as good as so many of these."""
+    return math.ceil(rows * math.sqrt(min(1.0, FEW_IMAGES / images)))
 
 
 def blocks_needed(geometry: Geometry) -> int:
