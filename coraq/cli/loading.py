@@ -19,6 +19,7 @@ def load_networks(quiet: bool = False) -> None:
     if "timm" in sys.modules:
         return
     with nullcontext() if quiet else Console(stderr=True).status("loading torch and timm"):
+        importlib.import_module("torch")  # where it has the compiler already, that stays
         try:
             with compiler_left_out():
                 importlib.import_module("timm.data")
