@@ -195,17 +195,15 @@ def find_run(run: str | None, runs_dir: Path, quiet: bool = False) -> Path:
     Raises:
         CoraqError: there is none.
     """
-    if run is None:
-        load_networks(quiet)
-        from coraq import artifact
+    found = None if run is None else next((path for path in (Path(run), runs_dir / run) if path.is_dir()), None)
+    if run is not None and found is None:
+        names = [child.name for child in runs_dir.iterdir() if child.is_dir()] if runs_dir.is_dir() else []
+        raise UsageError(f"no run {run!r} here or in {runs_dir}", nearest(run, names) or "coraq quantize makes one")
+    load_networks(quiet)
 
-        return artifact.newest_run(runs_dir)
-    for folder in (Path(run), runs_dir / run):
-        if folder.is_dir():
-            load_networks(quiet)
-            return folder
-    names = [child.name for child in runs_dir.iterdir() if child.is_dir()] if runs_dir.is_dir() else []
-    raise UsageError(f"no run {run!r} here or in {runs_dir}", nearest(run, names) or "coraq quantize makes one")
+    from coraq import artifact
+
+    return found or artifact.newest_run(runs_dir)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ from coraq.events import QUANTIZE, LayerCommitted, Metric, Note, Sink, StageAdva
 from coraq.model.activations import ActivationGrids, ActivationRecord, Site, find_sites, spread_over
 from coraq.model.blocks import Block, Granularity, partition
 from coraq.model.delegate import OneLayer, OneUnit
-from coraq.model.engine import Arrival, LockStep, Schedule, live_bytes, released, spread_out
+from coraq.model.engine import Arrival, LockStep, Schedule, enough, live_bytes, released
 from coraq.model.fold import Trace
 from coraq.model.half import HalfPass
 from coraq.model.inputs import (
@@ -99,7 +99,7 @@ class CalibrationTask(LayerByLayer):
         self._batches = list(batches)
         self._early_images = early_images
         self._release: list[str] | None = None
-        self._only: int | None = None  # so many micro-batches, and no more, take part in a pass
+        self._only: list[int] | None = None  # the micro-batches that take part in a pass; None: all
         self._schedules: dict[tuple[str, ...], Schedule] = {}  # by the modules, no layers, that the pass stops at
         self._seed, self._sink, self._on_commit = seed, sink, on_commit
         self.grids = self._find_grids(found)
@@ -420,15 +420,12 @@ class CalibrationTask(LayerByLayer):
     @contextmanager
     def fewer_images(self, count: int) -> Iterator[int]:
         """See `coraq.api.Task.fewer_images`."""
-        taken = images = 0
-        for index in spread_out(len(self._batches)):
-            if images >= count:
-                break
-            taken, images = taken + 1, images + len(self._batches[index])
+        sizes = list(map(len, self._batches))
+        only = enough(sizes, count)
         self.close()
-        self._only = taken if taken < len(self._batches) else None
+        self._only = only if len(only) < len(sizes) else None
         try:
-            yield images
+            yield sum(sizes[index] for index in only)
         finally:
             self._only = None
             self.close()

@@ -294,6 +294,13 @@ def spread_out(count: int) -> list[int]:
     return sorted(range(count), key=lambda index: int(f"{index:0{bits}b}"[::-1], 2))
 
 
+def enough(sizes: Sequence[int], images: int) -> list[int]:
+    """The fewest micro-batches, spread over all, that hold so many images; all where there are not so many."""
+    order = spread_out(len(sizes))
+    held = accumulate(sizes[index] for index in order)
+    return order[: next((count for count, seen in enumerate(held, 1) if seen >= images), len(order))]
+
+
 class Schedule(NamedTuple):
     """When which micro-batches take part.
 
@@ -322,20 +329,18 @@ class Schedule(NamedTuple):
             early: images that are there from the start, at least; 0: all.
         """
         every = len(sizes)
-        order = spread_out(every)
-        images = accumulate(sizes[index] for index in order)
-        count = next((n for n, seen in enumerate(images, 1) if seen >= early > 0), every)
+        count = len(enough(sizes, early)) if early else every
         room, widest, present = count * max(live.values(), default=0), 0, dict[str, int]()
         for stop, size in reversed(list(live.items())):
             widest = max(widest, size)
             present[stop] = min(every, room // max(1, widest)) if present else every
         late = any(there < every for there in present.values())
-        return cls(order if late else list(range(every)), dict(reversed(present.items())), dict(live))
+        return cls(spread_out(every) if late else list(range(every)), dict(reversed(present.items())), dict(live))
 
-    def limited(self, count: int) -> Schedule:
-        """The same with so many micro-batches in all, spread over all there are."""
-        present = {stop: min(there, count) for stop, there in self.present.items()}
-        return Schedule(spread_out(len(self.order))[:count], present, self.live)
+    def limited(self, order: list[int]) -> Schedule:
+        """The same with these micro-batches alone."""
+        present = {stop: min(there, len(order)) for stop, there in self.present.items()}
+        return Schedule(order, present, self.live)
 
 
 class _Release:
