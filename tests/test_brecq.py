@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -16,7 +17,7 @@ from coraq.core.grid import mse_grid
 from coraq.core.ranges import grid_between
 from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at, squared_error
 from coraq.errors import CoraqError
-from coraq.methods.brecq import BRECQ, QDrop
+from coraq.methods.brecq import BRECQ, QDrop, Unit
 from coraq.model.calibration import CalibrationTask
 from coraq.model.engine import LiveStorages
 from coraq.model.fold import fold
@@ -32,6 +33,14 @@ def rounding(start: str = "float", bits: int = 3, trust: float = 0.0) -> tuple[t
 
 
 # ---------------------------------------------------------------- soft rounding
+
+
+def test_trust_starts_at_the_base_codes_however_far_they_are_from_the_weight() -> None:
+    weight, _ = rounding()
+    grid = mse_grid(weight, 3, symmetric=False)
+    codes = torch.randint(0, grid.top + 1, weight.shape, generator=torch.Generator().manual_seed(2)).double()
+    assert float((codes - grid.position(weight)).abs().max()) > 3
+    assert torch.equal(SoftRounding(weight, grid, codes, trust=0.75).codes(), codes)
 
 
 def test_the_soft_weight_starts_at_the_float_weight() -> None:
@@ -324,13 +333,32 @@ def test_a_single_linear_layer_is_solved_as_by_enumeration(learn: str, start: st
     assert found_exactly >= exact
 
 
-def test_the_warm_up_ends_where_the_loss_stops_falling() -> None:
-    long = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=0, edges=True, learn="all")
-    short = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=5, edges=True, learn="all")
-    assert set(metrics(long, "iterations").values()) == {200}
-    taken = metrics(short, "iterations")
-    assert max(taken.values()) <= 200
-    assert min(taken.values()) < 200
+def test_learning_ends_where_looks_show_no_gain_and_the_best_look_is_the_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: dict[str, list[float]] = {}
+    look = Unit._look
+
+    def watched(self: Unit, weights: bool, best: float) -> float:
+        error = look(self, weights, best)
+        seen.setdefault(self.views[0].name, []).append(error)
+        return error
+
+    monkeypatch.setattr(Unit, "_look", watched)
+    options = {"iterations": 60, "patience": 5, "edges": True, "start": "nearest", "rounds": 0}
+    task = solved(QDrop, Scheme(bits=2, act_bits=4), resnet(), **options)
+    errors, starts, taken = (metrics(task, key) for key in ("block_error", "block_start_error", "iterations"))
+    assert len(seen) > 3
+    gained = 0
+    for name, looks in seen.items():
+        assert taken[name] == 5 * len(looks) or taken[name] == 60
+        idle = [error >= min([starts[name], *looks[:i]]) for i, error in enumerate(looks)]
+        assert not any(a and b for a, b in itertools.pairwise(idle[:-1]))
+        assert taken[name] == 60 or (idle[-1] and idle[-2])
+        assert errors[name] == min(*looks, starts[name])
+        gained += errors[name] < starts[name]
+    assert min(taken.values()) < 60
+    assert gained
 
 
 def test_the_paper_s_preset_is_the_paper_s() -> None:

@@ -40,7 +40,8 @@ class SoftRounding:
         base = grid.codes(weight) if codes is None else codes.to(unit.dtype)
         lower = torch.where(unit >= base, base, base - 1) if codes is not None else unit.floor()
         self.floor = lower.clamp(0, grid.top - 1)
-        part = (1 - trust) * unit + trust * base - self.floor
+        # a base code may lie further from the float weight than its neighbour: the start is between the candidates
+        part = (1 - trust) * unit.clamp(base - 1, base + 1) + trust * base - self.floor
         part = part.clamp(EDGE, 1 - EDGE)
         self.alpha = torch.logit((part - GAMMA) / (ZETA - GAMMA)).requires_grad_(True)
 

@@ -64,6 +64,7 @@ NORM = 2.4  # of the nearest start's range search, as published
 FEWEST = 4  # images in a step, however large their maps
 FINE = 8  # bits at which a nearest code is as good as any
 STEP_FACTORS = (0.7, 0.85, 1.15, 1.3)  # that an activation step is tried at
+LOOKS = 2  # in a row that show no gain, and learning ends
 DAMPINGS = (1.0, 2.0, 4.0)  # that a Newton step is tried with
 MOST_INPUTS = 8192  # of a layer that descent works on: its Gram must fit
 
@@ -73,7 +74,7 @@ class BRECQ:
 
     name: ClassVar[str] = "brecq"
     summary: ClassVar[str] = "codes that preserve each block's output, by descent or learned; activation steps learned"
-    version: ClassVar[str] = "5"
+    version: ClassVar[str] = "6"
     needs_data: ClassVar[bool] = True
 
     class Config(MethodConfig):
@@ -135,8 +136,8 @@ class BRECQ:
         patience: int = Field(
             default=40,
             ge=0,
-            description="the warm-up ends, and all is shortened alike, when the mean loss of so many steps is not 2 % "
-            "below that of as many before; 0: never",
+            description="every so many steps the roundings are made hard and judged; the best stay, and learning ends "
+            "at the second look in a row that gains nothing; 0: judged in the end alone",
         )
         joint: bool = Field(
             default=True, description="learn roundings and activation steps together, or the steps afterwards"
@@ -198,7 +199,7 @@ class QDrop(BRECQ):
 
     name: ClassVar[str] = "qdrop"
     summary: ClassVar[str] = "learned rounding as brecq, half of the activations dropped to float while learning"
-    version: ClassVar[str] = "5"
+    version: ClassVar[str] = "6"
 
     class Config(BRECQ.Config):
         # QDrop's own paper learns roundings and steps together
@@ -257,22 +258,19 @@ class Unit:
         self.start()
         before = self._error()
         if not self.config.edges and not self.steps and all(view.bits >= FINE for view in self.views):
-            self._go_back()
+            self._keep_start()
             return self._result(), {"block_error": before, "block_start_error": before, "iterations": 0, "moves": 0}
         rounding, steps = self.config.learn == "all", self.config.learn != "none"
         fisher = self.task.fisher(self.data.block) if steps and self.config.loss == "fisher" else None
-        moves, reached = self._descend(before)
-        taken = self._learn(fisher, weights=True, steps=self.config.joint) if rounding else 0
+        moves, error = self._descend(before)
+        self._keep_start()
+        taken = 0
+        if rounding:
+            taken, error = self._learn(fisher, error, weights=True, steps=self.config.joint)
         if self.steps and steps and not (rounding and self.config.joint):
-            taken += self._learn(fisher, weights=False, steps=True)
-        after = reached
-        if taken:
-            self._harden()
-            after = self._error()
-        if not taken or (self.config.guard and not after <= reached):
-            self._go_back()
-            after = reached
-        metrics = {"block_error": after, "block_start_error": before, "iterations": taken, "moves": moves}
+            more, error = self._learn(fisher, error, weights=False, steps=True)
+            taken += more
+        metrics = {"block_error": error, "block_start_error": before, "iterations": taken, "moves": moves}
         return self._result(), metrics
 
     @property
@@ -450,8 +448,11 @@ class Unit:
             count += wanted.numel()
         return error / max(energy - total**2 / count, 1e-30)
 
-    def _learn(self, fisher: Tensor | None, weights: bool, steps: bool) -> int:
-        """Gradient descent; returns the steps taken."""
+    def _learn(self, fisher: Tensor | None, error: float, weights: bool, steps: bool) -> tuple[int, float]:
+        """Gradient descent, from a result of this error; the best that a look shows becomes the result.
+
+        Returns the steps taken, and the error that is reached. Without `guard` the result so far does not compete.
+        """
         config = self.config
         groups: list[dict[str, Any]] = []
         if weights:
@@ -460,27 +461,42 @@ class Unit:
                 if layer.bias.requires_grad:
                     spread = float(layer.start_bias.std(unbiased=False)) + 1e-3
                     groups.append({"params": [layer.bias], "lr": config.bias_lr * spread})
-        if steps and self.steps and config.act_lr > 0:
+        steps = steps and bool(self.steps) and config.act_lr > 0
+        if steps:
             groups.append({"params": [step.log_factor for step in self.steps.values()], "lr": config.act_lr})
             self.use_learned_grids()
         if not groups:
-            return 0
+            return 0, error
         adam = torch.optim.Adam(groups)
         total = config.iterations
         warm = int(config.warmup * total)
         weigh = None if fisher is None else fisher / fisher.mean().clamp(min=1e-30)
-        losses: list[float] = []
-        step = 0
-        while step < total:
-            beta = beta_at((step - warm) / max(1, total - warm)) if weights and step >= warm else None
-            losses.append(self.step(adam, weights, beta, weigh))
-            step += 1
-            window = config.patience
-            if window and step < warm and step >= 2 * window and step % window == 0:
-                now, then = sum(losses[-window:]), sum(losses[-2 * window : -window])
-                if now > 0.98 * then:  # the warm-up is over; the rest keeps its share
-                    total, warm = max(step + 1, int(step / max(config.warmup, 1e-6))), step
-        return step
+        best, idle, taken = error if config.guard else math.inf, 0, 0
+        while taken < total and idle < LOOKS:
+            beta = beta_at((taken - warm) / max(1, total - warm)) if weights and taken >= warm else None
+            self.step(adam, weights, beta, weigh)
+            taken += 1
+            if taken == total or (config.patience and taken % config.patience == 0):
+                found = self._look(weights, best)
+                idle = 0 if found < best else idle + 1
+                best = found if found < best else best  # NaN, too, is no gain
+                if steps:
+                    self.use_learned_grids()
+        return taken, best if best < math.inf else error
+
+    def _look(self, weights: bool, best: float) -> float:
+        """The error of what has been learned, roundings made hard; it becomes the result if it is below `best`."""
+        final = self.final
+        if weights:
+            final = {name: (x.rounding.codes(), x.bias.detach().clone()) for name, x in self.layers.items()}
+        grids = {name: step.result() for name, step in self.steps.items()}
+        for name, (codes, bias) in final.items():
+            self._put(name, codes, bias)
+        self._set_grids(grids)
+        error = self._error()
+        if error < best:
+            self.final, self.grids = final, grids
+        return error
 
     def step(self, adam: torch.optim.Optimizer, weights: bool, beta: float | None, weigh: Tensor | None) -> float:
         """One step on a fresh batch, with the regulariser if `beta` is given; returns the loss without it."""
@@ -518,27 +534,16 @@ class Unit:
         return found
 
     def _hard(self) -> dict[str, Tensor]:
-        """Parameters of the copy on their final codes."""
-        found = self._soft()
-        for name, layer in self.layers.items():
-            inner = self.data.block.inner(name)
-            path = inner + ".weight" if inner else "weight"
-            found[path] = layer.rounding.grid.values(self._codes(layer)).reshape(layer.shape)
-        return {key: value.detach() for key, value in found.items()}
-
-    def _codes(self, layer: _Layer) -> Tensor:
-        """The layer's final codes."""
-        return layer.rounding.codes() if self.config.learn == "all" else layer.base
-
-    def _harden(self) -> None:
-        """The final codes, biases and learned steps are the result, and go into the copy."""
-        self.final = {name: (self._codes(layer), layer.bias.detach()) for name, layer in self.layers.items()}
-        self.grids = {name: step.result() for name, step in self.steps.items()}
+        """Parameters of the copy on the codes of the result."""
+        found = {}
         for name, (codes, bias) in self.final.items():
-            self._put(name, codes, bias)
-        self._set_grids(self.grids)
+            inner, layer = self.data.block.inner(name), self.layers[name]
+            path = inner + "." if inner else ""
+            found[path + "weight"] = layer.rounding.grid.values(codes).reshape(layer.shape)
+            found[path + "bias"] = bias
+        return found
 
-    def _go_back(self) -> None:
+    def _keep_start(self) -> None:
         """The start is the result."""
         self.final = {name: (layer.base, layer.start_bias) for name, layer in self.layers.items()}
         self.grids = {site.name: self.data.grids[site.name] for site in self.data.sites}
