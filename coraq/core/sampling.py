@@ -86,8 +86,13 @@ class SampledMoments:
         self._gram = torch.zeros(groups, size, size, dtype=torch.float64, device=self.device)
         # patches have their taps first, but where they are cut into blocks of a weight's consecutive inputs
         self._taps = math.prod(geometry.kernel) if blocks == 1 else 1
+        self._depthwise = 1 < geometry.groups == geometry.in_channels and blocks == 1
+        self._depthwise &= math.prod(geometry.kernel) <= DEPTHWISE_TAPS
         self._project = None if project is None else _in_blocks(taps_first(project, self._taps), blocks)
         k = 0 if project is None else project.shape[1]
+        # looked through at the end and not at every row: less work, unless there are few rows to look through
+        self._at_end = not self._depthwise and 2 * k > inputs
+        k = inputs if self._at_end else k
         self._drift_sum = torch.zeros(groups, k, dtype=torch.float64, device=self.device)
         self._drift = torch.zeros(groups, k, inputs, dtype=torch.float64, device=self.device)
 
@@ -95,11 +100,8 @@ class SampledMoments:
         """Take in images [N, C, H, W] of the student, and of the teacher in the same order if `project`."""
         if self._project is not None and teacher is None:
             raise ValueError("the teacher's inputs were not given")
-        few = math.prod(self.geometry.kernel) <= DEPTHWISE_TAPS
-        if few and 1 < self.geometry.groups == self.geometry.in_channels and self.blocks == 1:
-            self.count += self._add_depthwise(student, teacher)
-        else:
-            self.count += self._add_rows(student, teacher)
+        add = self._add_depthwise if self._depthwise else self._add_rows
+        self.count += add(student, teacher)
         self._batches += 1
 
     def _add_rows(self, student: Tensor, teacher: Tensor | None) -> int:
@@ -110,8 +112,9 @@ class SampledMoments:
         rows = _in_blocks(rows, self.blocks)
         difference = None
         if self._project is not None and teacher is not None:
-            apart = _in_blocks(self._rows(teacher), self.blocks).sub_(rows)
-            difference = rows_times(apart, self._project)
+            difference = _in_blocks(self._rows(teacher), self.blocks).sub_(rows)
+            if not self._at_end:
+                difference = rows_times(difference, self._project)
         if self._shift is None:
             self._shift = rows.mean(1, keepdim=True)
         rows.sub_(self._shift)
@@ -172,6 +175,8 @@ class SampledMoments:
         mean, less = self._means()
         moved = self._drift_sum / self.count
         drift = self._drift / self.count - _outer(moved, less) + (0.0 if centred else _outer(moved, mean))
+        if self._at_end and self._project is not None:
+            drift = self._project.double() @ drift
         return channels_first(drift, self._taps)
 
     def _means(self) -> tuple[Tensor, Tensor]:
