@@ -16,7 +16,7 @@ from torch import Tensor
 
 from coraq.api import Field, LayerView, LeastSquares, MethodConfig, QuantizedLayer, Scheme, Task
 from coraq.core.grid import Codebook
-from coraq.core.rounding import descend, factorise, feedback, nearest, pack, prepare, search
+from coraq.core.rounding import descend, factorise, feedbacks, nearest, pack, prepare, search
 
 DEEPEST = 24  # smallest power is 2**-24 of the largest: sums of four are still exact in float32
 
@@ -65,7 +65,7 @@ class NHotPowersOfTwo:
         problem = prepare(weight, gram)
         if feed_back:
             factor = factorise(problem, gram)
-            best = search(problem, (feedback(problem, factor, grid) for grid in grids))
+            best = search(problem, feedbacks(problem, factor, grids))
             best = descend(problem, best, self.config.sweeps, tolerance=1e-3)
         else:
             best = search(problem, (nearest(problem, grid) for grid in grids))

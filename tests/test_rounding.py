@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coraq.core import rounding
 from coraq.core.grid import Codebook, Grid, minmax_grid, mse_grid
-from coraq.core.rounding import descend, factorise, feedback, nearest, pack, prepare, reassess, search
+from coraq.core.rounding import descend, factorise, feedback, feedbacks, nearest, pack, prepare, reassess, search
 
 
 def layer(
@@ -224,9 +224,29 @@ def test_strips_of_channels_do_not_change_the_result(monkeypatch: pytest.MonkeyP
     problem = prepare(weight, gram, dtype=torch.float64)
     whole = descend(problem, nearest(problem, grid), 3)
     monkeypatch.setattr(rounding, "STRIP", 4)
-    monkeypatch.setattr(rounding, "BLOCK", 16)
+    monkeypatch.setattr(rounding, "BLOCK", 9)
     pieces = descend(problem, nearest(problem, grid), 3)
     assert torch.equal(whole.levels, pieces.levels)
+
+
+@pytest.mark.parametrize("strip", [4, 40, 4096])
+@pytest.mark.parametrize(("groups", "granularity"), [(1, "channel"), (3, "channel"), (1, "tensor")])
+def test_ranges_side_by_side_are_rounded_as_one_after_another(
+    groups: int, granularity: str, strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, gram = layer(13, groups=groups, out=5, inputs=37)
+    grid = mse_grid(weight, 3, False, granularity)
+    problem = prepare(weight, gram, dtype=torch.float64)
+    factor = factorise(problem, gram)
+    grids = [grid.scaled(1.2 - 0.1 * i) for i in range(6)] + [grid.shifted(1), grid.shifted(-1)]
+    monkeypatch.setattr(rounding, "STRIP", 2)
+    alone = [feedback(problem, factor, grid) for grid in grids]
+    monkeypatch.setattr(rounding, "STRIP", strip)
+    for one, other in zip(alone, feedbacks(problem, factor, grids), strict=True):
+        for name in ("levels", "scale", "low", "high"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+        assert torch.allclose(one.error, other.error, rtol=1e-9, atol=0)
+    assert len({float(one.error.sum()) for one in alone}) == len(grids)
 
 
 def test_dead_inputs_keep_nearest_rounding() -> None:

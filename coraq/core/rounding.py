@@ -22,7 +22,7 @@ are then rounded side by side; a channel's scale and error are those of all its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Literal
@@ -34,8 +34,8 @@ from coraq.core.grid import TINY, Codebook, Grid, nearest_entries
 from coraq.core.tensors import QTensor
 
 DEAD = 1e-9  # an input with less than this share of the mean diagonal of H keeps nearest rounding
-BLOCK = 64  # inputs that are rounded one by one before a matrix product tells all others
-STRIP = 512  # output channels worked on at once: a block of them stays in cache, its small steps on one thread
+BLOCK = 16  # inputs that are rounded one by one before a matrix product tells all others
+STRIP = 2048  # output channels worked on at once: the small steps of a block of them stay in cache and on one thread
 
 Order = Literal["cyclic", "common", "curvature"]
 
@@ -203,11 +203,25 @@ def feedback(problem: Problem, factor: Factor, grid: Grid | Codebook) -> Roundin
 
     `error` is that of the damped problem, which is what GPTQ minimises; `reassess` gives the true one.
     """
-    start = _enter(problem, grid)
-    levels, targets = start.levels, start.levels.clone()
-    _sweep(targets, levels, factor.pull, start, onward=True)
-    error = _dot((targets - levels).square_(), factor.curvature) * start.scale.double().square()
-    return replace(start, error=error)
+    return next(feedbacks(problem, factor, [grid]))
+
+
+def feedbacks(problem: Problem, factor: Factor, grids: Sequence[Grid | Codebook]) -> Iterator[Rounding]:
+    """`feedback` on grids that differ in scales and zero points alone: side by side, as if they were more channels."""
+    groups, _, out = problem.weight.shape
+    at_once = max(1, STRIP // (groups * out))  # a step on few channels takes no less time than one on many
+    for first in range(0, len(grids), at_once):
+        starts = [_enter(problem, grid) for grid in grids[first : first + at_once]]
+        levels, low, high = (
+            torch.cat([getattr(start, name).expand(-1, -1, out) for start in starts], 2)
+            for name in ("levels", "low", "high")
+        )
+        whole, targets = replace(starts[0], levels=levels, low=low, high=high), levels.clone()
+        _sweep(targets, levels, factor.pull, whole, onward=True)
+        errors = _dot((targets - levels).square_(), factor.curvature)
+        parts = (x.split(out, 2) for x in (levels, errors))
+        for start, own, error in zip(starts, *parts, strict=True):
+            yield replace(start, levels=own.contiguous(), error=error * start.scale.double().square())
 
 
 def reassess(problem: Problem, rounding: Rounding) -> Rounding:

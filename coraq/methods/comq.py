@@ -26,7 +26,7 @@ from coraq.api import (
     mse_grid,
 )
 from coraq.core.grid import SHIFTED_SCALES, shifts
-from coraq.core.rounding import Order, Problem, Rounding, descend, factorise, feedback, nearest, pack, prepare, search
+from coraq.core.rounding import Order, Problem, Rounding, descend, factorise, feedbacks, nearest, pack, prepare, search
 
 PAPER = {
     "grid": "minmax",
@@ -138,7 +138,7 @@ class COMQ:
         if config.start != "gptq":
             return search(problem, (nearest(problem, grid) for grid in self._grids(grid, problem)))
         factor = factorise(problem, squares.gram, config.damping)
-        return search(problem, (feedback(problem, factor, grid) for grid in self._grids(grid, problem)))
+        return search(problem, feedbacks(problem, factor, self._grids(grid, problem)))
 
     def _grids(self, grid: Grid, problem: Problem) -> list[Grid]:
         """The ranges to try; on an affine grid also with the zero point up to one step up and down."""
