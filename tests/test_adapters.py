@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+import coraq
 from coraq import registry
 from coraq.api import LowRank, QuantizedLayer, minmax_grid
 from coraq.artifact import RunFolder
@@ -147,6 +148,18 @@ def test_cora_holds_its_budget_and_beats_its_base(spend: str) -> None:
     assert any(layer.weight.bits != base[name].weight.bits for name, layer in layers.items()) == (spend == "bits") or (
         spend == "auto"
     )
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_a_file_of_shared_out_bits_is_as_large_as_its_base_s(bits: int, tmp_path: Path) -> None:
+    """To a tenth of a percent: layers that get more than 4 bits give up their column scales, and others get some."""
+    sizes = {}
+    for method in ("comq", "cora"):
+        path = tmp_path / f"{method}.safetensors"
+        result = coraq.quantize("demo", method, bits, calib_size=128, path=path).result
+        sizes[method] = path.stat().st_size
+        assert len({layer.bits for layer in result.layers if layer.name != "classifier"}) > (method == "cora")
+    assert sizes["cora"] == pytest.approx(sizes["comq"], rel=1e-3)
 
 
 def test_shares_of_bits_come_from_what_the_base_leaves_but_where_rows_are_few(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -57,6 +57,7 @@ PAPER: dict[str, Any] = {
     "correction": 0.0,
 }
 FULL = 8  # bits at which a layer's KL is taken where fewer say too little, and the most that a layer may get
+ENTRY = 110  # bytes that one more tensor takes in a file's header: name, type, shape, place
 FISHER_IMAGES = 128
 # Images of the first pass. 1,000 take twice as long and plan no better: KL at 4, 3 and 2 bits .0031, .0082 and .0162
 # for .0031, .0069 and .0162 (mobilenetv2_100), .0092, .0207 and .0715 for .0107, .0224 and .0474 (mobilenetv1_075).
@@ -86,7 +87,7 @@ class CoRa:
 
     name: ClassVar[str] = "cora"
     summary: ClassVar[str] = "bits or adapter ranks of all layers shared out under one byte budget, on any codes"
-    version: ClassVar[str] = "7"
+    version: ClassVar[str] = "8"
     needs_data: ClassVar[bool] = True
     chooses_bits: ClassVar[bool] = True
 
@@ -250,14 +251,14 @@ class CoRa:
             layers.append(
                 [
                     Choice(
-                        stored_bytes(layer.shape, bits, 0, 0) + adapter_bytes(layer.shape, rank, config.adapter_bits),
+                        _code_bytes(layer, bits, task.scheme) + adapter_bytes(layer.shape, rank, config.adapter_bits),
                         kl[layer.name] * fall[bits] * share[rank],
                     )
                     for bits, rank in options
                 ]
             )
         weights = sum(layer.weight.numel() for layer in task.layers)
-        budget = sum(stored_bytes(layer.shape, layer.bits, 0, 0) for layer in task.layers) + config.budget * weights
+        budget = sum(_code_bytes(layer, layer.bits, task.scheme) for layer in task.layers) + config.budget * weights
         taken = allocate(layers, budget)
         predicted = sum(c[i].loss for c, i in zip(layers, taken, strict=True))
         if not config.budget and predicted > WORTH * uniform:
@@ -322,6 +323,13 @@ class CoRa:
 def _uniform(task: Task) -> dict[str, list[int]]:
     """The plan that changes nothing: each layer's own bits, and no adapters."""
     return {layer.name: [layer.bits, 0] for layer in task.layers}
+
+
+def _code_bytes(layer: LayerView, bits: int, scheme: Scheme) -> int:
+    """Bytes of codes of so many bits, and of the column scales that come with them; other scales a layer has anyway."""
+    codes = stored_bytes(layer.shape, bits, 0, 0)
+    has_columns = replace(layer, bits=bits).has_columns(scheme)
+    return codes + layer.shape[0] * layer.channels + ENTRY if has_columns else codes
 
 
 def _nearest_error(task: Task, layer: LayerView, bits: int) -> Tensor:
