@@ -105,11 +105,11 @@ def _show_worst(console: Console, result: RunResult) -> None:
 
 
 def _show_next(console: Console, result: RunResult, commands: Collection[str]) -> None:
-    run = shlex.quote(result.run_dir)
+    run, plugins = shlex.quote(result.run_dir), _plugins_of(result.command)
     lines = [("report", f"coraq report {run}")]
     if result.comparison is None:
-        lines.append(("evaluate", f"coraq evaluate {run} --data-dir FOLDER"))
-    lines += [("compare", "coraq compare"), ("export", f"coraq export {run}")]
+        lines.append(("evaluate", f"coraq evaluate {run} --data-dir FOLDER{plugins}"))
+    lines += [("compare", f"coraq compare{plugins}"), ("export", f"coraq export {run}{plugins}")]
     scheme = result.config.scheme
     few = MIN_BITS < (scheme.act_bits or 0) <= FEW_BITS
     if few and scheme.act_mixed == "none" and scheme.act_placement == "inputs" and result.command:
@@ -118,6 +118,17 @@ def _show_next(console: Console, result: RunResult, commands: Collection[str]) -
     for command, line in lines:
         if command in commands:
             console.print(f"  {line}", soft_wrap=True)
+
+
+def _plugins_of(command: Sequence[str]) -> str:
+    """A run's `--plugins-dir` options, for commands that load its network again: a plugin may be what registers it."""
+    option, found = "--plugins-dir", []
+    for word, following in zip(command, [*command[1:], ""], strict=False):
+        if word == option:
+            found.append(following)
+        elif word.startswith(f"{option}="):
+            found.append(word.removeprefix(f"{option}="))
+    return "".join(f" {option} {shlex.quote(folder)}" for folder in found)
 
 
 def show_plan(plan: Plan) -> None:
