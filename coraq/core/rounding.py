@@ -216,7 +216,9 @@ def feedbacks(problem: Problem, factor: Factor, grids: Sequence[Grid | Codebook]
             torch.cat([getattr(start, name).expand(-1, -1, out) for start in starts], 2)
             for name in ("levels", "low", "high")
         )
-        whole, targets = replace(starts[0], levels=levels, low=low, high=high), levels.clone()
+        whole = replace(starts[0], levels=levels, low=low, high=high)
+        starts = [replace(start, levels=levels) for start in starts]  # their own are not needed any more
+        targets = levels.clone()
         _sweep(targets, levels, factor.pull, whole, onward=True)
         errors = _dot((targets - levels).square_(), factor.curvature)
         parts = (x.split(out, 2) for x in (levels, errors))
