@@ -90,7 +90,7 @@ class SampledMoments:
         self._depthwise &= math.prod(geometry.kernel) <= DEPTHWISE_TAPS
         self._project = None if project is None else _in_blocks(taps_first(project, self._taps), blocks)
         k = 0 if project is None else project.shape[1]
-        # looked through at the end and not at every row: less work, unless there are few rows to look through
+        # looked through once, at the end, and not at every row: less work where it has more rows than half its columns
         self._at_end = not self._depthwise and 2 * k > inputs
         k = inputs if self._at_end else k
         self._drift_sum = torch.zeros(groups, k, dtype=torch.float64, device=self.device)
