@@ -361,6 +361,15 @@ def test_learning_ends_where_looks_show_no_gain_and_the_best_look_is_the_result(
     assert gained
 
 
+def test_patience_ends_learning_early_and_none_takes_all_steps() -> None:
+    long = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=0, edges=True, learn="all")
+    short = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=5, edges=True, learn="all")
+    assert set(metrics(long, "iterations").values()) == {200}
+    taken = metrics(short, "iterations")
+    assert max(taken.values()) <= 200
+    assert min(taken.values()) < 200
+
+
 def test_the_paper_s_preset_is_the_paper_s() -> None:
     config = configure(BRECQ, {"preset": "paper"})
     assert (config.iterations, config.lr, config.start, config.trust) == (20000, 1e-3, "nearest", 0)  # type: ignore[attr-defined]

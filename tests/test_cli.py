@@ -439,15 +439,18 @@ def test_few_bits_for_inputs_are_told_of_how_to_share_them_out(
 
 
 def test_the_next_commands_name_the_plugins_that_the_run_had(
-    pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+    pipeline: FakePipeline, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["coraq", "quantize", "net", "--plugins-dir", "my plugins", "--bits", "4", "--plugins-dir=b"]
-    pipeline.result = run_result(comparison=None, run_dir="runs/net", command=command)
-    assert run(["quantize", "m"]) == 0
+    monkeypatch.setenv("CORAQ_PLUGINS", "")  # what the command adds to it is undone
+    monkeypatch.chdir(tmp_path)
+    for name in ("my plugins", "b"):
+        Path(name).mkdir()
+    pipeline.result = run_result(comparison=None, run_dir="runs/net")
+    assert run(["quantize", "m", "--plugins-dir", "my plugins", "--bits", "4", "--plugins-dir=b"]) == 0
     out = capsys.readouterr().out
     for line in ("coraq evaluate runs/net --data-dir FOLDER", "coraq compare", "coraq export runs/net"):
         assert f"  {line} --plugins-dir 'my plugins' --plugins-dir b\n" in out
-    pipeline.result = run_result(run_dir="runs/net", command=["coraq", "quantize", "net"])
+    pipeline.result = run_result(run_dir="runs/net")
     assert run(["quantize", "m"]) == 0
     assert "  coraq export runs/net\n" in capsys.readouterr().out
 

@@ -72,8 +72,7 @@ def command_line(config: RunConfig, runs_dir: Path, plugins_dirs: Iterable[Path]
                 add(name, ",".join(map(str, value)))
             else:
                 add(name, str(value))
-    for folder in plugins_dirs:
-        line += ["--plugins-dir", str(folder)]
+    line += options.plugin_flags(plugins_dirs)
     if runs_dir != options.DEFAULT_RUNS_DIR:
         line += ["--output", str(runs_dir)]
     return line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from coraq.cli import options
 from coraq.config import MIN_BITS
 from coraq.report import summary
 from coraq.results import Comparison, RunResult
@@ -27,8 +29,13 @@ def stdout() -> Console:
     return Console(highlight=False, markup=False, emoji=False)
 
 
-def show_result(result: RunResult, commands: Collection[str], notes: Iterable[str] = ()) -> None:
-    """The closing tables of a run, its notes and other `notes`, then what to try next among the existing `commands`."""
+def show_result(
+    result: RunResult, commands: Collection[str], notes: Iterable[str] = (), plugins_dirs: Iterable[Path] = ()
+) -> None:
+    """The closing tables of a run, its notes and other `notes`, then what to try next among the existing `commands`.
+
+    Those that load its network again get its `plugins_dirs`: a plugin may be what registers the architecture.
+    """
     console = stdout()
     console.print()
     console.print(Text(summary.title(result), style="bold"))
@@ -49,7 +56,7 @@ def show_result(result: RunResult, commands: Collection[str], notes: Iterable[st
     _show_worst(console, result)
     for note in dict.fromkeys([*result.notes, *notes]):
         console.print(Text(f"note: {note}", style="yellow"))
-    _show_next(console, result, commands)
+    _show_next(console, result, commands, options.plugin_flags(plugins_dirs))
 
 
 def _show_accuracy(console: Console, result: RunResult) -> None:
@@ -104,31 +111,20 @@ def _show_worst(console: Console, result: RunResult) -> None:
     console.print(columns_table(["worst layers", "kind", "bits", "size", measure], rows, ("bits", "size", measure)))
 
 
-def _show_next(console: Console, result: RunResult, commands: Collection[str]) -> None:
-    run, plugins = shlex.quote(result.run_dir), _plugins_of(result.command)
-    lines = [("report", f"coraq report {run}")]
+def _show_next(console: Console, result: RunResult, commands: Collection[str], plugins: list[str]) -> None:
+    run = result.run_dir
+    lines = [("report", ["coraq", "report", run])]
     if result.comparison is None:
-        lines.append(("evaluate", f"coraq evaluate {run} --data-dir FOLDER{plugins}"))
-    lines += [("compare", f"coraq compare{plugins}"), ("export", f"coraq export {run}{plugins}")]
+        lines.append(("evaluate", ["coraq", "evaluate", run, "--data-dir", "FOLDER", *plugins]))
+    lines += [("compare", ["coraq", "compare", *plugins]), ("export", ["coraq", "export", run, *plugins])]
     scheme = result.config.scheme
     few = MIN_BITS < (scheme.act_bits or 0) <= FEW_BITS
     if few and scheme.act_mixed == "none" and scheme.act_placement == "inputs" and result.command:
-        lines.append(("quantize", shlex.join([*result.command, "--act-mixed", "both"])))
+        lines.append(("quantize", [*result.command, "--act-mixed", "both"]))
     console.print(Text("next:", style="dim"))
     for command, line in lines:
         if command in commands:
-            console.print(f"  {line}", soft_wrap=True)
-
-
-def _plugins_of(command: Sequence[str]) -> str:
-    """A run's `--plugins-dir` options, for commands that load its network again: a plugin may be what registers it."""
-    option, found = "--plugins-dir", []
-    for word, following in zip(command, [*command[1:], ""], strict=False):
-        if word == option:
-            found.append(following)
-        elif word.startswith(f"{option}="):
-            found.append(word.removeprefix(f"{option}="))
-    return "".join(f" {option} {shlex.quote(folder)}" for folder in found)
+            console.print(f"  {shlex.join(line)}", soft_wrap=True)
 
 
 def show_plan(plan: Plan) -> None:

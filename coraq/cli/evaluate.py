@@ -64,7 +64,7 @@ def evaluate(
     if as_json:
         print(result.model_dump_json())
     else:
-        show_result(result, options.command_names(context))
+        show_result(result, options.command_names(context), plugins_dirs=plugins_dir or [])
     options.enforce_threshold(result, fail_under)
 
 

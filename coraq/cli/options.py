@@ -187,6 +187,11 @@ def use_plugins(folders: Iterable[Path]) -> None:
         os.environ["CORAQ_PLUGINS"] = os.pathsep.join(dict.fromkeys([*added, *known]))
 
 
+def plugin_flags(folders: Iterable[Path]) -> list[str]:
+    """The `--plugins-dir` options for these folders."""
+    return [word for folder in folders for word in ("--plugins-dir", str(folder))]
+
+
 def find_run(run: str | None, runs_dir: Path, quiet: bool = False) -> Path:
     """The run folder meant by `run`: a path, a name within `runs_dir`, or, for None, the newest one.
 

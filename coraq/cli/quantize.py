@@ -239,7 +239,7 @@ def quantize(
         print(result.model_dump_json())
     else:
         notes = [event.message for event in heard.events if isinstance(event, Note)]
-        show_result(result, options.command_names(context), notes)
+        show_result(result, options.command_names(context), notes, plugins_dir or [])
     options.enforce_threshold(result, fail_under)
 
 

@@ -86,8 +86,8 @@ class SampledMoments:
         self._gram = torch.zeros(groups, size, size, dtype=torch.float64, device=self.device)
         # patches have their taps first, but where they are cut into blocks of a weight's consecutive inputs
         self._taps = math.prod(geometry.kernel) if blocks == 1 else 1
-        self._depthwise = 1 < geometry.groups == geometry.in_channels and blocks == 1
-        self._depthwise &= math.prod(geometry.kernel) <= DEPTHWISE_TAPS
+        few = math.prod(geometry.kernel) <= DEPTHWISE_TAPS
+        self._depthwise = few and 1 < geometry.groups == geometry.in_channels and blocks == 1
         self._project = None if project is None else _in_blocks(taps_first(project, self._taps), blocks)
         k = 0 if project is None else project.shape[1]
         # looked through once, at the end, and not at every row: less work where it has more rows than half its columns

@@ -258,7 +258,6 @@ class Unit:
         self.start()
         before = self._error()
         if not self.config.edges and not self.steps and all(view.bits >= FINE for view in self.views):
-            self._keep_start()
             return self._result(), {"block_error": before, "block_start_error": before, "iterations": 0, "moves": 0}
         rounding, steps = self.config.learn == "all", self.config.learn != "none"
         fisher = self.task.fisher(self.data.block) if steps and self.config.loss == "fisher" else None
@@ -320,7 +319,8 @@ class Unit:
                 data.layer(view.name).weight.shape,
             )
             data.layer(view.name).bias = torch.nn.Parameter(bias.clone(), requires_grad=False)
-        self._put_base()
+        self._keep_start()
+        self._install(self.final, self.grids)
         for site in data.sites:
             self.steps[site.name] = LearnedGrid(data.grids[site.name], config.drop, self.task.rng)
 
@@ -411,11 +411,11 @@ class Unit:
             found[name] = Grid.of(weight), weight.codes.float(), bias.to(view.weight.device)
         return found
 
-    def _put_base(self) -> None:
-        """Base codes, starting biases and calibrated grids into the copy."""
-        for name, layer in self.layers.items():
-            self._put(name, layer.base, layer.start_bias)
-        self._set_grids({site.name: self.data.grids[site.name] for site in self.data.sites})
+    def _install(self, final: Mapping[str, tuple[Tensor, Tensor]], grids: Mapping[str, ActivationGrid]) -> None:
+        """Codes, biases and activation grids into the copy."""
+        for name, (codes, bias) in final.items():
+            self._put(name, codes, bias)
+        self._set_grids(grids)
 
     @torch.no_grad()
     def _put(self, name: str, codes: Tensor, bias: Tensor) -> None:
@@ -478,8 +478,10 @@ class Unit:
             taken += 1
             if taken == total or (config.patience and taken % config.patience == 0):
                 found = self._look(weights, best)
-                idle = 0 if found < best else idle + 1
-                best = found if found < best else best  # NaN, too, is no gain
+                if found < best:  # NaN is no gain
+                    best, idle = found, 0
+                else:
+                    idle += 1
                 if steps:
                     self.use_learned_grids()
         return taken, best if best < math.inf else error
@@ -490,9 +492,7 @@ class Unit:
         if weights:
             final = {name: (x.rounding.codes(), x.bias.detach().clone()) for name, x in self.layers.items()}
         grids = {name: step.result() for name, step in self.steps.items()}
-        for name, (codes, bias) in final.items():
-            self._put(name, codes, bias)
-        self._set_grids(grids)
+        self._install(final, grids)
         error = self._error()
         if error < best:
             self.final, self.grids = final, grids
@@ -525,23 +525,22 @@ class Unit:
 
     def _soft(self) -> dict[str, Tensor]:
         """Parameters of the copy as they are being learned."""
-        found = {}
-        for name, layer in self.layers.items():
-            inner = self.data.block.inner(name)
-            path = inner + "." if inner else ""
-            found[path + "weight"] = layer.rounding.weight().reshape(layer.shape)
-            found[path + "bias"] = layer.bias
-        return found
+        return self._parameters({name: (x.rounding.weight(), x.bias) for name, x in self.layers.items()})
 
     def _hard(self) -> dict[str, Tensor]:
         """Parameters of the copy on the codes of the result."""
-        found = {}
-        for name, (codes, bias) in self.final.items():
-            inner, layer = self.data.block.inner(name), self.layers[name]
+        grids = {name: layer.rounding.grid for name, layer in self.layers.items()}
+        return self._parameters({name: (grids[name].values(codes), bias) for name, (codes, bias) in self.final.items()})
+
+    def _parameters(self, found: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Each layer's weight [groups, out, in] and bias, by the names that the copy knows them by."""
+        parameters = {}
+        for name, (weight, bias) in found.items():
+            inner = self.data.block.inner(name)
             path = inner + "." if inner else ""
-            found[path + "weight"] = layer.rounding.grid.values(codes).reshape(layer.shape)
-            found[path + "bias"] = bias
-        return found
+            parameters[path + "weight"] = weight.reshape(self.layers[name].shape)
+            parameters[path + "bias"] = bias
+        return parameters
 
     def _keep_start(self) -> None:
         """The start is the result."""

@@ -329,7 +329,7 @@ def _code_bytes(layer: LayerView, bits: int, scheme: Scheme) -> int:
     """Bytes of codes of so many bits, and of the column scales that come with them; other scales a layer has anyway."""
     codes = stored_bytes(layer.shape, bits, 0, 0)
     has_columns = replace(layer, bits=bits).has_columns(scheme)
-    return codes + layer.shape[0] * layer.channels + ENTRY if has_columns else codes
+    return codes + layer.column_bytes + ENTRY if has_columns else codes
 
 
 def _nearest_error(task: Task, layer: LayerView, bits: int) -> Tensor:

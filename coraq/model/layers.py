@@ -56,6 +56,11 @@ class LayerView:
         """Input channels of a group."""
         return self.weight.shape[2] // (self.kernel[0] * self.kernel[1])
 
+    @property
+    def column_bytes(self) -> int:
+        """Bytes of column scales, where there are any: one each."""
+        return self.weight.shape[0] * self.channels
+
     def columns(self, scheme: Scheme) -> Tensor | None:
         """Column scales as the Scheme says, float32 [groups, 1, channels], or None."""
         if self.input_scales is not None or not self.has_columns(scheme):

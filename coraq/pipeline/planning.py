@@ -48,7 +48,7 @@ def plan(config: RunConfig, *, runs_dir: Path, sink: Sink = null_sink) -> Plan:
     per_channel, zero_bytes = scheme.granularity == "channel", 0 if scheme.symmetric else 1
     codes = sum(stored_bytes(v.shape, v.bits, v.shape[0] * v.shape[1] if per_channel else 1, zero_bytes) for v in views)
     scaled = {name for site in task.grids.sites if site.scaled for name in site.readers}
-    codes += sum(v.shape[0] * v.channels for v in views if v.name in scaled or v.has_columns(scheme))
+    codes += sum(v.column_bytes for v in views if v.name in scaled or v.has_columns(scheme))
     quantized = sum(v.weight.numel() for v in views)
     evaluation = prepared.images.evaluation
     return Plan(
