@@ -203,7 +203,7 @@ class Scheme(Frozen):
             return FRACTIONS["quarter"] if bits == 2 and searched else 0
         return min(FRACTIONS[self.zero_point], MAX_BITS - bits)
 
-    def settled(self, column_scales: bool) -> Scheme:
+    def resolve_auto(self, column_scales: bool) -> Scheme:
         """The scheme with what is left to the method decided.
 
         Args:
@@ -227,7 +227,7 @@ class Scheme(Frozen):
         """Whether a weight with codes of so many bits and so many input channels in a group has column scales.
 
         With one channel a group (depthwise) the scale of the output channel says as much. At 8 bits nothing is gained.
-        An `auto` that is not `settled` has none.
+        An `auto` that is not resolved has none.
         """
         return self.column_scale == "channel" and bits <= COLUMN_BITS and channels > 1
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from coraq.errors import disk_error
-from coraq.plainfiles import append_plain
+from coraq.runtime.safe_files import append_plain
 
 T = TypeVar("T")
 QUANTIZE = "quantize"  # the stage that counts layers

@@ -167,7 +167,7 @@ def configure(method: type[Quantizer], options: dict[str, Any]) -> MethodConfig:
         ) from None
 
 
-def settled(scheme: Scheme, options: MethodConfig) -> Scheme:
+def resolve_auto(scheme: Scheme, options: MethodConfig) -> Scheme:
     """A run's scheme with what it leaves to the method decided; the bases that the method uses must agree.
 
     Raises:
@@ -175,7 +175,7 @@ def settled(scheme: Scheme, options: MethodConfig) -> Scheme:
     """
     given = getattr(options, "base_options", {})
     bases = (configure(load(name), given) for name in options.bases())
-    return scheme.settled(all(found.column_scales() for found in (options, *bases)))
+    return scheme.resolve_auto(all(found.column_scales() for found in (options, *bases)))
 
 
 def import_plugins(plugins_dirs: Iterable[Path | str] = ()) -> list[str]:

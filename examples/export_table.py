@@ -30,7 +30,7 @@ import coraq
 from coraq.artifact import load_checkpoint
 from coraq.config import Scheme
 from coraq.data import tensor_images
-from coraq.export.record import ExportResult
+from coraq.export.export_result import ExportResult
 from coraq.export.run import Request, export_checkpoint
 from coraq.testing import random_images, randomise_batchnorm
 

@@ -16,20 +16,20 @@ import torch
 from torch import Tensor, nn
 
 import coraq
+from coraq.activations.fake_quant import FakeQuantModule, fake_quant_of, set_fake_quant
+from coraq.activations.points import QuantizationPoint, find_quantization_points
 from coraq.artifact import RunFolder, load_checkpoint, read_result
 from coraq.artifact.checkpoint import CheckpointInfo, read_checkpoint
+from coraq.calibration.statistics import STUDENT
+from coraq.calibration.task import CalibrationTask
 from coraq.cli.app import run as command
 from coraq.config import LayerScheme, RunConfig, Scheme
-from coraq.core.levels import nearest_levels
+from coraq.core.fake_quantize import fake_quantize
 from coraq.core.ranges import RangeSample, activation_grid, grid_between
 from coraq.core.tensors import ActivationGrid, QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.methods.rtn import RoundToNearest
-from coraq.model.activations import Site, find_sites
-from coraq.model.calibration import CalibrationTask
-from coraq.model.fold import fold
-from coraq.model.gridded import Gridded, grids_of, set_grid
-from coraq.model.statistics import STUDENT
+from coraq.network.fold import fold
 from coraq.testing import random_images, randomise_batchnorm, small_network
 from coraq.testing.oracles import hook_count, plain_inputs
 
@@ -48,11 +48,11 @@ def tiny_resnet() -> nn.Module:
     return network("resnet18", layers=[2, 1, 1, 1], channels=[8, 8, 16, 16], stem_width=8)
 
 
-def sites_of(model: nn.Module, scheme: Scheme, size: int = 32) -> tuple[dict[str, Site], list[str]]:
+def sites_of(model: nn.Module, scheme: Scheme, size: int = 32) -> tuple[dict[str, QuantizationPoint], list[str]]:
     found = fold(model, random_images(2, size))
     assert found.flow is not None
-    sites, lost = find_sites(model, found.order, found.flow, scheme)
-    return {site.name: site for site in sites}, lost
+    points, lost = find_quantization_points(model, found.order, found.flow, scheme)
+    return {point.name: point for point in points}, lost
 
 
 def task_of(model: nn.Module, scheme: Scheme, size: int = 16, **more: Any) -> CalibrationTask:
@@ -90,17 +90,17 @@ def test_levels_are_torch_s_to_the_bit(scale: float, zero_point: int, low: int, 
     steps = torch.cat([torch.arange(-600, 600) / 2, torch.randn(1000) * 20, torch.randn(100) * 1e8])
     for x in (steps * scale, (steps * scale).reshape(5, 20, -1).transpose(0, 2)):
         wanted = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)
-        assert torch.equal(nearest_levels(x, scale, zero_point, low, high), wanted)
+        assert torch.equal(fake_quantize(x, scale, zero_point, low, high), wanted)
 
 
 def test_levels_of_what_is_not_finite() -> None:
     x = torch.tensor([torch.inf, -torch.inf, torch.nan])
-    assert nearest_levels(x, 0.5, 0, -8, 7).nan_to_num(nan=9.0).tolist() == [3.5, -4.0, 9.0]
+    assert fake_quantize(x, 0.5, 0, -8, 7).nan_to_num(nan=9.0).tolist() == [3.5, -4.0, 9.0]
 
 
 def test_levels_hand_gradients_on_inside_the_range() -> None:
     x = torch.tensor([-1.0, 0.3, 0.6, 9.0], requires_grad=True)
-    nearest_levels(x, 0.5, 0, 0, 7).sum().backward()
+    fake_quantize(x, 0.5, 0, 0, 7).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
 
@@ -158,13 +158,13 @@ def test_a_tensor_of_zeros_gets_a_grid() -> None:
 
 
 def test_layers_that_read_the_same_tensor_share_a_grid() -> None:
-    sites, lost = sites_of(tiny_resnet(), A4)
-    assert sites["layer3.0.conv1.input"].readers == ("layer3.0.conv1", "layer3.0.downsample.0")
-    assert all(site.producer is None for site in sites.values())
+    points, lost = sites_of(tiny_resnet(), A4)
+    assert points["layer3.0.conv1.input"].readers == ("layer3.0.conv1", "layer3.0.downsample.0")
+    assert all(point.producer is None for point in points.values())
     assert not lost
-    assert sites["conv1.input"].bits == 8
-    assert sites["fc.input"].bits == 8
-    assert {site.bits for name, site in sites.items() if name not in ("conv1.input", "fc.input")} == {4}
+    assert points["conv1.input"].bits == 8
+    assert points["fc.input"].bits == 8
+    assert {point.bits for name, point in points.items() if name not in ("conv1.input", "fc.input")} == {4}
 
 
 def test_every_layer_reads_exactly_one_site() -> None:
@@ -172,45 +172,45 @@ def test_every_layer_reads_exactly_one_site() -> None:
         model = tiny_resnet()
         found = fold(model, random_images(2, 32))
         assert found.flow is not None
-        sites, _ = find_sites(model, found.order, found.flow, scheme)
-        assert sorted(itertools.chain(*(site.readers for site in sites))) == sorted(found.order)
+        points, _ = find_quantization_points(model, found.order, found.flow, scheme)
+        assert sorted(itertools.chain(*(point.readers for point in points))) == sorted(found.order)
 
 
 def test_integer_placement_covers_outputs_and_residual_sums() -> None:
-    sites, lost = sites_of(tiny_resnet(), INTEGER, 64)
+    points, lost = sites_of(tiny_resnet(), INTEGER, 64)
     assert not lost
     # a convolution's output that the residual sum reads, with no activation between
-    assert sites["layer1.0.conv2.output"].producer == "layer1.0.conv2"
-    assert sites["layer2.0.downsample.0.output"].readers == ()
+    assert points["layer1.0.conv2.output"].producer == "layer1.0.conv2"
+    assert points["layer2.0.downsample.0.output"].readers == ()
     # a sum goes through its activation; the next block's layers and its shortcut read it quantized
-    assert sites["layer1.0.act2.output"].readers == ("layer1.1.conv1",)
+    assert points["layer1.0.act2.output"].readers == ("layer1.1.conv1",)
     # the last sum is pooled; the pooled tensor has its own grid
-    assert sites["layer4.0.act2.output"].readers == ()
-    assert sites["fc.input"].producer is None
+    assert points["layer4.0.act2.output"].readers == ()
+    assert points["fc.input"].producer is None
     # what only layers read needs no second grid
-    assert "layer1.0.act1.output" not in sites
-    assert "fc.output" not in sites
+    assert "layer1.0.act1.output" not in points
+    assert "fc.output" not in points
 
 
 def test_max_pooling_hands_the_grid_on() -> None:
     """It moves values only: the layer behind it and the shortcut read what is on a grid already."""
-    sites, _ = sites_of(network("resnet18", layers=[1, 1, 1, 1], channels=[64, 8, 8, 8]), INTEGER)
-    assert sites["act1.output"].readers == ("layer1.0.conv1",)
+    points, _ = sites_of(network("resnet18", layers=[1, 1, 1, 1], channels=[64, 8, 8, 8]), INTEGER)
+    assert points["act1.output"].readers == ("layer1.0.conv1",)
 
 
 def test_integer_placement_covers_squeeze_and_excite_products() -> None:
-    sites, lost = sites_of(network("mobilenetv3_small_050"), INTEGER)
+    points, lost = sites_of(network("mobilenetv3_small_050"), INTEGER)
     assert not lost
-    assert "blocks.0.0.se.conv_expand.output" not in sites  # its gate is an activation, whose output is multiplied
-    assert sites["blocks.0.0.se.gate.output"].readers == ()
-    assert sites["blocks.0.0.conv_pw.input"].producer is None  # the product: only this layer reads it
-    assert sites["blocks.0.0.bn1.output"].readers == ()  # read by the pooling and by the product
+    assert "blocks.0.0.se.conv_expand.output" not in points  # its gate is an activation, whose output is multiplied
+    assert points["blocks.0.0.se.gate.output"].readers == ()
+    assert points["blocks.0.0.conv_pw.input"].producer is None  # the product: only this layer reads it
+    assert points["blocks.0.0.bn1.output"].readers == ()  # read by the pooling and by the product
 
 
 def test_an_override_gives_a_layer_s_input_its_own_bits() -> None:
     scheme = Scheme(act_bits=4, overrides={r"layer2\.0\.conv1": LayerScheme(bits=4, act_bits=7)})
-    sites, _ = sites_of(tiny_resnet(), scheme)
-    assert sites["layer2.0.conv1.input"].bits == 7
+    points, _ = sites_of(tiny_resnet(), scheme)
+    assert points["layer2.0.conv1.input"].bits == 7
 
 
 def test_a_float_scheme_has_no_sites() -> None:
@@ -233,8 +233,8 @@ class Twice(nn.Module):
 
 
 def test_tensors_are_told_apart_by_version_and_tied_by_a_layer_that_runs_twice() -> None:
-    sites, _ = sites_of(Twice().eval(), Scheme(act_bits=4))
-    assert {name: site.readers for name, site in sites.items()} == {
+    points, _ = sites_of(Twice().eval(), Scheme(act_bits=4))
+    assert {name: point.readers for name, point in points.items()} == {
         "first.input": ("first",),
         "again.input": ("again",),
         "left.input": ("left",),
@@ -261,8 +261,8 @@ def test_an_operation_that_hands_its_input_back_is_none(scheme: Scheme) -> None:
     found = fold(model, random_images(2))
     assert found.flow is not None
     assert not any(set(op.outputs) & set(op.inputs) for op in found.flow.ops)
-    sites, _ = sites_of(HandsBack().eval(), scheme)  # without that rule it never ends
-    assert sites["first.input"].readers == ("first",)
+    points, _ = sites_of(HandsBack().eval(), scheme)  # without that rule it never ends
+    assert points["first.input"].readers == ("first",)
 
 
 # ---------------------------------------------------------------- gridded modules
@@ -274,14 +274,14 @@ def test_a_gridded_module_copies_pickles_and_keeps_its_class_and_state() -> None
     grid = ActivationGrid(0.1, 0, 4, False)
     x = torch.randn(1, 3, 8, 8)
     expected = layer(grid.round(x))
-    set_grid(layer, "input", grid)
+    set_fake_quant(layer, "input", grid)
     assert isinstance(layer, nn.Conv2d)
     assert layer.state_dict().keys() == before
     assert hook_count(layer) == 0
     for one in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(one(x), expected)
-        assert grids_of(one).input == grid
-    set_grid(layer, "input", None)
+        assert fake_quant_of(one).input == grid
+    set_fake_quant(layer, "input", None)
     assert torch.equal(layer(x), nn.functional.conv2d(x, layer.weight, layer.bias))
 
 
@@ -319,14 +319,14 @@ def test_one_pass_gives_what_an_ordinary_forward_pass_sees(placement: str) -> No
     assert not task.grids.missing
     assert hook_count(task.student) == 0
     images = list(task.batches())
-    for site in task.grids.sites:
-        if site.producer is not None or not site.readers:
+    for point in task.grids.points:
+        if point.producer is not None or not point.readers:
             continue
-        reader = task.student.get_submodule(site.readers[0])
+        reader = task.student.get_submodule(point.readers[0])
         sample = RangeSample(len(images))
         for x in images:
-            sample.add(plain_inputs(task.student, x, [site.readers[0]])[site.readers[0]])
-        assert grids_of(reader).input == task.grids.grid(site) == sample.grid(site.bits)
+            sample.add(plain_inputs(task.student, x, [point.readers[0]])[point.readers[0]])
+        assert fake_quant_of(reader).input == task.grids.grid(point) == sample.grid(point.bits)
 
 
 def test_the_integer_student_puts_every_placed_tensor_on_its_grid() -> None:
@@ -334,12 +334,12 @@ def test_the_integer_student_puts_every_placed_tensor_on_its_grid() -> None:
     RoundToNearest(RoundToNearest.Config()).quantize(task)
     task.finish("rtn")
     x = random_images(2, 32, seed=9)
-    for site in task.grids.sites:
-        grid, seen = task.grids.grid(site), []
+    for point in task.grids.points:
+        grid, seen = task.grids.grid(point), []
         assert grid is not None
-        if site.producer is None:
+        if point.producer is None:
             continue
-        module = task.student.get_submodule(site.producer)
+        module = task.student.get_submodule(point.producer)
         handle = module.register_forward_hook(lambda m, a, y, seen=seen: seen.append(y.clone()))
         task.student(x)
         handle.remove()
@@ -365,7 +365,7 @@ def test_a_method_s_own_grid_serves_all_readers_and_cannot_be_contradicted() -> 
         if given is not None:
             chosen = given
     assert task.quantized["layer2.0.downsample.0"].input == chosen
-    assert grids_of(task.student.get_submodule("layer2.0.downsample.0")).input == chosen
+    assert fake_quant_of(task.student.get_submodule("layer2.0.downsample.0")).input == chosen
     task.finish("test")
 
 
@@ -420,7 +420,7 @@ def test_what_is_read_back_computes_the_same(
     reloaded = checkpoint.module.to(memory_format=torch.channels_last)
     with torch.no_grad():
         assert torch.equal(reloaded(x), quantized.module(x))
-    gridded = [module for module in reloaded.modules() if isinstance(module, Gridded)]
+    gridded = [module for module in reloaded.modules() if isinstance(module, FakeQuantModule)]
     assert len(gridded) >= len(checkpoint.layers) * (placement == "inputs")
     for layer in checkpoint.layers.values():
         assert layer.input is not None
@@ -525,6 +525,6 @@ def test_the_command_line_quantizes_activations(tmp_path: Path, capsys: pytest.C
 
 
 def test_streams_are_numbered_as_the_grids_think() -> None:
-    from coraq.model import activations
+    from coraq.activations import points as activations
 
     assert activations.STUDENT == STUDENT

@@ -16,6 +16,7 @@ import coraq
 from coraq import registry
 from coraq.api import LowRank, QuantizedLayer, minmax_grid
 from coraq.artifact import RunFolder
+from coraq.calibration.task import CalibrationTask
 from coraq.config import LayerScheme, Scheme
 from coraq.core.alternate import alternate
 from coraq.core.grid import mse_grid
@@ -25,8 +26,7 @@ from coraq.events import ListSink, Metric, Note, StageAdvanced, StageFinished, S
 from coraq.methods import cora
 from coraq.methods.cora import PAPER, CoRa
 from coraq.methods.qera import QERA
-from coraq.model.calibration import CalibrationTask
-from coraq.model.fold import fold
+from coraq.network.fold import fold
 from coraq.testing.networks import random_images, small_network
 
 BATCHES = list(random_images(96, seed=1).split(32))

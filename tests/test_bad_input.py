@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from test_engine import calibration_task
 
 from coraq import pipeline
+from coraq.calibration import lockstep as engine
 from coraq.cli.app import run
 from coraq.errors import CoraqError, disk_error
 from coraq.events import JsonLinesSink, Note
-from coraq.model import engine
 
 DEMO = ["quantize", "demo", "--method", "rtn", "--calib-size", "8", "--eval-size", "10", "-q"]
 

@@ -12,11 +12,11 @@ import torch
 from examples_folder import example
 from torch import Tensor, nn
 
+from coraq.calibration.block_data import cut_out
 from coraq.cli.app import run as command
 from coraq.errors import UsageError
-from coraq.model.blocks import Block, partition
-from coraq.model.fold import Trace, fold
-from coraq.model.reconstruction import cut_out
+from coraq.network.blocks import Block, partition
+from coraq.network.fold import Trace, fold
 from coraq.testing import random_images, randomise_batchnorm, small_network
 
 families = example("families")

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from coraq import registry
+from coraq.calibration.spill import LiveStorages
+from coraq.calibration.task import CalibrationTask
 from coraq.config import Scheme
 from coraq.core.grid import mse_grid
 from coraq.core.ranges import grid_between
 from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at, squared_error
 from coraq.errors import CoraqError
 from coraq.methods.brecq import BRECQ, QDrop, Unit
-from coraq.model.calibration import CalibrationTask
-from coraq.model.engine import LiveStorages
-from coraq.model.fold import fold
+from coraq.network.fold import fold
 from coraq.registry import configure
 from coraq.testing import random_images, randomise_batchnorm, small_network
 
@@ -458,7 +458,7 @@ def test_a_units_data_and_the_passes_that_wait_share_the_memory_bound(tmp_path: 
                 data = task.block_io(unit)
                 data_bytes = sum(x.nbytes for x in (data.student_input, data.teacher_input, data.teacher_output))
                 alive.append(live.bytes_alive() - data_bytes + data.held_bytes)  # what waits in files is not in memory
-                layers = task.unit_codes(data, "rtn")
+                layers = task.quantize_block_with(data, "rtn")
                 data.close()
                 for name, layer in layers.items():
                     task.commit(name, layer)

@@ -23,11 +23,11 @@ from coraq.artifact import RunFolder, load_checkpoint, write_checkpoint
 from coraq.artifact.checkpoint import CheckpointInfo
 from coraq.artifact.codec import content_digest, decode, encode
 from coraq.artifact.files import write_atomic
+from coraq.calibration.task import CalibrationTask
 from coraq.config import LayerScheme, Scheme
 from coraq.errors import CoraqError
-from coraq.model.calibration import CalibrationTask
-from coraq.model.fold import Trace, fold
-from coraq.model.layers import install
+from coraq.network.fold import Trace, fold
+from coraq.network.layers import install
 from coraq.testing import random_images, small_network
 from coraq.testing.networks import ARCHITECTURE
 

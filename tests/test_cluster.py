@@ -104,7 +104,8 @@ def cluster() -> Iterator[Any]:
 
 def test_the_mailbox_is_light() -> None:
     """Its process starts while workers are busy: with torch to import it came when they had finished."""
-    program = "import sys, coraq.mailbox; sys.exit(bool({'torch', 'timm', 'coraq.pipeline'} & sys.modules.keys()))"
+    heavy = "{'torch', 'timm', 'coraq.pipeline'} & sys.modules.keys()"
+    program = f"import sys, coraq.compare.worker_events; sys.exit(bool({heavy}))"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

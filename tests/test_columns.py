@@ -16,15 +16,15 @@ import coraq
 from coraq.api import LayerView, QTensor, QuantizedLayer
 from coraq.artifact import load_checkpoint
 from coraq.artifact.codec import decode, encode
+from coraq.calibration.statistics import LeastSquares
 from coraq.cli.app import run
 from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.core.columns import LEAST, MOST, column_scales, rounded, spread_columns
 from coraq.core.grid import Grid, mse_grid
-from coraq.core.newton import Model
+from coraq.core.quadratic_model import Model
 from coraq.errors import CoraqError, MethodError
 from coraq.methods.comq import COMQ
 from coraq.methods.rtn import RoundToNearest
-from coraq.model.statistics import LeastSquares
 from coraq.results import RunResult
 from coraq.testing import random_images, small_network
 
@@ -318,9 +318,9 @@ def test_left_to_the_method_is_the_same_run_as_said(tmp_path: Path, capsys: pyte
 def test_a_run_without_them_keeps_its_folder_s_name() -> None:
     digests = {RunConfig(model="demo", scheme=Scheme(column_scale=kind)).digest() for kind in ("none", "channel")}
     assert len(digests) == 2
-    settled = Scheme().settled(False)
+    settled = Scheme().resolve_auto(False)
     assert RunConfig(model="demo", scheme=settled).digest() in digests
-    assert settled == Scheme(column_scale="none") != Scheme().settled(True) == Scheme(column_scale="channel")
+    assert settled == Scheme(column_scale="none") != Scheme().resolve_auto(True) == Scheme(column_scale="channel")
 
 
 def test_a_result_that_does_not_say_had_none() -> None:

@@ -15,14 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from coraq.api import QuantizedLayer, minmax_grid
+from coraq.calibration.lockstep import LockStep, live_bytes
+from coraq.calibration.releasable import releasable_inputs
+from coraq.calibration.schedule import Schedule
+from coraq.calibration.spill import LiveStorages
+from coraq.calibration.task import CalibrationTask
 from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.core.gram import regress
+from coraq.core.subsets import spread_out
 from coraq.errors import CoraqError
 from coraq.events import LayerCommitted, ListSink, Metric, Note
-from coraq.model.calibration import CalibrationTask
-from coraq.model.engine import LiveStorages, LockStep, Schedule, live_bytes, released, spread_out
-from coraq.model.fold import Structure, fold
-from coraq.model.layers import as_matrices, groups_of
+from coraq.network.fold import Structure, fold
+from coraq.network.layers import as_matrices, groups_of
 from coraq.testing import (
     hook_count,
     mean_output_error,
@@ -56,8 +60,8 @@ def two_networks(name: str = "small") -> tuple[nn.Module, nn.Module, list[str], 
 def collected(engine: LockStep) -> dict[str, list[list[Tensor]]]:
     """All inputs at every stop, by stream and micro-batch."""
     seen = {}
-    while (arrival := engine.advance()) is not None:
-        seen[arrival.name] = [[x.clone() for x in arrival.inputs(stream)] for stream in (TEACHER, STUDENT)]
+    while (layer_inputs := engine.advance()) is not None:
+        seen[layer_inputs.name] = [[x.clone() for x in layer_inputs.inputs(stream)] for stream in (TEACHER, STUDENT)]
     return seen
 
 
@@ -80,9 +84,9 @@ def test_a_layer_that_is_changed_at_its_stop_runs_on_with_the_change() -> None:
     changed.get_submodule("grouped").weight.data.mul_(0.5)  # type: ignore[operator,union-attr]
     expected = plain_inputs(changed, batches[0], order)
     engine = LockStep([teacher, student], batches, order)
-    while (arrival := engine.advance()) is not None:
-        assert torch.equal(next(arrival.inputs(STUDENT)), expected[arrival.name])
-        if arrival.name == "grouped":
+    while (layer_inputs := engine.advance()) is not None:
+        assert torch.equal(next(layer_inputs.inputs(STUDENT)), expected[layer_inputs.name])
+        if layer_inputs.name == "grouped":
             student.get_submodule("grouped").weight.data.mul_(0.5)  # type: ignore[operator,union-attr]
     engine.close()
 
@@ -122,9 +126,9 @@ def test_inputs_can_be_read_again_before_an_in_place_activation_overwrites_them(
     images = random_images(2)
     engine = LockStep([network, network], [images], ["0", "2"])
     engine.advance()
-    arrival = engine.advance()
-    assert arrival is not None
-    first, again = next(arrival.inputs(TEACHER)).clone(), next(arrival.inputs(TEACHER))
+    layer_inputs = engine.advance()
+    assert layer_inputs is not None
+    first, again = next(layer_inputs.inputs(TEACHER)).clone(), next(layer_inputs.inputs(TEACHER))
     assert torch.equal(first, again)
     assert torch.equal(first, plain_inputs(network, images, ["2"])["2"])
     engine.close()
@@ -198,15 +202,15 @@ def test_those_that_join_have_seen_what_those_that_were_there_saw(share: float |
     engine = LockStep([teacher, student], batches, order, bound, tmp_path, schedule=schedule)
     assert (engine.spilled > 0) == (share is not None)
     seen = {}
-    while (arrival := engine.advance()) is not None:
-        seen[arrival.name] = list(arrival.taken)
-        assert arrival.sizes == [1] * len(arrival.taken)
+    while (layer_inputs := engine.advance()) is not None:
+        seen[layer_inputs.name] = list(layer_inputs.taken)
+        assert layer_inputs.sizes == [1] * len(layer_inputs.taken)
         for stream in (TEACHER, STUDENT):
-            inputs = [x.clone() for x in arrival.inputs(stream)]
-            for index, x in zip(arrival.taken, inputs, strict=True):
-                assert torch.equal(x, expected[stream][index][arrival.name])
+            inputs = [x.clone() for x in layer_inputs.inputs(stream)]
+            for index, x in zip(layer_inputs.taken, inputs, strict=True):
+                assert torch.equal(x, expected[stream][index][layer_inputs.name])
         with torch.no_grad():
-            student.get_submodule(arrival.name).weight.mul_(0.9)  # type: ignore[operator,union-attr]
+            student.get_submodule(layer_inputs.name).weight.mul_(0.9)  # type: ignore[operator,union-attr]
     engine.close()
     assert {name: len(taken) for name, taken in seen.items()} == schedule.present
     counts = [len(taken) for taken in seen.values()]
@@ -290,7 +294,7 @@ def test_a_pass_of_fewer_images_has_these_alone_spread_over_all_and_the_next_has
     first, last = task.layers[0].name, task.layers[-1].name
     with torch.no_grad():
         pooled = [task.teacher.forward_head(task.teacher.forward_features(x), pre_logits=True) for x in task.batches()]
-    with task.fewer_images(5) as images:
+    with task.calibration_subset(5) as images:
         assert images == 6  # whole micro-batches
         assert len(task.stats(first).paired) == (2 if early == 4 else 3)
         stats = task.stats(last)
@@ -300,7 +304,7 @@ def test_a_pass_of_fewer_images_has_these_alone_spread_over_all_and_the_next_has
         assert len(task.stats(first).paired) == (2 if early == 4 else 3)  # and back
     assert task.stats(last).count == 18
     assert torch.allclose(task.stats(last).teacher_mean[0].float(), torch.cat(pooled).mean(0), atol=1e-5)
-    with task.fewer_images(100) as images:
+    with task.calibration_subset(100) as images:
         assert images == task.stats(last).count == 18
     task.close()
 
@@ -309,7 +313,7 @@ def test_a_pass_of_fewer_images_needs_room_for_these_alone() -> None:
     small = coarse_task(2)
     live = live_bytes(small.teacher, random_images(2, 32), [layer.name for layer in small.layers])
     task = coarse_task(18, memory_bytes=2 * 4 * max(live.values()))  # four micro-batches of nine, in both streams
-    with task.fewer_images(4):
+    with task.calibration_subset(4):
         task.stats(task.layers[-1].name)
         assert task.spilled == 0
     task.stats(task.layers[-1].name)
@@ -355,7 +359,7 @@ class Calls(nn.Module):
 def test_a_sequential_s_input_is_let_go_of_only_where_nobody_reads_it_again(again: str, in_place: bool) -> None:
     network, images = Calls(again, in_place).eval(), random_images(2)
     order = ["stem", "blocks.2", "blocks.3", "head"]
-    found = released(network, images)
+    found = releasable_inputs(network, images)
     # an activation in place makes its output of its input: nothing is let go of, whoever reads it
     assert found == (["blocks"] if again == "never" or in_place else [])
     assert hook_count(network) == 0
@@ -375,7 +379,7 @@ def test_images_are_never_let_go_of_nor_what_others_run_meanwhile() -> None:
     network, images = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)).eval(), random_images(2)
     network = nn.Sequential(network, nn.Conv2d(4, 2, 1))
     before, expected = images.clone(), network(images)
-    found = released(network, images)
+    found = releasable_inputs(network, images)
     assert found == ["", "0"]
     engine = LockStep([network, copy.deepcopy(network)], [images], ["0.1", "1"], release=found)
     engine.advance()
@@ -389,7 +393,7 @@ def test_images_are_never_let_go_of_nor_what_others_run_meanwhile() -> None:
 @pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "densenet121"])
 def test_letting_go_of_inputs_changes_no_bit_and_saves_memory(name: str) -> None:
     teacher, student, order, batches = two_networks(name)
-    found = released(teacher, batches[0])
+    found = releasable_inputs(teacher, batches[0])
     assert found
     seen = []
     for release in ([], found):
@@ -429,7 +433,7 @@ def test_what_waits_is_spilled_again_only_if_it_was_written_to(
     in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
-    monkeypatch.setattr("coraq.model.engine._write", lambda file, data: written.append(file.write(data)))
+    monkeypatch.setattr("coraq.calibration.lockstep._write", lambda file, data: written.append(file.write(data)))
     torch.manual_seed(0)
     network, images = Waits(in_place).eval(), random_images(4, 8)
     order = [f"layers.{i}" for i in range(4)]
@@ -455,9 +459,9 @@ def test_spilling_keeps_live_activations_within_the_bound(tmp_path: Path) -> Non
         engine = LockStep([teacher, student], batches, order, memory_bytes=bound, folder=tmp_path)
         assert engine.spilled > 0
         widest = 0
-        while (arrival := engine.advance()) is not None:
+        while (layer_inputs := engine.advance()) is not None:
             widest = max(widest, live.bytes_alive())
-            for _ in arrival.pairs():
+            for _ in layer_inputs.pairs():
                 widest = max(widest, live.bytes_alive())
         engine.close()
     assert 0 < widest <= bound

@@ -21,11 +21,11 @@ from coraq.core.grid import minmax_grid
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.export import verify
-from coraq.export.complete import grid_pieces, name_pools, write_out_hard_swishes
 from coraq.export.float_graph import Place
 from coraq.export.graph import Walk
 from coraq.export.integer import find_integer_layers, raise_scales
 from coraq.export.onnx_file import build_onnx
+from coraq.export.onnx_rewrites import grid_pieces, name_pools, write_out_hard_swishes
 from coraq.export.readback import as_written, inexact_layers
 from coraq.export.runtimes import OnnxRuntime, run_all
 from coraq.export.weights import Form

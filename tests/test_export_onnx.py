@@ -22,7 +22,7 @@ from coraq.core.tensors import LowRank, QTensor, QuantizedLayer
 from coraq.data import tensor_images
 from coraq.errors import CoraqError
 from coraq.export import verify
-from coraq.export.blob import bit_weights, from_blob, to_blob
+from coraq.export.bitplanes import bit_weights, from_blob, to_blob
 from coraq.export.onnx_file import WIDER, OnnxExport, build_onnx, read_metadata
 from coraq.export.requirements import require
 from coraq.export.run import Request, export_checkpoint

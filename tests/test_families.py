@@ -15,7 +15,7 @@ import torch
 from examples_folder import example
 from torch import nn
 
-from coraq.model.fold import fold, relative_error
+from coraq.network.fold import fold, relative_error
 
 families = example("families")
 LIGHT = [pytest.param(family, id=family.name) for family in families.FAMILIES if not family.heavy]

@@ -12,8 +12,8 @@ from timm.layers import BatchNormAct2d, Conv2dSame, ScaledStdConv2d, ScaledStdCo
 from torch import Tensor, nn
 
 from coraq.errors import CoraqError
-from coraq.model import fold as folding
-from coraq.model.fold import fold, relative_error, restructure, trace
+from coraq.network import fold as folding
+from coraq.network.fold import fold, relative_error, restructure, trace
 from coraq.testing import hook_count, random_images, randomise_batchnorm, small_network, state_digest
 
 # A fold is computed in float64 and rounded once to float32 (6e-8 a weight); a sum of n ≤ 1000 products in float32

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from coraq.core import gram, lags
+from coraq.core import autocorrelation, gram
 from coraq.core import patches as module
 from coraq.core.gram import GramAccumulator
 from coraq.core.patches import Geometry, MeanAccumulator, patches
@@ -56,8 +56,8 @@ def force(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     def choose(geometry: Geometry, size: tuple[int, int], shift: Tensor) -> object:
         if way == "im2col":
             return gram._Im2col(geometry, size, shift)
-        if way == "lags":
-            return lags.Lags(lags.Plan(geometry, size), shift)
+        if way == "autocorrelation":
+            return autocorrelation.AutocorrelationGram(autocorrelation.Plan(geometry, size), shift)
         if way == "depthwise" and geometry.groups == geometry.in_channels:
             return gram._Depthwise(geometry, size, shift.device)
         return automatic(geometry, size, shift)
@@ -104,7 +104,7 @@ GEOMETRIES = [
 ]
 
 
-@pytest.mark.parametrize("way", ["automatic", "im2col", "lags", "depthwise"])
+@pytest.mark.parametrize("way", ["automatic", "im2col", "autocorrelation", "depthwise"])
 @pytest.mark.parametrize(("geometry", "size"), GEOMETRIES, ids=str)
 def test_every_way_equals_the_patches(
     geometry: Geometry, size: tuple[int, int], way: str, monkeypatch: pytest.MonkeyPatch
@@ -130,7 +130,7 @@ def layers(draw: st.DrawFn) -> tuple[Geometry, list[tuple[int, int, int]]]:
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(layers(), st.sampled_from(["automatic", "im2col", "lags", "depthwise"]))
+@given(layers(), st.sampled_from(["automatic", "im2col", "autocorrelation", "depthwise"]))
 def test_random_geometries_of_several_sizes(layer: tuple[Geometry, list[tuple[int, int, int]]], way: str) -> None:
     geometry, shapes = layer
     try:
@@ -179,11 +179,16 @@ def test_the_mean_alone() -> None:
         assert close(mean, wanted), geometry
 
 
-@pytest.mark.parametrize("way", ["im2col", "lags"])
+@pytest.mark.parametrize("way", ["im2col", "autocorrelation"])
 @pytest.mark.parametrize("limit", [1, 3000])
 def test_small_chunks_change_nothing(way: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     force(monkeypatch, way)
-    for where, name in ((gram, "PATCH_BYTES"), (gram, "CACHE_BYTES"), (lags, "CACHE_BYTES"), (lags, "SPECTRA_BYTES")):
+    for where, name in (
+        (gram, "PATCH_BYTES"),
+        (gram, "CACHE_BYTES"),
+        (autocorrelation, "CACHE_BYTES"),
+        (autocorrelation, "SPECTRA_BYTES"),
+    ):
         monkeypatch.setattr(where, name, limit)
     monkeypatch.setattr(module, "SPLIT", 16)
     geometry = Geometry((3, 3), padding=SAME_3, in_channels=6)
@@ -194,7 +199,7 @@ def test_small_chunks_change_nothing(way: str, limit: int, monkeypatch: pytest.M
 def test_wide_layers_by_either_library(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_ONEDNN", onednn and module._ONEDNN)
     assert agree(Geometry((1, 1), in_channels=600), [images(2, 600, 3, 3)])
-    force(monkeypatch, "lags")
+    force(monkeypatch, "autocorrelation")
     assert agree(Geometry((3, 1), padding=(1, 1, 0, 0), in_channels=200), [images(2, 200, 4, 3)])
     assert agree(Geometry((1, 3), padding=(0, 0, 1, 1), in_channels=260), [images(2, 260, 3, 4)])
 
@@ -205,7 +210,7 @@ def test_the_memory_layout_of_inputs_does_not_matter(memory: torch.memory_format
         assert agree(geometry, [images(2, 8, 9, 7).contiguous(memory_format=memory)])
 
 
-@pytest.mark.parametrize("way", ["im2col", "lags"])
+@pytest.mark.parametrize("way", ["im2col", "autocorrelation"])
 def test_precision_of_the_centred_gram(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean-dominated inputs with outliers: what remains when mean · meanᵀ is taken off must still be exact."""
     force(monkeypatch, way)
@@ -260,22 +265,28 @@ def test_misuse_is_refused() -> None:
 @pytest.mark.parametrize("fault", ["borders", "corners", "wrap", "transpose", "shift", "opposite"])
 def test_planted_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above can fail: with each part of the correction left out the Gram is wrong."""
-    force(monkeypatch, "lags")
+    force(monkeypatch, "autocorrelation")
     batches = [images(3, 4, 7, 8)]
     geometry = Geometry((3, 3), padding=SAME_3, in_channels=4)
     assert agree(geometry, batches)
     if fault == "borders":
-        monkeypatch.setattr(lags._Axis, "left_out", lambda *_: [[], []])
+        monkeypatch.setattr(autocorrelation._Axis, "left_out", lambda *_: [[], []])
     elif fault == "corners":
-        monkeypatch.setattr(lags.Lags, "_corner", lambda *_: torch.zeros(1, 4, 4, dtype=torch.float64))
+        monkeypatch.setattr(
+            autocorrelation.AutocorrelationGram, "_corner", lambda *_: torch.zeros(1, 4, 4, dtype=torch.float64)
+        )
     elif fault == "wrap":
-        monkeypatch.setattr(lags, "_transform_length", lambda length, shift: length // 2 * 2 + 1)
+        monkeypatch.setattr(autocorrelation, "_transform_length", lambda length, shift: length // 2 * 2 + 1)
     elif fault == "transpose":
-        right = lags.Lags._lag
-        monkeypatch.setattr(lags.Lags, "_lag", lambda self, s, p, q: right(self, s, p, q).transpose(1, 2))
+        right = autocorrelation.AutocorrelationGram._lag
+        monkeypatch.setattr(
+            autocorrelation.AutocorrelationGram, "_lag", lambda self, s, p, q: right(self, s, p, q).transpose(1, 2)
+        )
     elif fault == "shift":
-        monkeypatch.setattr(lags._Restore, "add", lambda self, block, o1, o2: block)
+        monkeypatch.setattr(autocorrelation._Restore, "add", lambda self, block, o1, o2: block)
     else:
-        waves = lags._waves
-        monkeypatch.setattr(lags, "_waves", lambda plan, device: (waves(plan, device)[0], -waves(plan, device)[1]))
+        waves = autocorrelation._waves
+        monkeypatch.setattr(
+            autocorrelation, "_waves", lambda plan, device: (waves(plan, device)[0], -waves(plan, device)[1])
+        )
     assert not agree(geometry, batches)

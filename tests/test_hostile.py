@@ -40,7 +40,7 @@ from coraq.data.sources import FileSource
 from coraq.errors import CoraqError
 from coraq.events import JsonLinesSink
 from coraq.export.run import Request, export_run
-from coraq.model.fold import Structure
+from coraq.network.fold import Structure
 from coraq.report import read_comparison
 from coraq.report.html import logged_metrics
 

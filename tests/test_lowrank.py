@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from coraq.core.allocate import Choice, allocate, lower_hull
-from coraq.core.cutoffs import SearchLayer, budget_of, relaxed_loss, search_cutoffs
+from coraq.core.allocation import Choice, allocate, lower_hull
 from coraq.core.lowrank import adapter, adapter_bytes, butterworth, directions
+from coraq.core.rank_search import SearchLayer, budget_of, relaxed_loss, search_cutoffs
 from coraq.core.sensitivity import kl_of_errors
 
 SHAPES = [(1, 12, 20), (1, 20, 12), (3, 5, 9), (1, 8, 8)]

@@ -11,7 +11,7 @@ import pytest
 SCRIPT = """
 import os
 from pathlib import Path
-from coraq.memory import give_back, reuse_freed_memory
+from coraq.runtime.memory import give_back, reuse_freed_memory
 reuse_freed_memory()
 import torch
 

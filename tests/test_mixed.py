@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import coraq
+from coraq.activations.allocation import allocate_activation_bits, allocate_under_costs
 from coraq.artifact import load_checkpoint
+from coraq.calibration.task import CalibrationTask
 from coraq.config import DataConfig, LayerScheme, RunConfig, Scheme
 from coraq.core.sensitivity import _by_probability, _by_slope, kl_of_rounding
 from coraq.core.tensors import ActivationGrid
 from coraq.errors import CoraqError
 from coraq.events import ListSink, Note
-from coraq.model.calibration import CalibrationTask
-from coraq.model.fold import fold
-from coraq.model.inputs import cheapest, share_bits
+from coraq.network.fold import fold
 from coraq.pipeline import run
 from coraq.testing.networks import random_images, small_network
 
@@ -119,7 +119,7 @@ def test_an_overflow_is_named() -> None:
     network.left.weight.fill_(float("inf"))
     grids = {"pooled": {4: ActivationGrid(0.1, 0, 4, False)}}
     with pytest.raises(CoraqError, match="pooled are not finite"):
-        share_bits(
+        allocate_activation_bits(
             network,
             grids,
             {"pooled": ["head"]},
@@ -140,7 +140,7 @@ def test_bits_go_where_they_save_most_at_the_same_average() -> None:
 
     def bits(costs: dict[str, float]) -> dict[str, int]:
         generator = torch.Generator().manual_seed(0)
-        shares = share_bits(network, grids, readers, [costs], 4, [x], generator, lambda text: None)
+        shares = allocate_activation_bits(network, grids, readers, [costs], 4, [x], generator, lambda text: None)
         assert shares.kl <= shares.uniform_kl
         assert sum(costs[name] * bits for name, bits in shares.bits.items()) <= 4 * sum(costs.values())
         return shares.bits
@@ -160,7 +160,7 @@ def test_two_costs_are_kept_to_and_little_is_lost_to_the_best_there_is() -> None
         costs = [
             dict(zip(names, (torch.rand(7, generator=generator) * 2).exp().tolist(), strict=True)) for _ in range(2)
         ]
-        found, loss = cheapest(losses, costs, 4)
+        found, loss = allocate_under_costs(losses, costs, 4)
         best = float("inf")
         for own in itertools.product(widths, repeat=7):
             if all(sum(c[n] * w for n, w in zip(names, own, strict=True)) <= 4 * sum(c.values()) for c in costs):
@@ -188,15 +188,15 @@ def test_the_average_is_kept_over_what_is_shared_out(by: str, bits: int) -> None
     task = task_of(scheme, sink=sink)
     uniform = task_of(scheme.model_copy(update={"act_mixed": "none"}))
     macs = {view.name: view.macs for view in task.all_layers}
-    free = [site for site in task.grids.sites if site.readers[0] not in ("stem", "head")]
-    values = {site.name: site.values for site in free}
-    products = {site.name: sum(macs[name] for name in site.readers) for site in free}
-    differ = len({site.bits for site in free}) > 1
+    free = [point for point in task.grids.points if point.readers[0] not in ("stem", "head")]
+    values = {point.name: point.values for point in free}
+    products = {point.name: sum(macs[name] for name in point.readers) for point in free}
+    differ = len({point.bits for point in free}) > 1
     assert differ or by == "both"  # which leaves five tensors little to choose
     for cost in {"values": [values], "macs": [products], "both": [values, products]}[by]:
-        assert sum(cost[site.name] * site.bits for site in free) <= bits * sum(cost.values()) * (1 + 1e-9)
-    assert {site.bits for site in task.grids.sites if site not in free} == {8}
-    assert [site.name for site in task.grids.sites] == [site.name for site in uniform.grids.sites]
+        assert sum(cost[point.name] * point.bits for point in free) <= bits * sum(cost.values()) * (1 + 1e-9)
+    assert {point.bits for point in task.grids.points if point not in free} == {8}
+    assert [point.name for point in task.grids.points] == [point.name for point in uniform.grids.points]
     said = "predicted to cost a KL" if differ else "predicted to gain nothing"
     assert any(said in event.message for event in sink.events if isinstance(event, Note))
     for view in task.all_layers:  # wide inputs are rounded as they are, and their weights take no scales off
@@ -205,14 +205,14 @@ def test_the_average_is_kept_over_what_is_shared_out(by: str, bits: int) -> None
 
 def test_the_values_are_those_that_the_layers_read() -> None:
     task, seen = task_of(MIXED), dict[str, int]()
-    for site in task.grids.sites:
+    for point in task.grids.points:
 
-        def look(module: nn.Module, args: tuple[Any, ...], name: str = site.name) -> None:
+        def look(module: nn.Module, args: tuple[Any, ...], name: str = point.name) -> None:
             seen[name] = args[0][0].numel()
 
-        task.teacher.get_submodule(site.readers[0]).register_forward_pre_hook(look)
+        task.teacher.get_submodule(point.readers[0]).register_forward_pre_hook(look)
     task.teacher(next(task.batches()))
-    assert {site.name: site.values for site in task.grids.sites} == seen
+    assert {point.name: point.values for point in task.grids.points} == seen
 
 
 def test_overrides_and_edges_keep_their_own() -> None:
@@ -230,7 +230,7 @@ def test_overrides_and_edges_keep_their_own() -> None:
 def test_where_none_can_pay_or_gain_all_have_the_same(bits: int) -> None:
     sink = ListSink()
     task = task_of(MIXED.model_copy(update={"act_bits": bits}), sink=sink)
-    assert {site.bits for site in task.grids.sites} == {bits, 8}
+    assert {point.bits for point in task.grids.points} == {bits, 8}
     assert [event.message for event in sink.events if isinstance(event, Note)] == [
         f"inputs of {bits} bits on average all have {bits} bits: there are only 2 to 8"
     ]
@@ -239,11 +239,11 @@ def test_where_none_can_pay_or_gain_all_have_the_same(bits: int) -> None:
 def test_it_is_the_same_every_time_and_is_not_decided_twice() -> None:
     memory: dict[str, Any] = {}
     first = task_of(MIXED, memory=memory)
-    bits = {site.name: site.bits for site in first.grids.sites}
-    assert {site.name: site.bits for site in task_of(MIXED).grids.sites} == bits
+    bits = {point.name: point.bits for point in first.grids.points}
+    assert {point.name: point.bits for point in task_of(MIXED).grids.points} == bits
     changed = {name: 8 if kept == 3 else kept for name, kept in memory["bits of inputs"].items()}
     again = task_of(MIXED, memory={"bits of inputs": changed})
-    assert {site.name: site.bits for site in again.grids.sites} == bits | changed
+    assert {point.name: point.bits for point in again.grids.points} == bits | changed
     for wrong in (None, [], {}, dict.fromkeys(changed, 9), dict.fromkeys(changed, "4"), dict.fromkeys(changed, True)):
         with pytest.raises(CoraqError, match="does not fit it"):
             task_of(MIXED, memory={"bits of inputs": wrong})
@@ -259,8 +259,8 @@ def test_the_file_has_the_bits_and_gives_the_same_outputs(tmp_path: Path) -> Non
     path, x = tmp_path / "mixed.safetensors", random_images(16)
     scheme = MIXED.model_copy(update={"act_bits": 5})
     module, result = coraq.quantize(small_network(), "comq", data=random_images(64), scheme=scheme, path=path)
-    sites = load_checkpoint(path).info.activations
-    stored = {name: record.bits for record in sites.values() for name in record.readers}
+    points = load_checkpoint(path).info.activations
+    stored = {name: record.bits for record in points.values() for name in record.readers}
     assert len(set(stored.values())) > 2
     assert {layer.name: layer.metrics["act_bits"] for layer in result.layers} == stored
     assert torch.equal(coraq.load(path)(x), module(x))

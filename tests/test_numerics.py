@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import coraq
 from coraq import registry
 from coraq.api import QuantizedLayer, minmax_grid
+from coraq.calibration.task import CalibrationTask
 from coraq.config import Scheme
 from coraq.errors import CoraqError
-from coraq.model.calibration import CalibrationTask
-from coraq.model.fold import fold
+from coraq.network.fold import fold
 from coraq.testing import random_images, small_network
 
 PLUGINS = Path(__file__).parents[1] / "plugins"

@@ -11,7 +11,7 @@ import torch
 from coraq import pipeline
 from coraq.cli.app import run
 from coraq.config import DataConfig, RunConfig
-from coraq.reproduce import reproduce
+from coraq.pipeline.reproduce import reproduce
 
 SMALL = RunConfig(model="demo", method="comq", data=DataConfig(calib_size=16, eval_size=32))
 

@@ -19,12 +19,13 @@ import pytest
 import timm
 import torch
 
-from coraq import pipeline, system
+from coraq import pipeline
 from coraq.cli.app import run
 from coraq.config import DataConfig, RunConfig
 from coraq.errors import CoraqError
-from coraq.model.load import load_model
-from coraq.processors import processors, share_processors
+from coraq.network.load import load_model
+from coraq.runtime import system
+from coraq.runtime.processors import processors, share_processors
 
 CONFIG = RunConfig(model="demo", method="comq", data=DataConfig(calib_size=8, eval_size=10, workers=0))
 PROGRAM = str(Path(sys.executable).with_name("coraq"))
@@ -155,7 +156,7 @@ def test_few_descriptors_are_enough_or_are_said(files: int, tmp_path: Path) -> N
 
 def test_the_bound_on_activations_knows_the_process_s_own_limit(tmp_path: Path) -> None:
     program = (
-        "import resource, os; from pathlib import Path; from coraq import system\n"
+        "import resource, os; from pathlib import Path; from coraq.runtime import system\n"
         "used = int(Path('/proc/self/statm').read_text().split()[0]) * os.sysconf('SC_PAGE_SIZE')\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20),) * 2)\n"
         "print(system.default_memory_bound() >> 20)"
@@ -212,7 +213,7 @@ def test_a_container_s_share_of_time_limits_the_processors(
         (tmp_path / "cpu").mkdir()
         for name, part in zip(("quota", "period"), (share.replace("max", "-1") + " 0").split(), strict=False):
             (tmp_path / "cpu" / f"cpu.cfs_{name}_us").write_text(part + "\n")
-    monkeypatch.setattr("coraq.processors.CGROUP", tmp_path)
+    monkeypatch.setattr("coraq.runtime.processors.CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "")  # so that it is put back, whatever is set meanwhile
@@ -226,7 +227,7 @@ def test_a_container_s_share_of_time_limits_the_processors(
 
 
 def test_no_container_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coraq.processors.CGROUP", tmp_path)
+    monkeypatch.setattr("coraq.runtime.processors.CGROUP", tmp_path)
     assert processors() == len(os.sched_getaffinity(0))
 
 
@@ -237,7 +238,7 @@ def test_a_container_s_memory_bounds_a_run(
     for name, size in zip(names, (3 << 30, 1 << 30), strict=True):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"{size}\n")
-    monkeypatch.setattr("coraq.system.CGROUP", tmp_path)
+    monkeypatch.setattr("coraq.runtime.system.CGROUP", tmp_path)
     assert system.default_memory_bound() == 1 << 30  # half of the 2 GiB that are free
 
 

@@ -51,7 +51,7 @@ def test_all_positions_give_the_exact_moments(geometry: Geometry) -> None:
     for centred in (True, False):
         left, right = (x - x.mean(1, keepdim=True) if centred else x for x in (moved, students))
         wanted = left.mT @ right / students.shape[1]
-        torch.testing.assert_close(sampled.drift(centred), wanted, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(sampled.input_mismatch_moment(centred), wanted, rtol=1e-5, atol=1e-4)
     assert sampled.result().count == exact.result().count
 
 

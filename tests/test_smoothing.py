@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import coraq
+from coraq.activations.fake_quant import fake_quant_of
+from coraq.activations.records import install_grids
 from coraq.artifact import load_checkpoint
+from coraq.calibration.task import CalibrationTask
 from coraq.cli.progress import PlainProgress
 from coraq.config import Scheme
 from coraq.core.ranges import RangeSample, activation_grid
@@ -22,10 +25,7 @@ from coraq.core.tensors import ActivationGrid, QuantizedLayer
 from coraq.errors import CoraqError, MethodError
 from coraq.events import QUANTIZE, ListSink, Sink, StageStarted, null_sink
 from coraq.methods.rtn import RoundToNearest
-from coraq.model.activations import install_grids
-from coraq.model.calibration import CalibrationTask
-from coraq.model.fold import fold
-from coraq.model.gridded import grids_of
+from coraq.network.fold import fold
 from coraq.testing.networks import random_images, small_network
 
 W4A4 = Scheme(bits=4, act_bits=4, column_scale="input")
@@ -144,7 +144,7 @@ def test_what_the_task_says_is_what_the_layers_have_and_the_file_means(tmp_path:
     scaled = {name for record in checkpoint.info.activations.values() if record.scaled for name in record.readers}
     assert scaled == {"grouped", "depthwise", "pointwise", "dense", "hidden"}  # 8-bit edges are not
     for name, layer in checkpoint.layers.items():
-        grid = grids_of(checkpoint.module.get_submodule(name)).input
+        grid = fake_quant_of(checkpoint.module.get_submodule(name)).input
         assert isinstance(grid, ActivationGrid)
         assert (layer.weight.columns is not None) == (grid.factors is not None) == (name in scaled)
         if layer.weight.columns is not None:
@@ -202,22 +202,22 @@ def test_grids_inside_a_unit_are_those_of_the_product() -> None:
     seen = set()
     for block in task.partition()[:4]:
         data = task.block_io(block)
-        for site in data.sites:
-            grid, scales = data.grids[site.name], views[site.readers[0]].input_scales
+        for point in data.points:
+            grid, scales = data.grids[point.name], views[point.readers[0]].input_scales
             assert (grid.factors is None) == (scales is None)
             if grid.factors is None or scales is None:
                 continue
             assert torch.equal(grid.factors.flatten(), scales.flatten())
-            if task.grids.grid(site) is not None:  # which the engine has calibrated, micro-batch by micro-batch
+            if task.grids.grid(point) is not None:  # which the engine has calibrated, micro-batch by micro-batch
                 continue
-            reader, inputs = data.readers(site)[0], list[Tensor]()
+            reader, inputs = data.readers(point)[0], list[Tensor]()
             handle = reader.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0]))
             data.module(data.student_input[:64].clone())
             handle.remove()
             sample = RangeSample(1, grid.factors)
             sample.add(inputs[0])
             assert sample.grid(4).scale == pytest.approx(grid.scale, rel=1e-6)
-            seen.add(site.name)
+            seen.add(point.name)
         for name in block.layers:
             view = views[name]
             columns = view.columns(W4A4)

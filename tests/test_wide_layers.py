@@ -62,10 +62,10 @@ def test_moments_in_blocks_are_the_diagonal_blocks_of_the_whole() -> None:
         whole.add(x, y)
         parts.add(x, y)
     pieces = [(g, slice(b * 9, b * 9 + 9)) for g in (0, 1) for b in range(4)]
-    gram, drift = whole.result().gram, whole.drift(centred=True)
+    gram, drift = whole.result().gram, whole.input_mismatch_moment(centred=True)
     assert torch.allclose(parts.result().gram, torch.stack([gram[g, b, b] for g, b in pieces]), rtol=1e-5)
     wanted = torch.stack([weight[g, :, b].double() @ drift[g, b, b] for g, b in pieces])
-    assert torch.allclose(parts.drift(centred=True), wanted, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(parts.input_mismatch_moment(centred=True), wanted, rtol=1e-4, atol=1e-4)
     assert torch.allclose(parts.result().mean.flatten(), whole.result().mean.flatten())
     rows = parts.rows()
     assert whole.rows() is None

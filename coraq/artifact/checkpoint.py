@@ -16,15 +16,15 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from coraq.activations.records import ActivationRecord, install_grids
 from coraq.artifact.codec import LayerRecord, content_digest, decode, encode, serialise
 from coraq.artifact.files import write_atomic
 from coraq.config import Frozen, Scheme
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
-from coraq.model.activations import ActivationRecord, install_grids
-from coraq.model.fold import Structure, restructure
-from coraq.model.layers import install
-from coraq.model.load import SPARE_TENSORS, SPARE_VALUES, Size, build, check_finite, refuse_pickle
+from coraq.network.fold import Structure, restructure
+from coraq.network.layers import install
+from coraq.network.load import SPARE_TENSORS, SPARE_VALUES, Size, build, check_finite, refuse_pickle
 
 
 class CheckpointInfo(Frozen):

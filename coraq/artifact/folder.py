@@ -25,8 +25,8 @@ from coraq.artifact.files import write_atomic
 from coraq.config import RunConfig
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError, disk_error
-from coraq.plainfiles import append_plain, read_plain
 from coraq.results import RunResult
+from coraq.runtime.safe_files import append_plain, read_plain
 
 Metrics = dict[str, float | int | str]
 _Metrics = TypeAdapter(Metrics)

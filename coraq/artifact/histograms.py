@@ -11,8 +11,8 @@ from torch import Tensor
 from coraq.artifact.files import write_atomic
 from coraq.core.columns import divided
 from coraq.core.tensors import QuantizedLayer
-from coraq.plainfiles import read_plain
 from coraq.results import WeightHistogram
+from coraq.runtime.safe_files import read_plain
 
 HISTOGRAMS_NAME = "histograms.json"
 _MOST_BINS = 96

@@ -17,9 +17,9 @@ import typer
 
 from coraq import __version__
 from coraq.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, CoraqError, exception_text
-from coraq.memory import reuse_freed_memory
-from coraq.plainfiles import append_traceback
-from coraq.processors import share_processors
+from coraq.runtime.memory import reuse_freed_memory
+from coraq.runtime.processors import share_processors
+from coraq.runtime.safe_files import append_traceback
 
 # First lines of the commands' docstrings, so that `coraq --help` need not import what they import.
 COMMANDS = {

@@ -13,7 +13,7 @@ from coraq.cli.loading import load_networks
 from coraq.errors import EXIT_FAILURE, UsageError
 
 if TYPE_CHECKING:
-    from coraq.export.record import Check, ExportResult
+    from coraq.export.export_result import Check, ExportResult
 
 VERIFY_PANEL = "Verification"
 

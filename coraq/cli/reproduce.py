@@ -28,7 +28,7 @@ def reproduce(
 
     from coraq.cli.display import columns_table, stdout
     from coraq.cli.progress import progress
-    from coraq.reproduce import reproduce as run_again
+    from coraq.pipeline.reproduce import reproduce as run_again
 
     with progress(quiet, verbose) as sink:
         outcome = run_again(folder, sink=sink)

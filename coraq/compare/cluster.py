@@ -21,23 +21,24 @@ from typing import Any
 
 import torch
 
-from coraq import pipeline, system
+from coraq import pipeline
 from coraq.artifact import read_result
 from coraq.artifact.files import write_atomic
 from coraq.compare.grid import Cell
 from coraq.compare.local import run_cell
 from coraq.compare.run import Outcome
+from coraq.compare.worker_events import EventQueue, WorkerStarted
 from coraq.errors import CoraqError, UsageError
 from coraq.events import Event, LayerCommitted, Note, Sink, StageAdvanced, StageFinished, StageStarted, null_sink
-from coraq.mailbox import Began, Mailbox
-from coraq.memory import reuse_freed_memory
+from coraq.pipeline.cache import RunCache
 from coraq.report import write_report
-from coraq.sharing import Shared
+from coraq.runtime import system
+from coraq.runtime.memory import reuse_freed_memory
 
 RETRIES = 3  # of a cell whose worker is lost
 POLL_S = 0.2
 _LEFT_BEHIND = ("layers", ".lock")  # of a folder that is sent: what only resuming needs
-_shared: Shared | None = None  # of this worker process: what its cells have in common
+_shared: RunCache | None = None  # of this worker process: what its cells have in common
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Delivery:
 def work(order: Order, send: Sink = null_sink) -> Delivery:
     """Run one cell in this process, wherever that is."""
     global _shared
-    _shared = _shared or Shared(system.default_memory_bound() // 8)
+    _shared = _shared or RunCache(system.default_memory_bound() // 8)
     torch.set_num_threads(order.threads)
     if Path(order.cwd).is_dir():
         os.chdir(order.cwd)
@@ -202,7 +203,7 @@ class RayEngine:
     def _collect(
         self, ray: Any, orders: list[Order], runs_dir: Path, sink: Sink, gpus: int
     ) -> Generator[tuple[int, Outcome]]:
-        mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+        mailbox = ray.remote(num_cpus=0)(EventQueue).remote()
         remote = ray.remote(num_cpus=self.cell_cpus, num_gpus=gpus, max_retries=RETRIES)(_task)
         waiting = {remote.remote(order, mailbox): order for order in orders}
         view = _View(sink)
@@ -238,7 +239,7 @@ def _task(order: Order, mailbox: Any) -> Delivery:
         if not isinstance(event, LayerCommitted):
             sent = mailbox.put.remote(order.index, event)
 
-    send(Began(socket.gethostname(), os.getpid()))
+    send(WorkerStarted(socket.gethostname(), os.getpid()))
     delivery = work(order, send)
     ray.get(sent)  # of one sender, an actor takes calls in their order
     return delivery
@@ -265,7 +266,7 @@ class _View:
 
     def show(self, cell: str, event: Event) -> None:
         running = self._running.setdefault(cell, set())
-        if isinstance(event, Began):
+        if isinstance(event, WorkerStarted):
             if "" in running:
                 self.close(cell)
                 self._sink(Note(f"{cell}: its worker was lost; another goes on with it", "warning"))

@@ -6,13 +6,14 @@ import contextlib
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
-from coraq import pipeline, system
+from coraq import pipeline
 from coraq.compare.grid import Cell
 from coraq.compare.run import Outcome, reason_of
 from coraq.errors import CoraqError
 from coraq.events import Event, Note, Sink, tee
-from coraq.plainfiles import append_traceback
-from coraq.sharing import Shared
+from coraq.pipeline.cache import RunCache
+from coraq.runtime import system
+from coraq.runtime.safe_files import append_traceback
 
 
 class LocalEngine:
@@ -24,13 +25,13 @@ class LocalEngine:
         self, cells: Sequence[Cell], commands: Sequence[list[str]], *, runs_dir: Path, sink: Sink, force: bool
     ) -> Generator[tuple[int, Outcome]]:
         # an eighth of the free memory for each of the two sets: the bound on activations is half of what then is free
-        shared = Shared(keep_bytes=system.default_memory_bound() // 4)
+        shared = RunCache(keep_bytes=system.default_memory_bound() // 4)
         for index, (cell, command) in enumerate(zip(cells, commands, strict=True)):
             yield index, run_cell(cell, command, runs_dir=runs_dir, sink=sink, force=force, shared=shared)
 
 
 def run_cell(
-    cell: Cell, command: list[str], *, runs_dir: Path, sink: Sink, force: bool, shared: Shared | None = None
+    cell: Cell, command: list[str], *, runs_dir: Path, sink: Sink, force: bool, shared: RunCache | None = None
 ) -> Outcome:
     """One cell; whatever it raises but an interrupt becomes its row's reason."""
     worked = _Worked()

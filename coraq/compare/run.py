@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Protocol
 
 import coraq
-from coraq import system
 from coraq.compare.grid import Cell
 from coraq.compare.ranking import groups_of
 from coraq.config import RunConfig
 from coraq.errors import CoraqError, exception_text
 from coraq.events import Sink, null_sink, stage
 from coraq.results import CellResult, CompareResult, RunResult
+from coraq.runtime import system
 
 
 @dataclass(frozen=True)

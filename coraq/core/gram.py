@@ -3,7 +3,7 @@
 The Gram `[groups, in, in]` is all that the output error `Σ δ G δᵀ` of a changed weight needs. Three exact ways to it,
 chosen by their cost for each image size:
 - `_Im2col`: the patches, a chunk at a time, and one product. 1 × 1 kernels need no copy.
-- `coraq.core.lags`: from the autocorrelation of the image at the few shifts between taps.
+- `coraq.core.autocorrelation`: from the autocorrelation of the image at the few shifts between taps.
 - `_Depthwise`: one channel a group has nothing to multiply matrices of; products of the shifted image, summed.
 """
 
@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from coraq.core.lags import Lags, Plan
+from coraq.core.autocorrelation import AutocorrelationGram, Plan
 from coraq.core.patches import (
     CACHE_BYTES,
     SPLIT,
@@ -147,7 +147,7 @@ def _choose(geometry: Geometry, size: tuple[int, int], shift: Tensor) -> _Way:
     if math.prod(geometry.kernel) > 1 and geometry.in_channels == geometry.groups:
         return _Depthwise(geometry, size, shift.device)
     plan = _cheaper_plan(geometry, size)
-    return _Im2col(geometry, size, shift) if plan is None else Lags(plan, shift)
+    return _Im2col(geometry, size, shift) if plan is None else AutocorrelationGram(plan, shift)
 
 
 def _cheaper_plan(geometry: Geometry, size: tuple[int, int]) -> Plan | None:
@@ -159,7 +159,7 @@ def _cheaper_plan(geometry: Geometry, size: tuple[int, int]) -> Plan | None:
 
 
 def exact_cost(geometry: Geometry, size: tuple[int, int]) -> float:
-    """Multiplications per image of a Gram over all positions, by the cheapest way for images of this size."""
+    """Multiplications per image of a Gram over all positions, by the cheapest way for this image size."""
     plan = _cheaper_plan(geometry, size)
     return _im2col_cost(geometry, size) if plan is None else plan.cost()
 

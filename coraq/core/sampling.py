@@ -57,8 +57,8 @@ class SampledMoments:
         device: of the inputs.
         blocks: how many blocks each group's Gram has; must divide the inputs. Moments are then
             [groups · blocks, in/blocks, …], and the first `KEPT_ROWS` patches are kept.
-        project: [groups, k, in], what `drift` looks at the difference of the networks through.
-        gram: False where the drift alone is wanted.
+        project: [groups, k, in], what `input_mismatch_moment` looks at the difference of the networks through.
+        gram: False where the input-mismatch moment alone is wanted.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class SampledMoments:
         self._at_end = not self._depthwise and 2 * k > inputs
         k = inputs if self._at_end else k
         self._drift_sum = torch.zeros(groups, k, dtype=torch.float64, device=self.device)
-        self._drift = torch.zeros(groups, k, inputs, dtype=torch.float64, device=self.device)
+        self._mismatch = torch.zeros(groups, k, inputs, dtype=torch.float64, device=self.device)
 
     def add(self, student: Tensor, teacher: Tensor | None = None) -> None:
         """Take in images [N, C, H, W] of the student, and of the teacher in the same order if `project`."""
@@ -123,7 +123,7 @@ class SampledMoments:
             add_upper(self._gram, rows)
         if difference is not None:
             self._drift_sum += difference.sum(1, dtype=torch.float64)
-            self._drift += product(difference, rows)
+            self._mismatch += product(difference, rows)
         return rows.shape[1]
 
     def _add_depthwise(self, student: Tensor, teacher: Tensor | None) -> int:
@@ -153,7 +153,7 @@ class SampledMoments:
                 gram[tap, tap:] += sum_of_rows(part[:, tap, None] * part[:, tap:])
             for k, output in enumerate(moved):
                 self._drift_sum[:, k] += sum_of_rows(output)
-                self._drift[:, k] += sum_of_rows(part * output[:, None]).t()
+                self._mismatch[:, k] += sum_of_rows(part * output[:, None]).t()
         return count
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -170,14 +170,14 @@ class SampledMoments:
         """The first of the student's patches, float32 [groups, rows, in], if there are several blocks."""
         return torch.cat(self._kept, 1) if self._kept else None
 
-    def drift(self, centred: bool) -> Tensor:
+    def input_mismatch_moment(self, centred: bool) -> Tensor:
         """`E[P (x_teacher − x_student) x_studentᵀ]`, float64 [groups · blocks, k, in/blocks]; `centred`: less means."""
         mean, less = self._means()
         moved = self._drift_sum / self.count
-        drift = self._drift / self.count - _outer(moved, less) + (0.0 if centred else _outer(moved, mean))
+        moment = self._mismatch / self.count - _outer(moved, less) + (0.0 if centred else _outer(moved, mean))
         if self._at_end and self._project is not None:
-            drift = self._project.double() @ drift
-        return channels_first(drift, self._taps)
+            moment = self._project.double() @ moment
+        return channels_first(moment, self._taps)
 
     def _means(self) -> tuple[Tensor, Tensor]:
         """Mean, and mean less the shift: float64 [groups · blocks, in/blocks]."""

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coraq.core.fake_quantize import fake_quantize
 from coraq.core.grid import Grid
-from coraq.core.levels import nearest_levels
 from coraq.core.tensors import ActivationGrid
 
 ZETA, GAMMA = 1.1, -0.1  # the sigmoid is stretched to this range and clipped, so that 0 and 1 are reached
@@ -97,7 +97,7 @@ class _LearnedStep(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, step: Tensor, grid: ActivationGrid) -> Tensor:
         values = x.to(step.dtype)  # of half precision where products are
-        rounded = nearest_levels(values, float(step), grid.zero_point, grid.low, grid.high).to(x.dtype)
+        rounded = fake_quantize(values, float(step), grid.zero_point, grid.low, grid.high).to(x.dtype)
         context.save_for_backward(x, rounded, step)
         context.bounds = grid.low - grid.zero_point, grid.high - grid.zero_point
         return rounded

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coraq.core.columns import multiplied, rounded
-from coraq.core.levels import nearest_levels
+from coraq.core.fake_quantize import fake_quantize
 
 MAX_CORE_BITS = 16  # the numerics work up to here, so that tests can approach the float limit
 
@@ -186,7 +186,7 @@ class ActivationGrid:
         """The nearest levels to `x`, in a new tensor of the same shape; rounding twice changes nothing."""
         if self.factors is not None:
             return replace(self, factors=None).round(x * self.factors).div_(self.factors)
-        return nearest_levels(x, self.scale, self.zero_point, self.low, self.high)
+        return fake_quantize(x, self.scale, self.zero_point, self.low, self.high)
 
     __call__ = round  # a grid stands wherever a function of a tensor can
 

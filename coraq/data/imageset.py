@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from coraq.data.preprocess import Preprocess
 from coraq.errors import CoraqError
 from coraq.events import Note, Sink, null_sink
-from coraq.processors import processors
+from coraq.runtime.processors import processors
 
 Batch: TypeAlias = tuple[Tensor, Tensor]  # float32 [n, channels, height, width] normalised, int64 [n]
 UNLABELLED = -1

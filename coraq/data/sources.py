@@ -18,7 +18,7 @@ from timm.data import IterableImageDataset, create_dataset, get_img_extensions
 from coraq.data.classes import ClassMap
 from coraq.data.imageset import Source
 from coraq.errors import CoraqError, UsageError
-from coraq.hub import go_offline_if_unreachable
+from coraq.runtime.hub import go_offline_if_unreachable
 
 KINDS = ("torch", "hfds", "hfids", "wds", "tfds")  # what timm's specs begin with; it takes others for folders
 NEEDS_ROOT = ("torch", "wds", "tfds")  # specs that find nothing without --data-dir

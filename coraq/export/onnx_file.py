@@ -13,10 +13,16 @@ import torch
 from coraq.artifact import Checkpoint
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
-from coraq.export.complete import complete_grids, complete_sigmoids, grid_pieces, name_pools, write_out_hard_swishes
 from coraq.export.float_graph import FloatGraph, export_float
 from coraq.export.graph import without_grids
 from coraq.export.integer import IntegerLayer, emit_integer_layer, find_integer_layers, is_rounded
+from coraq.export.onnx_rewrites import (
+    complete_grids,
+    complete_sigmoids,
+    grid_pieces,
+    name_pools,
+    write_out_hard_swishes,
+)
 from coraq.export.requirements import require
 from coraq.export.weights import Form, Parts, as_stored, emit_weight, typed_bits
 from coraq.version import __version__
@@ -80,7 +86,7 @@ def build_onnx(
         form: see `coraq.export.weights`.
         labels: class names in index order, where the checkpoint has none.
         calibration: images [n, channels, height, width]; with them, a network whose grids are placed for integer
-            kernels gets those that ONNX Runtime needs besides, see `coraq.export.complete`.
+            kernels gets those that ONNX Runtime needs besides, see `coraq.export.onnx_rewrites`.
 
     Raises:
         CoraqError: a package is missing, or torch cannot export the network.

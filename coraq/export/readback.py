@@ -10,7 +10,7 @@ import torch
 
 from coraq.artifact import Checkpoint
 from coraq.core.tensors import QTensor, QuantizedLayer
-from coraq.export.blob import from_blob
+from coraq.export.bitplanes import from_blob
 from coraq.export.integer import is_rounded
 from coraq.export.onnx_file import TWO_BIT_OPSET, OnnxExport
 from coraq.export.runtimes import run_all

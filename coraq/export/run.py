@@ -22,15 +22,15 @@ from coraq.config import RunConfig
 from coraq.data import Images, ImageSet, Preprocess, run_images, synthetic_images
 from coraq.errors import CoraqError
 from coraq.events import Note, Sink, null_sink, stage
+from coraq.export.export_result import Check, ExportResult
 from coraq.export.onnx_file import build_onnx, example_images, label_of
 from coraq.export.pt2 import build_pt2, codes_exact, open_pt2
-from coraq.export.record import Check, ExportResult
 from coraq.export.requirements import require
 from coraq.export.timm_folder import weights_on_grid, write_timm_folder
 from coraq.export.verify import check_onnx, check_openvino, check_torch, refused
 from coraq.export.weights import Form
-from coraq.model.load import open_folder
-from coraq.plainfiles import append_traceback, read_plain
+from coraq.network.load import open_folder
+from coraq.runtime.safe_files import append_traceback, read_plain
 from coraq.version import __version__
 
 Format = Literal["onnx", "timm", "pt2"]
@@ -134,7 +134,7 @@ def _export_timm(checkpoint: Checkpoint, request: Request, images: ImageSet | No
         form="dequantized weights",
         label="float",
         source=str(checkpoint.path),
-        path=str(settle(path, unverified, checks)),
+        path=str(publish(path, unverified, checks)),
         size_bytes=size,
         float_bytes=float_bytes(checkpoint),
         nominal_bytes=float_bytes(checkpoint),
@@ -166,7 +166,7 @@ def _export_pt2(checkpoint: Checkpoint, request: Request, images: ImageSet | Non
         form="codes in int32 words",
         label=label_of(checkpoint),
         source=str(checkpoint.path),
-        path=str(settle(path, unverified, checks)),
+        path=str(publish(path, unverified, checks)),
         size_bytes=len(content),
         float_bytes=float_bytes(checkpoint),
         nominal_bytes=float_bytes(checkpoint) - weights + packed,
@@ -209,7 +209,7 @@ def _export_onnx(
         form=request.form,
         label=export.label,
         source=str(checkpoint.path),
-        path=str(settle(path, unverified, checks)),
+        path=str(publish(path, unverified, checks)),
         size_bytes=len(export.content),
         float_bytes=len(export.float_content),
         nominal_bytes=export.nominal_bytes,
@@ -244,7 +244,7 @@ def verdict(checks: list[Check]) -> bool | None:
     return all(not check.failures for check in checks) if checks else None
 
 
-def settle(path: Path, unverified: Path, checks: list[Check]) -> Path:
+def publish(path: Path, unverified: Path, checks: list[Check]) -> Path:
     """Give an artefact (a file or a folder) its name: only what did not fail loses `.unverified`.
 
     After a failure an older artefact of that name goes: it would be taken for the new one.

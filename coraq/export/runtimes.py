@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from coraq.errors import CoraqError
-from coraq.export.record import Latency
+from coraq.export.export_result import Latency
 from coraq.export.requirements import require
 
 WARM_UP, MOST_REPEATS, FEWEST_REPEATS = 2, 40, 5

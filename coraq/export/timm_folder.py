@@ -18,7 +18,7 @@ from torch import Tensor
 from coraq.artifact import Checkpoint
 from coraq.artifact.files import write_atomic
 from coraq.errors import CoraqError
-from coraq.model.load import build
+from coraq.network.load import build
 
 
 def unfolded_state(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from coraq.artifact import Checkpoint
 from coraq.errors import CoraqError, exception_text
 from coraq.export.agreement import Agreement, Batches, Comparer
+from coraq.export.export_result import Check, Latency
+from coraq.export.integer_check import largest_step
 from coraq.export.onnx_file import OnnxExport
 from coraq.export.readback import as_written, codes_exact, inexact_layers, weights_exact
-from coraq.export.record import Check, Latency
 from coraq.export.runtimes import OnnxRuntime, OpenVino, Runtime, time_pair
-from coraq.export.steps import largest_step
 
 LOGITS_TOLERANCE = 1e-3  # relative; the exporter and other kernels alone were measured at 5e-5 and below
 CONTROL_FACTOR = 3.0  # a badly conditioned network amplifies rounding: then the float export is the measure

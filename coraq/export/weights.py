@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from coraq.core.tensors import QTensor, QuantizedLayer
-from coraq.export.blob import LANES, bit_weights, to_blob
+from coraq.export.bitplanes import LANES, bit_weights, to_blob
 from coraq.export.float_graph import Place
 
 Form = Literal["cast", "packed", "dq"]
@@ -249,7 +249,7 @@ def emit_codes(
 
 
 def _emit_blob(parts: Parts, prefix: str, values: np.ndarray, bits: int, signed: bool, to: str) -> str:
-    """Integers in a blob and the operators that take it apart, see `coraq.export.blob`."""
+    """Integers in a blob and the operators that take it apart, see `coraq.export.bitplanes`."""
     blob = parts.array(f"{prefix}_codes", to_blob(values.reshape(-1), bits))
     shifts = parts.constant(np.arange(LANES, dtype=np.uint8).reshape(-1, 1, 1))
     value = parts.node("BitShift", [blob, shifts], direction="RIGHT")

@@ -4,8 +4,8 @@ Minimises `Σ (block(x̂) − y)²` over the codes and scales of a block's weigh
 the quantized prefix, y from the float network. The paper learns up or down for every weight by gradient descent
 (AdaRound's rectified sigmoid): `-o preset=paper`, in hours. The default differs where measurement says so: a unit
 starts from the codes and scales that COMQ gives its layers one after another, COMQ's sweeps on a second-order
-model of the whole unit's error take them further (`coraq.core.newton`), activation steps are searched, and images that
-nothing was learned on judge every step.
+model of the whole unit's error take them further (`coraq.core.quadratic_model`), activation steps are searched, and
+images that nothing was learned on judge every step.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import mse_loss
 
+from coraq.activations.points import QuantizationPoint
 from coraq.api import (
     ActivationGrid,
     BlockData,
@@ -33,12 +34,11 @@ from coraq.api import (
     Task,
     divided,
     mse_grid,
-    set_grid,
+    set_fake_quant,
 )
 from coraq.core.bfloat16 import multiplies_bfloat16
-from coraq.core.newton import Model
+from coraq.core.quadratic_model import Model
 from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at, squared_error
-from coraq.model.activations import Site
 
 PAPER = {
     "start": "nearest",
@@ -181,7 +181,7 @@ class BRECQ:
     def quantize(self, task: Task) -> None:
         views = {view.name: view for view in task.layers}
         if self.config.precision == "auto" and self.config.learn == "all" and views:
-            half = in_half(self.config, next(iter(views.values())).weight.device)
+            half = uses_bfloat16(self.config, next(iter(views.values())).weight.device)
             task.note(f"roundings are learned in {'bfloat16' if half else 'float32'} here (-o precision=auto)")
         for unit in task.partition(self.config.granularity, self.config.blocks):
             views |= {view.name: view for view in task.layers}  # a unit cut off by a kill comes back whole
@@ -216,7 +216,7 @@ class QDrop(BRECQ):
         )
 
 
-def in_half(config: BRECQ.Config, device: torch.device) -> bool:
+def uses_bfloat16(config: BRECQ.Config, device: torch.device) -> bool:
     """Whether products are in bfloat16 while learning."""
     return config.precision == "bfloat16" or (config.precision == "auto" and multiplies_bfloat16(device))
 
@@ -321,8 +321,8 @@ class Unit:
             data.layer(view.name).bias = torch.nn.Parameter(bias.clone(), requires_grad=False)
         self._keep_start()
         self._install(self.final, self.grids)
-        for site in data.sites:
-            self.steps[site.name] = LearnedGrid(data.grids[site.name], config.drop, self.task.rng)
+        for point in data.points:
+            self.steps[point.name] = LearnedGrid(data.grids[point.name], config.drop, self.task.rng)
 
     def _descend(self, error: float) -> tuple[int, float]:
         """Codes, scales and biases by Newton steps on one layer after another; they become the start.
@@ -362,23 +362,23 @@ class Unit:
         Returns the number of steps changed, and the error that is reached.
         """
         data, changed = self.data, 0
-        for site in data.sites:
+        for point in data.points:
             best = None
             for factor in STEP_FACTORS:
-                tried = data.grids[site.name].scaled(factor)
-                self._set_grid(site, tried)
+                tried = data.grids[point.name].scaled(factor)
+                self._set_grid(point, tried)
                 found = self._error()
                 if found < error:
                     best, error = tried, found
             changed += best is not None
-            data.grids[site.name] = best or data.grids[site.name]
-            self._set_grid(site, data.grids[site.name])
-            self.steps[site.name] = LearnedGrid(data.grids[site.name], self.config.drop, self.task.rng)
+            data.grids[point.name] = best or data.grids[point.name]
+            self._set_grid(point, data.grids[point.name])
+            self.steps[point.name] = LearnedGrid(data.grids[point.name], self.config.drop, self.task.rng)
         return changed, error
 
-    def _set_grid(self, site: Site, grid: ActivationGrid | LearnedGrid) -> None:
-        for reader in self.data.readers(site):
-            set_grid(reader, "input", grid)
+    def _set_grid(self, point: QuantizationPoint, grid: ActivationGrid | LearnedGrid) -> None:
+        for reader in self.data.readers(point):
+            set_fake_quant(reader, "input", grid)
 
     def _nearest(self) -> dict[str, tuple[Grid, Tensor, Tensor]]:
         """Grid, nearest codes and bias of each layer; the bias absorbs the mean of the rounding errors."""
@@ -400,7 +400,7 @@ class Unit:
     def _from_method(self) -> dict[str, tuple[Grid, Tensor, Tensor]]:
         """The same as another method gives it, with gain and bias as the scheme says."""
         found = {}
-        for name, layer in self.task.unit_codes(self.data, self.config.start).items():
+        for name, layer in self.task.quantize_block_with(self.data, self.config.start).items():
             weight, view = layer.weight, next(view for view in self.views if view.name == name)
             if layer.adapter is not None or weight.codebook is not None:
                 raise CoraqError(
@@ -424,8 +424,8 @@ class Unit:
         module.bias.copy_(bias)
 
     def _set_grids(self, grids: Mapping[str, ActivationGrid | LearnedGrid]) -> None:
-        for site in self.data.sites:
-            self._set_grid(site, grids[site.name])
+        for point in self.data.points:
+            self._set_grid(point, grids[point.name])
 
     def use_learned_grids(self) -> None:
         """The copy's activation steps are the ones being learned."""
@@ -506,7 +506,7 @@ class Unit:
         if config.drop:
             keep = torch.empty_like(x).uniform_(generator=self.task.rng) < config.drop
             x = torch.where(keep, data.teacher_input[rows], x)
-        half = in_half(config, x.device)
+        half = uses_bfloat16(config, x.device)
         x = x.to(torch.bfloat16) if half else x  # or what is added to it would be made float32 again
         with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             got = functional_call(data.module, self._soft() if weights else self._hard(), (x,))
@@ -545,12 +545,12 @@ class Unit:
     def _keep_start(self) -> None:
         """The start is the result."""
         self.final = {name: (layer.base, layer.start_bias) for name, layer in self.layers.items()}
-        self.grids = {site.name: self.data.grids[site.name] for site in self.data.sites}
+        self.grids = {point.name: self.data.grids[point.name] for point in self.data.points}
 
     def _result(self) -> dict[str, QuantizedLayer]:
         # biases that were not learned are set as the scheme says, and the gain with them, behind the layers before
         given = self.task.scheme.bias != "keep" and self.config.bias_lr > 0
-        inputs = {reader: self.grids[site.name] for site in self.data.sites for reader in site.readers}
+        inputs = {reader: self.grids[point.name] for point in self.data.points for reader in point.readers}
         layers = {}
         for name, (codes, bias) in self.final.items():
             weight = self.layers[name].rounding.grid.pack(codes)

@@ -206,7 +206,7 @@ class CoRa:
         """
         seen = []
         with (
-            task.fewer_images(LOOK_IMAGES) as images,
+            task.calibration_subset(LOOK_IMAGES) as images,
             task.stage("look at all layers", len(task.layers)) as looking,
         ):
             for number, layer in enumerate(task.layers):

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from coraq import registry
 from coraq.api import QuantizedLayer
+from coraq.calibration.task import CalibrationTask, Metrics
 from coraq.data import ImageSet
 from coraq.errors import CoraqError, MethodError
 from coraq.events import QUANTIZE, Event, LayerCommitted, Note, Sink, stage
-from coraq.model.calibration import CalibrationTask, Metrics
 from coraq.pipeline.prepare import Prepared
-from coraq.system import default_memory_bound
+from coraq.runtime.system import default_memory_bound
 
 
 def calibrate(
@@ -45,7 +45,7 @@ def calibrate(
             early_images=config.data.calib_early,
             find_method=registry.make,
             memory=memory,
-            half=config.data.calib_precision == "bfloat16",
+            bfloat16=config.data.calib_precision == "bfloat16",
         )
         task.method = f"method {config.method} ({prepared.method_source})"
         try:

@@ -13,14 +13,14 @@ from coraq.data import Preprocess, run_images
 from coraq.errors import CoraqError, UsageError
 from coraq.evaluate.accuracy import evaluate_network
 from coraq.events import Sink, null_sink, stage, tee
+from coraq.export.export_result import FileAccuracy
 from coraq.export.onnx_file import read_metadata
-from coraq.export.record import FileAccuracy
 from coraq.export.runtimes import OnnxRuntime, RuntimeNetwork
 from coraq.pipeline.measure import measure
-from coraq.pipeline.outcome import Recorder
 from coraq.pipeline.prepare import import_plugins, load_float, open_images
+from coraq.pipeline.run_result import Recorder
 from coraq.results import RunResult
-from coraq.system import machine, open_device
+from coraq.runtime.system import machine, open_device
 
 
 def evaluate_run(run_path: Path, data: DataConfig | None = None, *, sink: Sink = null_sink) -> RunResult:

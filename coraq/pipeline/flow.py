@@ -21,18 +21,18 @@ from coraq.artifact import (
 from coraq.config import RunConfig
 from coraq.errors import MethodError
 from coraq.events import JsonLinesSink, Note, Sink, null_sink, stage, tee
-from coraq.memory import give_back
+from coraq.pipeline.cache import RunCache, weights_checksum
 from coraq.pipeline.calibrate import calibrate
 from coraq.pipeline.measure import Choices, measure
-from coraq.pipeline.outcome import Recorder, checkpoint_info, run_result
 from coraq.pipeline.prepare import Prepared, prepare
-from coraq.plainfiles import append_traceback
+from coraq.pipeline.run_result import Recorder, checkpoint_info, run_result
 from coraq.report.html import PLOTTED_LAYERS
 from coraq.report.render import complete_report, write_report
 from coraq.report.summary import worst_layers
 from coraq.results import RunResult
-from coraq.sharing import Shared, content_of
-from coraq.system import reset_peak_memory
+from coraq.runtime.memory import give_back
+from coraq.runtime.safe_files import append_traceback
+from coraq.runtime.system import reset_peak_memory
 
 SLOW_REPORT_S = 1.0  # rendering that takes longer is said
 
@@ -44,7 +44,7 @@ def run(
     sink: Sink = null_sink,
     force: bool = False,
     command: list[str] | None = None,
-    shared: Shared | None = None,
+    shared: RunCache | None = None,
 ) -> RunResult:
     """Quantize, write, reload, evaluate and report, in a run folder under `runs_dir`.
 
@@ -59,10 +59,10 @@ def run(
     reset_peak_memory()
     recorder = Recorder()
     sink = tee(sink, recorder)
-    shared = shared or Shared()
+    shared = shared or RunCache()
     shared.begin(sink)
     prepared = prepare(config, sink, shared)
-    content = content_of(prepared.teacher) if shared.keep_bytes is not None else None
+    content = weights_checksum(prepared.teacher) if shared.keep_bytes is not None else None
     folder = prepared.folder(runs_dir)
     folder.open()
     try:
@@ -86,12 +86,12 @@ def run(
         raise
     finally:
         folder.close()
-        if content is not None and content_of(prepared.teacher) != content:
+        if content is not None and weights_checksum(prepared.teacher) != content:
             shared.forget()
             sink(Note(f"method {config.method} changed the float network: it is loaded again", "warning"))
 
 
-def folder_name(config: RunConfig, shared: Shared) -> str:
+def folder_name(config: RunConfig, shared: RunCache) -> str:
     """The name of the folder that `run` would use: the network is loaded and the images are opened for its hash."""
     shared.begin(null_sink)
     return prepare(config, null_sink, shared).folder(Path()).path.name

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from coraq import registry
 from coraq.api import MethodConfig, Quantizer
 from coraq.artifact import RunFolder
+from coraq.calibration.bfloat16_pass import resolve_precision
 from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.data import Images, Preprocess, run_images
 from coraq.errors import CoraqError, UsageError
 from coraq.evaluate.accuracy import FloatLogits
 from coraq.events import Note, Sink, stage
-from coraq.model.fold import Trace, fold
-from coraq.model.half import settled_precision
-from coraq.model.load import FloatModel, load_model
-from coraq.sharing import Shared
-from coraq.system import open_device
+from coraq.network.fold import Trace, fold
+from coraq.network.load import FloatModel, load_model
+from coraq.pipeline.cache import RunCache
+from coraq.runtime.system import open_device
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Prepared:
     @property
     def scheme(self) -> Scheme:
         """The run's scheme with what it leaves to the method decided."""
-        return registry.settled(self.config.scheme, self.options)
+        return registry.resolve_auto(self.config.scheme, self.options)
 
     @property
     def teacher(self) -> nn.Module:
@@ -76,7 +76,7 @@ class Network(NamedTuple):
     sha256: str
 
 
-def prepare(config: RunConfig, sink: Sink, shared: Shared) -> Prepared:
+def prepare(config: RunConfig, sink: Sink, shared: RunCache) -> Prepared:
     """Check everything that can be checked, the cheap things first, and load the network."""
     method, source = registry.find(config.method)
     options = registry.configure(method, config.options)
@@ -88,19 +88,19 @@ def prepare(config: RunConfig, sink: Sink, shared: Shared) -> Prepared:
     own = config.model_dump_json(include={"model", "checkpoint", "num_classes", "model_kwargs", "device"})
     shape = config.data.model_dump_json(include={"img_size", "crop_pct", "mean", "std", "interpolation"})
     with stage(sink, "load network"):
-        network = shared.recall("network", (own, shape), lambda sink: _load_network(config, device))
+        network = shared.get("network", (own, shape), lambda sink: _load_network(config, device))
     if not network.found.order:
         raise CoraqError(f"{config.model} has no convolution or Linear layer", "There is nothing to quantize.")
     for pattern in config.scheme.unmatched(network.found.order):
         sink(Note(f"no layer matches the override {pattern!r} (--dry-run lists their names)", "warning"))
-    images = shared.recall(
+    images = shared.get(
         "images",
         (own, config.data.model_dump_json(), config.seed),
         shared.images(lambda sink: open_images(config, network.preprocess, network.float_model, sink)),
     )
     measured_on = images.evaluation or images.calibration
     key = (own, shape, config.data.batch_size, measured_on.fingerprint)
-    logits = shared.recall("logits", key, lambda sink: FloatLogits()) if shared.keep_bytes is not None else None
+    logits = shared.get("logits", key, lambda sink: FloatLogits()) if shared.keep_bytes is not None else None
     return Prepared(
         config,
         network.float_model,
@@ -118,7 +118,7 @@ def prepare(config: RunConfig, sink: Sink, shared: Shared) -> Prepared:
 
 def with_precision(config: RunConfig, device: torch.device) -> RunConfig:
     """The configuration with the precision that its calibration has on this device: its result depends on it."""
-    precision = settled_precision(config.data.calib_precision, config.scheme, device)
+    precision = resolve_precision(config.data.calib_precision, config.scheme, device)
     return config.model_copy(update={"data": config.data.model_copy(update={"calib_precision": precision})})
 
 

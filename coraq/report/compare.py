@@ -10,11 +10,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from coraq.errors import CoraqError, disk_error
-from coraq.plainfiles import read_plain
 from coraq.report import compare_text, summary
 from coraq.report.html import HTML_NAME, compare_html
 from coraq.report.markdown import cell, facts, fenced, table
 from coraq.results import CellResult, CompareResult
+from coraq.runtime.safe_files import read_plain
 
 COMPARE_NAME, CSV_NAME, REPORT_NAME = "compare.json", "compare.csv", "report.md"
 CSV_COLUMNS = [

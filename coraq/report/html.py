@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coraq.events import QUANTIZE
-from coraq.plainfiles import read_plain
 from coraq.report import compare_text, plots, summary
 from coraq.results import CompareResult, LayerResult, RunResult, WeightHistogram
+from coraq.runtime.safe_files import read_plain
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coraq.activations.records import ActivationRecord
 from coraq.api import LayerView, MethodConfig, QuantizedLayer, Quantizer
 from coraq.artifact import RunFolder, load_checkpoint, write_checkpoint
 from coraq.artifact.checkpoint import CheckpointInfo
+from coraq.calibration.task import CalibrationTask
 from coraq.config import Scheme
 from coraq.core import sampling
 from coraq.errors import CoraqError, UsageError
-from coraq.model.activations import ActivationRecord
-from coraq.model.calibration import CalibrationTask
-from coraq.model.fold import Trace, fold, relative_error
-from coraq.registry import REQUIRED, configure, make, settled
+from coraq.network.fold import Trace, fold, relative_error
+from coraq.registry import REQUIRED, configure, make, resolve_auto
 from coraq.testing.networks import ARCHITECTURE, random_images, small_network
 from coraq.testing.oracles import hook_count, state_digest
 
@@ -334,7 +334,7 @@ def _check_grid(bench: _Bench, bits: int, symmetric: bool, granularity: Granular
     # zero points between codes at some widths: a method may leave them at codes
     zero: Literal["whole", "quarter"] = "quarter" if bits < 4 and not symmetric else "whole"
     asked = Scheme(bits=bits, symmetric=symmetric, granularity=granularity, gain="keep", zero_point=zero)
-    scheme = settled(asked, configure(bench.method, bench.options))  # as a command has it
+    scheme = resolve_auto(asked, configure(bench.method, bench.options))  # as a command has it
     case = _describe(bits, symmetric, granularity)
     outcome = bench.run(scheme, bench.batches(), case)
     _check_commits(bench, scheme, outcome, case)
@@ -412,7 +412,7 @@ def _check_activations(bench: _Bench) -> None:
     placements: tuple[Literal["inputs", "integer"], ...] = ("inputs", "integer")
     for placement in placements:
         asked = Scheme(bits=4, act_bits=4, act_placement=placement)
-        scheme = settled(asked, configure(bench.method, bench.options))  # as a command has it
+        scheme = resolve_auto(asked, configure(bench.method, bench.options))  # as a command has it
         case = f"activations at 4 bits ({placement})"
         outcome = bench.run(scheme, bench.batches(), case)
         _check_commits(bench, scheme, outcome, case)

@@ -6,9 +6,9 @@
 The block is ResNet's basic block with BatchNorm folded and random weights, the data random. One step is what both do
 in their loops: draw a batch from the cache, run the block with soft weights (and learned activation steps, if asked),
 loss and regulariser, backward, Adam. The authors' classes run on the CPU; their loop, which insists on CUDA, is written
-out here step by step. Each runs in a process of its own, coraq's with the memory of its command (`coraq.memory`), and
-with `--same-memory` the authors', too. The medians of `--steps` steps are compared, the two taking turns; `cpu ms` are
-processor time.
+out here step by step. Each runs in a process of its own, coraq's with its command's memory settings
+(`coraq.runtime.memory`), and with `--same-memory` the authors', too. The medians of `--steps` steps are compared, the
+two taking turns; `cpu ms` are processor time.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ import torch
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
+from coraq.activations.fake_quant import make_fake_quant
+from coraq.activations.points import QuantizationPoint
 from coraq.api import BlockData, LayerView
 from coraq.config import Scheme
 from coraq.core.ranges import RangeSample
-from coraq.memory import reuse_freed_memory
 from coraq.methods.brecq import BRECQ, Unit
-from coraq.model.activations import Site
-from coraq.model.blocks import Block
-from coraq.model.gridded import make_gridded
+from coraq.network.blocks import Block
 from coraq.registry import configure
+from coraq.runtime.memory import reuse_freed_memory
 
 ROWS = 128
 WARM_UP = 2  # steps of each that do not count
@@ -69,10 +69,10 @@ def ours(
     data = BlockData(unit, module, x, x, y)
     if act_bits is not None:
         for name in names:
-            make_gridded(module.get_submodule(name))
+            make_fake_quant(module.get_submodule(name))
             sample = RangeSample(1)
             sample.add(x[:16])
-            data.sites.append(Site(f"block.{name}.input", (f"block.{name}",), None, act_bits))
+            data.points.append(QuantizationPoint(f"block.{name}.input", (f"block.{name}",), None, act_bits))
             data.grids[f"block.{name}.input"] = sample.grid(act_bits)
     views = []
     for name in names:

@@ -16,14 +16,14 @@ import time
 import torch
 
 from coraq import registry
+from coraq.calibration.bfloat16_pass import resolve_precision
+from coraq.calibration.task import CalibrationTask
 from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.data import Preprocess, open_images
-from coraq.memory import reuse_freed_memory
-from coraq.model.calibration import CalibrationTask
-from coraq.model.fold import fold
-from coraq.model.half import settled_precision
-from coraq.model.load import load_model
-from coraq.system import peak_memory
+from coraq.network.fold import fold
+from coraq.network.load import load_model
+from coraq.runtime.memory import reuse_freed_memory
+from coraq.runtime.system import peak_memory
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
     count = sum(len(batch) for batch in batches)
     print(f"{arguments.model}: {count} images in {len(batches)} micro-batches, {torch.get_num_threads()} threads")
 
-    precision = settled_precision(arguments.precision, config.scheme, torch.device("cpu"))
+    precision = resolve_precision(arguments.precision, config.scheme, torch.device("cpu"))
     print(f"calibration passes in {precision}, the plain float pass in float32")
 
     def plain() -> float:

@@ -18,12 +18,12 @@ from torch.nn import functional
 
 from coraq import registry
 from coraq.api import SearchLayer, directions, search_cutoffs
+from coraq.calibration.task import CalibrationTask
 from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.core.lowrank import can_pay
 from coraq.data import Preprocess
-from coraq.model.calibration import CalibrationTask
-from coraq.model.fold import fold
-from coraq.model.load import load_model
+from coraq.network.fold import fold
+from coraq.network.load import load_model
 
 
 def main() -> None:

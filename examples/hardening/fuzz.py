@@ -44,7 +44,7 @@ from coraq.data import Preprocess
 from coraq.data.imageset import DecodedImages
 from coraq.data.sources import FileSource
 from coraq.errors import CoraqError
-from coraq.model.load import load_model
+from coraq.network.load import load_model
 from coraq.testing import random_images, small_network
 
 DEEP = 100_000

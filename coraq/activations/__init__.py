@@ -1,0 +1,1 @@
+"""Quantized activations: which tensors have a grid, how it acts, and how many bits it has."""

@@ -1,1 +1,0 @@
-"""Networks: loading, BatchNorm folding, layers as matrices, the calibration engine, installing codes."""

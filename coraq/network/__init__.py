@@ -1,0 +1,1 @@
+"""timm networks: loading, folding BatchNorm, observed dataflow, layers as matrices, blocks."""

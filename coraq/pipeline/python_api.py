@@ -1,0 +1,111 @@
+"""`coraq.quantize` and `coraq.load`: from Python, without a run folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from coraq import registry
+from coraq.artifact import load_checkpoint, write_checkpoint
+from coraq.config import DataConfig, RunConfig, Scheme
+from coraq.data import Images, Preprocess, tensor_images
+from coraq.errors import UsageError
+from coraq.events import Sink, null_sink, tee
+from coraq.network.fold import fold
+from coraq.network.load import copy_of, load_model
+from coraq.pipeline.calibrate import calibrate
+from coraq.pipeline.measure import measure
+from coraq.pipeline.prepare import Prepared, open_images, state_bytes, with_precision
+from coraq.pipeline.run_result import Recorder, checkpoint_info, run_result
+from coraq.results import RunResult
+
+
+class Quantized(NamedTuple):
+    """What `coraq.quantize` returns: the quantized module, and the result with every layer's numbers."""
+
+    module: nn.Module
+    result: RunResult
+
+
+def quantize(
+    model: nn.Module | str,
+    method: str = "cora",
+    bits: int = 4,
+    data: Tensor | Iterable[Any] | None = None,
+    *,
+    scheme: Scheme | None = None,
+    options: dict[str, Any] | None = None,
+    calib_size: int = 1024,
+    seed: int = 0,
+    path: str | Path | None = None,
+    sink: Sink = null_sink,
+) -> Quantized:
+    """Quantize a network from Python.
+
+    Args:
+        model: a timm module (it is left alone: a copy is quantized) or any name that `coraq quantize` takes.
+        method: name of a registered method.
+        bits: of the weights; ignored where `scheme` is given.
+        data: calibration images: a DataLoader, an iterable of batches, or a tensor [n, channels, height, width];
+            already normalised as the network expects. None: synthetic images.
+        scheme: everything about the grid, instead of `bits`.
+        options: the method's own.
+        calib_size: at most so many images.
+        path: where to write the checkpoint (`coraq.load` opens it); None writes nothing.
+
+    Returns:
+        the quantized module (dequantized weights on the grid), and the result.
+
+    Raises:
+        CoraqError: whatever a person can mend.
+    """
+    started = time.perf_counter()
+    recorder = Recorder()
+    sink = tee(sink, recorder)
+    chosen, source = registry.find(method)
+    config = RunConfig(
+        model=model if isinstance(model, str) else type(model).__name__,
+        method=method,
+        options=options or {},
+        scheme=scheme or Scheme(bits=bits),
+        seed=seed,
+        data=DataConfig(calib_size=calib_size),
+    )
+    configured = registry.configure(chosen, config.options)
+    registry.import_plugins()
+    float_model = load_model(config) if isinstance(model, str) else copy_of(model)
+    if path is not None and not float_model.architecture:
+        raise UsageError(
+            "only timm networks can be written to a checkpoint", "Use the returned module, with path=None."
+        )
+    float_bytes = state_bytes(float_model.module)
+    teacher = float_model.module.to(memory_format=torch.channels_last)
+    preprocess = Preprocess.resolve(teacher, config.data)
+    images = Images(tensor_images(data, limit=calib_size), None) if data is not None else None
+    if images is None:
+        images = Images(open_images(config, preprocess, float_model, sink).calibration, None)
+    example = next(images.calibration.batches(2))[0].to(next(teacher.parameters()).device)
+    found = fold(teacher, example.contiguous(memory_format=torch.channels_last))
+    config = with_precision(config, next(teacher.parameters()).device)
+    prepared = Prepared(config, float_model, found, preprocess, images, chosen, source, configured, float_bytes)
+    task = calibrate(prepared, sink)
+    file_bytes = 0
+    if path is not None:
+        file_bytes = write_checkpoint(Path(path), task.student, task.quantized, checkpoint_info(prepared, task))
+    measured = measure(teacher, task.student, images, prepared.device, sink)
+    return Quantized(task.student, run_result(prepared, task, measured, file_bytes, recorder, started))
+
+
+def load(path: str | Path) -> nn.Module:
+    """The network of a checkpoint or a run folder: a timm module with dequantized weights, in eval mode.
+
+    Raises:
+        CoraqError: see `coraq.artifact.load_checkpoint`.
+    """
+    registry.import_plugins()
+    return load_checkpoint(path).module
