@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_sharing import found
+from test_run_cache import found
 
 from coraq import pipeline
 from coraq.artifact import read_result
