@@ -327,7 +327,7 @@ class RunConfig(Frozen):
     checkpoint: str | None = Field(default=None, description="float weights to load (safetensors)")
     num_classes: int | None = Field(default=None, ge=1, description="number of classes (default: the model's)")
     model_kwargs: dict[str, Any] = Field(default_factory=dict, description="passed on to timm's create_model")
-    method: str = Field(default="cora", description="name of a registered method")
+    method: str = Field(default="mixed", description="name of a registered method")
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
     scheme: Scheme = Scheme()
     data: DataConfig = DataConfig()

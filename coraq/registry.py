@@ -19,15 +19,15 @@ import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 from pydantic import ValidationError
 
-from coraq.api import MethodConfig, Quantizer
+from coraq.api import MethodConfig, Quantizer, Scope
 from coraq.config import Scheme
 from coraq.errors import EXIT_INTERRUPTED, CoraqError, UsageError
 
@@ -35,6 +35,7 @@ BUILT_IN = {
     "rtn": "coraq.methods.rtn:RoundToNearest",
     "comq": "coraq.methods.comq:COMQ",
     "qera": "coraq.methods.qera:QERA",
+    "mixed": "coraq.methods.mixed:Mixed",
     "cora": "coraq.methods.cora:CoRa",
     "brecq": "coraq.methods.brecq:BRECQ",
     "qdrop": "coraq.methods.brecq:QDrop",
@@ -42,7 +43,7 @@ BUILT_IN = {
 ENTRY_POINTS = "coraq.methods"
 IMPORT_S = 60.0  # a plugin that takes longer to import is broken
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it becomes part of a folder's name
-REQUIRED = ("name", "summary", "version", "needs_data", "Config", "quantize")
+REQUIRED = ("name", "summary", "version", "needs_data", "scope", "Config", "quantize")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class MethodInfo:
     summary: str
     version: str
     needs_data: bool
+    scope: str
     source: str
     error: str | None = None
 
@@ -91,14 +93,12 @@ def available(plugins_dirs: Iterable[Path | str] = ()) -> dict[str, MethodInfo]:
         key = found.name
         if key in infos:
             both = f"two methods are named {key!r}: {infos[key].source} and {found.source}"
-            infos[key] = MethodInfo(
-                key, infos[key].summary, infos[key].version, infos[key].needs_data, infos[key].source, both
-            )
+            infos[key] = replace(infos[key], error=both)
         elif found.method is None:
-            infos[key] = MethodInfo(key, "(broken)", "", False, found.source, found.error)
+            infos[key] = MethodInfo(key, "(broken)", "", False, "", found.source, found.error)
         else:
             method = found.method
-            infos[key] = MethodInfo(key, method.summary, method.version, method.needs_data, found.source)
+            infos[key] = MethodInfo(key, method.summary, method.version, method.needs_data, method.scope, found.source)
     return infos
 
 
@@ -155,6 +155,11 @@ def configure(method: type[Quantizer], options: dict[str, Any]) -> MethodConfig:
         first = error.errors()[0]
         option = ".".join(str(part) for part in first["loc"]) or "options"
         known = list(method.Config.model_fields)
+        if first["type"] == "extra_forbidden" and option in method.Config.renamed:
+            new = method.Config.renamed[option]
+            raise UsageError(
+                f"option {option!r} of method {method.name} is now called {new!r}", f"Write -o {new}=VALUE."
+            ) from None
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(option, known, n=2, cutoff=0.5)
             hint = (f"Did you mean {', '.join(near)}? " if near else "") + (
@@ -167,15 +172,48 @@ def configure(method: type[Quantizer], options: dict[str, Any]) -> MethodConfig:
         ) from None
 
 
-def resolve_auto(scheme: Scheme, options: MethodConfig) -> Scheme:
+class ResolvedBase(NamedTuple):
+    """A method that another one uses, with its options in full."""
+
+    method: type[Quantizer]
+    options: MethodConfig
+
+
+def resolve_bases(method: type[Quantizer], options: MethodConfig) -> list[ResolvedBase]:
+    """All methods that a method uses with these options, and those that they use.
+
+    Raises:
+        UsageError: a base whose scope does not fit, or options that it does not have.
+        CoraqError: as `find` does, of a base.
+    """
+    found: list[ResolvedBase] = []
+    for base in options.bases():
+        used = load(base.method)
+        if used.scope not in base.scopes:
+            named = f"option {base.option} of {method.name}" if base.option else method.name
+            fitting = [info.name for info in available().values() if info.scope in base.scopes]
+            raise UsageError(
+                f"{named} needs a method of scope {' or '.join(base.scopes)}, and {base.method} has scope {used.scope}",
+                f"Methods that fit: {', '.join(fitting)}.",
+            )
+        own = configure(used, dict(base.options))
+        found += [ResolvedBase(used, own), *resolve_bases(used, own)]
+    return found
+
+
+def resolve_auto(scheme: Scheme, method: type[Quantizer], options: MethodConfig) -> Scheme:
     """A run's scheme with what it leaves to the method decided; the bases that the method uses must agree.
 
     Raises:
-        UsageError, CoraqError: as `find` and `configure` do, of a base.
+        UsageError, CoraqError: as `resolve_bases` does.
     """
-    given = getattr(options, "base_options", {})
-    bases = (configure(load(name), given) for name in options.bases())
-    return scheme.resolve_auto(all(found.column_scales() for found in (options, *bases)))
+    used = [ResolvedBase(method, options), *resolve_bases(method, options)]
+    return scheme.resolve_auto(all(_has_column_scales(*one) for one in used))
+
+
+def _has_column_scales(method: type[Quantizer], options: MethodConfig) -> bool:
+    says = options.column_scales()
+    return hasattr(method, "quantize_layer") if says is None else says
 
 
 def import_plugins(plugins_dirs: Iterable[Path | str] = ()) -> list[str]:
@@ -223,6 +261,8 @@ def _check(method: Any, source: str, fallback: str) -> _Found:
     missing = [name for name in REQUIRED if not hasattr(method, name)]
     if not missing and not (isinstance(method.Config, type) and issubclass(method.Config, MethodConfig)):
         missing = ["Config, a subclass of coraq.api.MethodConfig"]
+    if not missing and method.scope not in get_args(Scope):
+        return _Found(method.name, source, None, f"its scope {method.scope!r} is none of {', '.join(get_args(Scope))}")
     if not missing and not (isinstance(method.name, str) and _NAME.fullmatch(method.name)):
         return _Found(fallback, source, None, f"its name {method.name!r} is not of letters, digits, '.', '_' and '-'")
     if missing:

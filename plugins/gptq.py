@@ -7,14 +7,13 @@ leaves them). `-o grid=mse` is their option for a range of least weight error.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar, Literal
 
-from coraq.api import Field, MethodConfig, QuantizedLayer, Task, minmax_grid, mse_grid
+from coraq.api import Field, LayerMethod, LayerProblem, MethodConfig, QuantizedLayer
 from coraq.core.rounding import Order, factorise, feedback, nearest, pack, prepare, reassess
 
 
-class GPTQ:
+class GPTQ(LayerMethod):
     """Minimises ‖XW − XQ‖² over codes, greedily in one pass (Babai's nearest plane), on a fixed grid."""
 
     name: ClassVar[str] = "gptq"
@@ -32,32 +31,18 @@ class GPTQ:
             default=True, description="take nearest rounding for channels where it is better (not in the paper)"
         )
 
-        def column_scales(self) -> bool:
-            return True
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def quantize(self, task: Task) -> None:
-        scheme = task.scheme
+    def quantize_layer(self, problem: LayerProblem) -> QuantizedLayer:
+        squares, spec = problem.least_squares, problem.grid_spec
         order: Order = "curvature" if self.config.act_order else "cyclic"
-        make = mse_grid if self.config.grid == "mse" else minmax_grid
-        for layer in task.layers:
-            squares = task.least_squares(layer.name)
-            columns = layer.columns(scheme)
-            squares = squares.scaled(columns)
-            fraction = scheme.fraction(layer.bits, searched=self.config.grid == "mse")
-            grid = make(squares.weight, layer.bits, scheme.symmetric, scheme.granularity, fraction=fraction)
-            problem = prepare(squares.weight, squares.gram, order)
-            factor = factorise(problem, squares.gram, self.config.damping)
-            result = reassess(problem, feedback(problem, factor, grid))
-            if self.config.guard:  # greedy rounding has no bound on ill-conditioned Grams
-                result = result.better(nearest(problem, grid))
-            metrics = {
-                "error": float(result.error.sum()) / max(float(problem.energy().sum()), 1e-30),
-                "damping": float(factor.damping.max()),
-            }
-            task.commit(layer.name, QuantizedLayer(replace(pack(problem, result, grid), columns=columns)), **metrics)
+        grid = spec.mse(squares.weight) if self.config.grid == "mse" else spec.minmax(squares.weight)
+        rounding = prepare(squares.weight, squares.gram, order)
+        factor = factorise(rounding, squares.gram, self.config.damping)
+        result = reassess(rounding, feedback(rounding, factor, grid))
+        if self.config.guard:  # greedy rounding has no bound on ill-conditioned Grams
+            result = result.better(nearest(rounding, grid))
+        error = float(result.error.sum()) / max(float(rounding.energy().sum()), 1e-30)
+        metrics = {"error": error, "damping": float(factor.damping.max())}
+        return QuantizedLayer(pack(rounding, result, grid), metrics=metrics)
 
 
 METHODS = [GPTQ]

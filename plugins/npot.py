@@ -7,21 +7,19 @@ coordinate descent on the same codebook. Without data the scale is that of least
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from coraq.api import Field, LayerView, LeastSquares, MethodConfig, QuantizedLayer, Scheme, Task
-from coraq.core.grid import Codebook
+from coraq.api import Codebook, Field, LayerMethod, LayerProblem, MethodConfig, QuantizedLayer
 from coraq.core.rounding import descend, factorise, feedbacks, nearest, pack, prepare, search
 
 DEEPEST = 24  # smallest power is 2**-24 of the largest: sums of four are still exact in float32
 
 
-class NHotPowersOfTwo:
+class NHotPowersOfTwo(LayerMethod):
     """Minimises ‖XW − XQ‖² (‖W − Q‖² without data) over codes and scales, levels being sums of n powers of two."""
 
     name: ClassVar[str] = "npot"
@@ -34,43 +32,22 @@ class NHotPowersOfTwo:
         candidates: int = Field(default=12, ge=1, description="scales tried per channel")
         sweeps: int = Field(default=4, ge=0, description="visits to every code after GPTQ's rounding (with data)")
 
-        def column_scales(self) -> bool:
-            return True
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def quantize(self, task: Task) -> None:
-        for layer in task.layers:
-            if task.has_data:
-                squares = task.least_squares(layer.name)
-            else:  # white inputs: the output error is the weight error
-                white = torch.eye(layer.weight.shape[-1]).double().expand(len(layer.weight), -1, -1)
-                squares = LeastSquares(layer.weight, white)
-            quantized, error = self.solve(layer, squares, task.scheme, task.has_data)
-            task.commit(layer.name, quantized, error=error)
-
-    def solve(
-        self, layer: LayerView, squares: LeastSquares, scheme: Scheme, feed_back: bool
-    ) -> tuple[QuantizedLayer, float]:
-        """Codes and scales for a layer, and the relative error."""
-        columns = layer.columns(scheme)
-        squares = squares.scaled(columns)
-        weight, gram = squares.weight, squares.gram
-        table = powers_of_two(layer.bits, self.config.hot or max(1, min(4, layer.bits // 2)))
-        dims = (-1,) if scheme.granularity == "channel" else (0, 1, 2)
-        widest = weight.abs().amax(dims, keepdim=True) / table.abs().max()
+    def quantize_layer(self, problem: LayerProblem) -> QuantizedLayer:
+        squares, spec = problem.least_squares, problem.grid_spec
+        table = powers_of_two(spec.bits, self.config.hot or max(1, min(4, spec.bits // 2)))
+        dims = (-1,) if spec.granularity == "channel" else (0, 1, 2)
+        widest = squares.weight.abs().amax(dims, keepdim=True) / table.abs().max()
         factors = torch.linspace(1.0, 0.35, self.config.candidates).tolist()
-        grids = [Codebook(widest * factor, table, layer.bits) for factor in factors]
-        problem = prepare(weight, gram)
-        if feed_back:
-            factor = factorise(problem, gram)
-            best = search(problem, feedbacks(problem, factor, grids))
-            best = descend(problem, best, self.config.sweeps, tolerance=1e-3)
+        grids = [Codebook(widest * factor, table, spec.bits) for factor in factors]
+        rounding = prepare(squares.weight, squares.gram)
+        if problem.has_inputs:
+            factor = factorise(rounding, squares.gram)
+            best = search(rounding, feedbacks(rounding, factor, grids))
+            best = descend(rounding, best, self.config.sweeps, tolerance=1e-3)
         else:
-            best = search(problem, (nearest(problem, grid) for grid in grids))
-        error = float(best.error.sum()) / max(float(problem.energy().sum()), 1e-30)
-        return QuantizedLayer(replace(pack(problem, best, grids[0]), columns=columns)), error
+            best = search(rounding, (nearest(rounding, grid) for grid in grids))
+        error = float(best.error.sum()) / max(float(rounding.energy().sum()), 1e-30)
+        return QuantizedLayer(pack(rounding, best, grids[0]), metrics={"error": error})
 
 
 @cache

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from support.tasks import make_task
 from torch import Tensor, nn
 
 import coraq
@@ -57,7 +58,7 @@ def sites_of(model: nn.Module, scheme: Scheme, size: int = 32) -> tuple[dict[str
 
 def task_of(model: nn.Module, scheme: Scheme, size: int = 16, **more: Any) -> CalibrationTask:
     found = fold(model, random_images(2, size))
-    return CalibrationTask(model, found, scheme, list(random_images(6, size, seed=3).split(4)), **more)
+    return make_task(model, scheme, list(random_images(6, size, seed=3).split(4)), found=found, **more)
 
 
 # ---------------------------------------------------------------- the grid itself
@@ -315,7 +316,7 @@ def test_one_pass_gives_what_an_ordinary_forward_pass_sees(placement: str) -> No
     task = task_of(tiny_resnet(), scheme, size=32)
     RoundToNearest(RoundToNearest.Config()).quantize(task)
     task.finish("rtn")
-    assert task.passes == 1
+    assert task.traversal.passes == 1
     assert not task.grids.missing
     assert hook_count(task.student) == 0
     images = list(task.batches())
@@ -379,7 +380,7 @@ def test_a_grid_where_activations_are_float_is_refused() -> None:
 
 def test_quantizing_activations_needs_images() -> None:
     model = small_network()
-    task = CalibrationTask(model, fold(model, random_images(2)), A4, [])
+    task = make_task(model, A4, [], found=fold(model, random_images(2)))
     with pytest.raises(CoraqError, match="needs calibration images"):
         RoundToNearest(RoundToNearest.Config()).quantize(task)
 
@@ -390,7 +391,7 @@ def test_spilled_micro_batches_give_the_same_grids(tmp_path: Path) -> None:
         task = task_of(tiny_resnet(), INTEGER, size=32, memory_bytes=bound, folder=tmp_path)
         RoundToNearest(RoundToNearest.Config()).quantize(task)
         task.finish("rtn")
-        assert bool(task.spilled) == (bound is not None)
+        assert bool(task.traversal.spilled) == (bound is not None)
         records.append(task.activations)
     assert records[0] == records[1]
 
@@ -469,7 +470,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(placement: Any, tmp_path: 
     scheme = Scheme(bits=4, act_bits=4, act_placement=placement)
 
     def run(folder: RunFolder, stop_after: int) -> CalibrationTask:
-        task = task_of(tiny_resnet(), scheme, 32, done=folder.committed(), on_commit=folder.save_layer)
+        task = task_of(tiny_resnet(), scheme, 32, done=folder.committed(), save=folder.save_layer)
         for layer in list(task.layers):
             if len(task.committed) == stop_after:
                 task.close()

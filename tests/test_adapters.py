@@ -10,18 +10,16 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from support.tasks import make_task, run_method
 from torch import Tensor
 
-import coraq
 from coraq import registry
 from coraq.api import LowRank, QuantizedLayer, minmax_grid
 from coraq.artifact import RunFolder
 from coraq.calibration.task import CalibrationTask
 from coraq.config import LayerScheme, Scheme
 from coraq.core.alternate import alternate
-from coraq.core.grid import mse_grid
 from coraq.core.lowrank import adapter, adapter_bytes, can_pay, directions
-from coraq.core.sensitivity import kl_of_errors
 from coraq.events import ListSink, Metric, Note, StageAdvanced, StageFinished, StageStarted
 from coraq.methods import cora
 from coraq.methods.cora import PAPER, CoRa
@@ -36,7 +34,7 @@ def task(**arguments: Any) -> CalibrationTask:
     network = small_network()
     found = fold(network, random_images(2))
     scheme = arguments.pop("scheme", Scheme(bits=3))
-    return CalibrationTask(network, found, scheme, BATCHES, find_method=registry.make, **arguments)
+    return make_task(network, scheme, BATCHES, found=found, **arguments)
 
 
 @pytest.fixture
@@ -47,9 +45,7 @@ def made() -> Iterator[CalibrationTask]:
 
 
 def run(one: CalibrationTask, method: Any, **options: Any) -> dict[str, QuantizedLayer]:
-    method(method.Config(**options)).quantize(one)
-    one.finish(method.name)
-    return one.quantized
+    return run_method(one, method, options).quantized
 
 
 def extra_bytes(layers: dict[str, QuantizedLayer], base: dict[str, QuantizedLayer]) -> int:
@@ -102,7 +98,7 @@ def test_qera_s_budget_is_held_and_spent_and_lowers_the_error() -> None:
 
 def test_the_three_forms_differ_and_the_exact_one_has_the_least_error(made: CalibrationTask) -> None:
     squares = made.least_squares("dense")
-    delta = squares.weight - made.codes("dense", "rtn").dequantize()
+    delta = squares.weight - made.quantize_with("dense", "rtn").dequantize()
     left = {}
     for form in ("exact", "approximate", "plain"):
         found = directions(delta, squares.inputs(form), limit=3)  # type: ignore[arg-type]
@@ -118,7 +114,11 @@ def test_alternation_is_monotone_and_ends_at_the_best(made: CalibrationTask) -> 
         return adapter(directions(delta, squares.gram, limit=4), delta, 4)
 
     layer, errors = alternate(
-        squares.weight, squares.error, lambda less: made.codes("dense", "rtn", less=less), decompose, rounds=8
+        squares.weight,
+        squares.error,
+        lambda less: made.quantize_with("dense", "rtn", subtract=less),
+        decompose,
+        rounds=8,
     )
     assert errors == sorted(errors, reverse=True)
     assert len(errors) > 1, "the second round gained nothing: this test needs a layer where it does"
@@ -134,86 +134,35 @@ def test_a_rank_of_the_scheme_s_own_is_taken() -> None:
 # -- cora
 
 
-@pytest.mark.parametrize("spend", ["auto", "ranks", "bits"])
-def test_cora_holds_its_budget_and_beats_its_base(spend: str) -> None:
+@pytest.mark.parametrize("widths", ["free", "fixed"])
+def test_cora_holds_its_budget_and_beats_its_base(widths: str) -> None:
     plain = task()
     base = run(plain, registry.load("comq"))
     one = task()
-    layers = run(one, CoRa, spend=spend, budget=0.2)
+    layers = run(one, CoRa, widths=widths, budget=0.2)
     weights = sum(layer.weight.codes.numel() for layer in layers.values())
     # scales and zero points are the base's; packed rows end at whole bytes, in both
     assert 0 < extra_bytes(layers, base) <= 0.2 * weights
     assert error_of(one) < error_of(plain)
-    assert any(layer.adapter is not None for layer in layers.values()) or spend != "ranks"
-    assert any(layer.weight.bits != base[name].weight.bits for name, layer in layers.items()) == (spend == "bits") or (
-        spend == "auto"
-    )
+    assert any(layer.adapter is not None for layer in layers.values()) or widths == "free"
+    changed = any(layer.weight.bits != base[name].weight.bits for name, layer in layers.items())
+    assert changed == (widths == "free")
 
 
-@pytest.mark.parametrize("bits", [4, 3])
-def test_a_file_of_shared_out_bits_is_as_large_as_its_base_s(bits: int, tmp_path: Path) -> None:
-    """To a tenth of a percent: layers that get more than 4 bits give up their column scales, and others get some."""
-    sizes = {}
-    for method in ("comq", "cora"):
-        path = tmp_path / f"{method}.safetensors"
-        result = coraq.quantize("demo", method, bits, calib_size=128, path=path).result
-        sizes[method] = path.stat().st_size
-        assert len({layer.bits for layer in result.layers if layer.name != "classifier"}) > (method == "cora")
-    assert sizes["cora"] == pytest.approx(sizes["comq"], rel=1e-3)
-
-
-def test_shares_of_bits_come_from_what_the_base_leaves_but_where_rows_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Codes fitted to one row an image seem free of cost on these very images: there nearest rounding tells."""
-    seen: dict[str, torch.Tensor] = {}
-    alone = run(task(), registry.load("comq"))
-    whole = kl_of_errors
-
-    def keep(network: Any, deltas: dict[str, torch.Tensor], *more: Any) -> dict[str, float]:
-        seen.update(deltas)
-        return whole(network, deltas, *more)
-
-    monkeypatch.setattr(cora, "kl_of_errors", keep)
-    one = task()
-    layers = run(one, CoRa)
-    assert one.passes == 2
-    assert len({layer.weight.bits for layer in layers.values()}) > 1
-    views = {view.name: view for view in one.all_layers}
-    for name in ("hidden", "head"):  # behind the mean over an image
-        weight = views[name].weight
-        nearest = weight - mse_grid(weight, 8, one.scheme.symmetric).round(weight)
-        assert torch.equal(seen[name], nearest), name
-    dense = float(seen["dense"].square().sum())
-    assert dense == pytest.approx(float((views["dense"].weight - alone["dense"].dequantize()).square().sum()), rel=0.5)
-    first = next(iter(views))  # no layer before it, whose errors its target would undo
-    torch.testing.assert_close(seen[first], views[first].weight - alone[first].weight.dequantize(), atol=0.02, rtol=0.1)
-
-
-def test_a_plan_that_promises_less_than_its_own_error_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_and_bits_share_the_bytes_of_uniform_codes() -> None:
     base = run(task(), registry.load("comq"))
-    shared = run(task(), CoRa)
-    assert {layer.weight.bits for layer in shared.values()} != {layer.weight.bits for layer in base.values()}
-    monkeypatch.setattr(cora, "WORTH", 1e-3)
+    layers = run(task(), CoRa)
+    assert extra_bytes(layers, base) <= 0
+
+
+def test_cora_says_what_its_adapters_cost() -> None:
     sink = ListSink()
-    kept = run(task(sink=sink), CoRa)
-    assert all(torch.equal(kept[name].weight.codes, layer.weight.codes) for name, layer in base.items())
-    assert any("too little to tell from none" in e.message for e in sink.events if isinstance(e, Note))
-    more = run(task(), CoRa, budget=0.2)  # bytes that were asked for are spent
-    assert extra_bytes(more, base) > 0
-
-
-@pytest.mark.parametrize(
-    ("last_bits", "zero_point", "fraction"), [(8, "auto", 0), (2, "auto", 2), (8, "quarter", 2), (2, "whole", 0)]
-)
-def test_a_classifier_that_a_plan_gives_two_bits_keeps_its_zero_point_at_a_code(
-    last_bits: int, zero_point: Any, fraction: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Unless the user says where it lies; a classifier that has two bits anyway is the base's."""
-    one = task(scheme=Scheme(bits=2, last_bits=last_bits, zero_point=zero_point))
-    last = one.layers[-1].name
-    monkeypatch.setattr(CoRa, "_plan", lambda self, task: {layer.name: [2, 0] for layer in task.layers})
-    found = {name: layer.weight.fraction for name, layer in run(one, CoRa).items()}
-    assert found.pop(last) == fraction
-    assert set(found.values()) == {0 if zero_point == "whole" else 2}
+    layers = run(task(sink=sink), CoRa, widths="fixed", budget=0.2)
+    adapters = [layer.adapter for layer in layers.values() if layer.adapter is not None]
+    size, ranks = sum(adapter.size_bytes() for adapter in adapters), [adapter.rank for adapter in adapters]
+    (said,) = [e.message for e in sink.events if isinstance(e, Note) and "take an adapter" in e.message]
+    assert said.startswith(f"{len(adapters)} of 7 layers take an adapter, of rank {min(ranks)} to {max(ranks)}: ")
+    assert f"{size:,} bytes" in said
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "up"])
@@ -221,7 +170,7 @@ def test_the_search_logs_its_loss_and_budget_and_whole_ranks_hold_it(rounding: s
     sink = ListSink()
     one = task(sink=sink)
     base = run(task(), registry.load("comq"))
-    layers = run(one, CoRa, spend="ranks", iterations=12, start="uniform", budget=0.2, rounding=rounding)
+    layers = run(one, CoRa, widths="fixed", iterations=12, initial_cutoffs="uniform", budget=0.2, rounding=rounding)
     logged = {
         name: [e.step for e in sink.events if isinstance(e, Metric) and e.name == name] for name in ("kl", "budget")
     }
@@ -269,16 +218,16 @@ def test_the_paper_s_preset_is_what_the_paper_says_and_can_be_varied() -> None:
 def test_the_first_pass_and_the_search_show_how_far_they_are() -> None:
     sink = ListSink()
     made = task(sink=sink)
-    run(made, CoRa, spend="ranks", budget=0.3, iterations=3)
+    run(made, CoRa, widths="fixed", budget=0.3, iterations=3)
     totals = {event.stage: event.total for event in sink.events if isinstance(event, StageStarted)}
     images = sum(map(len, made.batches()))
-    assert totals == {"look at all layers": 7, "see what each costs": images, "search for ranks": 3}
+    assert totals == {"measure what each layer costs": 7, "measure sensitivities": images, "search for ranks": 3}
     reached: dict[str, int] = {}
     for event in sink.events:
         if isinstance(event, StageAdvanced):
             assert event.done >= reached.get(event.stage, 0)
             reached[event.stage] = event.done
-    assert reached == {"look at all layers": 6, "see what each costs": images, "search for ranks": 3}
+    assert reached == {"measure what each layer costs": 6, "measure sensitivities": images, "search for ranks": 3}
     assert {event.stage for event in sink.events if isinstance(event, StageFinished)} == set(totals)
 
 
@@ -301,16 +250,16 @@ def test_a_preview_is_what_a_commit_would_install_and_leaves_the_layer_to_be_com
 
 
 def test_codes_of_another_method_are_those_it_would_commit(made: CalibrationTask) -> None:
-    codes = made.codes("stem", "comq", {"sweeps": 2}, bits=5)
+    codes = made.quantize_with("stem", "comq", {"sweeps": 2}, bits=5)
     assert codes.weight.bits == 5
     other = task(scheme=Scheme(bits=5, first_bits=5, gain="keep"))
-    registry.make("comq", {"sweeps": 2}).quantize(other)
+    run_method(other, "comq", {"sweeps": 2})
     assert torch.equal(codes.weight.codes, other.quantized["stem"].weight.codes)
     less = torch.ones_like(made.layers[0].weight)
-    shifted = made.codes("stem", "rtn", bits=8, less=less).dequantize()
+    shifted = made.quantize_with("stem", "rtn", bits=8, subtract=less).dequantize()
     torch.testing.assert_close(shifted, made.layers[0].weight - 1, rtol=0, atol=0.02)
     with pytest.raises(Exception, match="unknown method"):
-        made.codes("stem", "nonesuch")
+        made.quantize_with("stem", "nonesuch")
 
 
 def test_a_decision_is_made_once_and_survives_in_the_run_folder(tmp_path: Path) -> None:
@@ -322,8 +271,8 @@ def test_a_decision_is_made_once_and_survives_in_the_run_folder(tmp_path: Path) 
         return {"layer": [4, 2]}
 
     for _ in range(2):
-        one = task(memory=folder.decisions)
-        assert one.remember("ranks", decide) == {"layer": [4, 2]}
+        one = task(decisions=folder.decisions)
+        assert one.decide_once("ranks", decide) == {"layer": [4, 2]}
         one.close()
     assert asked == [1]
     (tmp_path / "layers").mkdir()
@@ -337,5 +286,5 @@ def test_a_lost_decision_under_committed_layers_is_an_error_and_not_another_resu
     done = {name: first.committed[name] for name in list(layers)[:2]}
     resumed = task(done=done)
     with pytest.raises(Exception, match="lost the decision"):
-        QERA(QERA.Config()).quantize(resumed)
+        run_method(resumed, QERA)
     resumed.close()

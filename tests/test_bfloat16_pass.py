@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from support.tasks import make_task
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -168,7 +169,7 @@ def network_and_images(
 def task_of(name: str = "mobilenetv2_050", **more: Any) -> CalibrationTask:
     network, batches = network_and_images(name)
     found = fold(network, batches[0])
-    return CalibrationTask(network, found, Scheme(bits=3), batches, find_method=registry.make, **more)
+    return make_task(network, Scheme(bits=3), batches, found=found, **more)
 
 
 def test_what_waits_takes_half_of_the_memory() -> None:
@@ -213,7 +214,7 @@ def test_it_changes_less_than_weights_of_8_bits_do() -> None:
             stats = task.stats(layer.name)
             seen[-1][layer.name] = stats.teacher_mean, stats.mean
             changed.setdefault(layer.name, stats.input_error)
-            task.commit(layer.name, task.codes(layer.name, "rtn", bits=8))
+            task.commit(layer.name, task.quantize_with(layer.name, "rtn", bits=8))
         task.close()
     for name in list(changed)[1:]:
         for exact, found in zip(seen[0][name], seen[1][name], strict=True):

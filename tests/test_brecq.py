@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from support.tasks import make_task
 from torch import nn
 
 from coraq import registry
@@ -191,9 +192,7 @@ def resnet() -> nn.Module:
 
 def solved(method: Any, scheme: Scheme, model: nn.Module, size: int = 32, **options: Any) -> CalibrationTask:
     found = fold(model, random_images(2, size))
-    task = CalibrationTask(
-        model, found, scheme, list(random_images(24, size, seed=3).split(8)), seed=5, find_method=registry.make
-    )
+    task = make_task(model, scheme, list(random_images(24, size, seed=3).split(8)), found=found, seed=5)
     method(configure(method, options)).quantize(task)
     task.finish(method.name)
     return task
@@ -208,12 +207,12 @@ def metrics(task: CalibrationTask, key: str) -> dict[str, float]:
 def test_a_block_never_ends_worse_than_its_start_and_one_pass_does(
     method: Any, learn: str, act_bits: int | None
 ) -> None:
-    options = {"iterations": 60, "start": "nearest", "batch": 16, "learn": learn}
+    options = {"iterations": 60, "initial_codes": "nearest", "batch": 16, "learn": learn}
     task = solved(method, Scheme(bits=2, act_bits=act_bits), resnet(), **options)
     start, end = metrics(task, "block_start_error"), metrics(task, "block_error")
     assert all(end[name] <= start[name] for name in start)
     assert any(end[name] < 0.98 * start[name] for name in start)
-    assert task.passes == 1
+    assert task.traversal.passes == 1
 
 
 @pytest.mark.parametrize("learn", ["none", "steps", "all"])
@@ -248,7 +247,7 @@ def test_a_unit_s_start_is_what_the_method_itself_makes_of_the_network(name: str
         assert mine.bias is not None
         assert theirs.bias is not None
         assert torch.allclose(mine.bias, theirs.bias, atol=1e-5)
-    assert task.passes == 1
+    assert task.traversal.passes == 1
 
 
 def test_layers_that_read_one_tensor_get_one_learned_grid() -> None:
@@ -312,12 +311,10 @@ def test_a_single_linear_layer_is_solved_as_by_enumeration(learn: str, start: st
         edges = {"first_bits": None, "last_bits": None}
         scheme = Scheme(bits=2, **edges, bias="keep", gain="keep", zero_point=zero_point)
         batches = list(random_images(64, 8, seed=3).split(32))
-        task = CalibrationTask(
-            model, fold(model, random_images(2, 8)), scheme, batches, seed=5, find_method=registry.make
-        )
+        task = make_task(model, scheme, batches, found=fold(model, random_images(2, 8)), seed=5)
         data = task.block_io(task.partition()[0])
         inputs, wanted = data.student_input, data.teacher_output
-        options = {"iterations": 800, "start": start, "batch": 64, "trust": 0.0, "patience": 0, "learn": learn}
+        options = {"iterations": 800, "initial_codes": start, "batch": 64, "trust": 0.0, "patience": 0, "learn": learn}
         options["rounds"] = int(learn == "steps")
         BRECQ(configure(BRECQ, options)).quantize(task)
         task.finish("brecq")
@@ -345,7 +342,7 @@ def test_learning_ends_where_looks_show_no_gain_and_the_best_look_is_the_result(
         return error
 
     monkeypatch.setattr(Unit, "_look", watched)
-    options = {"iterations": 60, "patience": 5, "edges": True, "start": "nearest", "rounds": 0}
+    options = {"iterations": 60, "patience": 5, "eight_bit_blocks": True, "initial_codes": "nearest", "rounds": 0}
     task = solved(QDrop, Scheme(bits=2, act_bits=4), resnet(), **options)
     errors, starts, taken = (metrics(task, key) for key in ("block_error", "block_start_error", "iterations"))
     assert len(seen) > 3
@@ -406,9 +403,7 @@ def test_products_are_in_bfloat16_where_the_device_has_it(monkeypatch: pytest.Mo
 
 def test_fisher_information_is_that_of_the_float_network_and_changes_the_result() -> None:
     model = resnet()
-    task = CalibrationTask(
-        model, fold(model, random_images(2, 32)), Scheme(), [random_images(6, 32)], seed=1, find_method=registry.make
-    )
+    task = make_task(model, Scheme(), [random_images(6, 32)], found=fold(model, random_images(2, 32)), seed=1)
     units = task.partition()
     head = units[-1]
     weigh = task.fisher(head)
@@ -431,9 +426,7 @@ def test_block_data_past_the_memory_bound_waits_in_files(tmp_path: Any) -> None:
         model = small_network()
         found = fold(model, random_images(2))
         batches = list(random_images(12, seed=3).split(4))
-        task = CalibrationTask(
-            model, found, Scheme(bits=3), batches, memory_bytes=bound, folder=tmp_path, find_method=registry.make
-        )
+        task = make_task(model, Scheme(bits=3), batches, found=found, memory_bytes=bound, folder=tmp_path)
         BRECQ(configure(BRECQ, {"iterations": 5})).quantize(task)
         task.finish("brecq")
         return [layer.weight.codes for layer in task.quantized.values()]
@@ -449,9 +442,7 @@ def test_a_units_data_and_the_passes_that_wait_share_the_memory_bound(tmp_path: 
     batches = list(random_images(32, seed=3).split(1))
 
     def widest(bound: int | None) -> int:
-        task = CalibrationTask(
-            model, found, Scheme(bits=3), batches, memory_bytes=bound, folder=tmp_path, find_method=registry.make
-        )
+        task = make_task(model, Scheme(bits=3), batches, found=found, memory_bytes=bound, folder=tmp_path)
         live, alive = LiveStorages([model, task.student], batches), []
         with live:
             for unit in task.partition():
@@ -471,6 +462,6 @@ def test_a_units_data_and_the_passes_that_wait_share_the_memory_bound(tmp_path: 
 
 def test_a_block_method_needs_images() -> None:
     model = small_network()
-    task = CalibrationTask(model, fold(model, random_images(2)), Scheme(), [], find_method=registry.make)
+    task = make_task(model, Scheme(), [], found=fold(model, random_images(2)))
     with pytest.raises(CoraqError, match="needs calibration images"):
         BRECQ(configure(BRECQ, {})).quantize(task)

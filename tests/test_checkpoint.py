@@ -15,6 +15,7 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.tasks import make_task
 from torch import Tensor, nn
 
 import coraq
@@ -23,7 +24,6 @@ from coraq.artifact import RunFolder, load_checkpoint, write_checkpoint
 from coraq.artifact.checkpoint import CheckpointInfo
 from coraq.artifact.codec import content_digest, decode, encode
 from coraq.artifact.files import write_atomic
-from coraq.calibration.task import CalibrationTask
 from coraq.config import LayerScheme, Scheme
 from coraq.errors import CoraqError
 from coraq.network.fold import Trace, fold
@@ -94,7 +94,7 @@ class Written:
         self.path = path
         self.student = small_network()
         self.found: Trace = fold(self.student, random_images(2))
-        task = CalibrationTask(self.student, self.found, Scheme(bits=bits), [])
+        task = make_task(self.student, Scheme(bits=bits), [], found=self.found)
         self.layers = {
             view.name: random_layer(view.shape, bits, kind, index) for index, view in enumerate(task.all_layers)
         }

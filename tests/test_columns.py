@@ -10,18 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from support.one_layer import OneLayerTask
 from torch import Tensor
 
 import coraq
-from coraq.api import LayerView, QTensor, QuantizedLayer
+from coraq.api import QTensor, QuantizedLayer
 from coraq.artifact import load_checkpoint
 from coraq.artifact.codec import decode, encode
-from coraq.calibration.statistics import LeastSquares
 from coraq.cli.app import run
 from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.core.columns import LEAST, MOST, column_scales, rounded, spread_columns
 from coraq.core.grid import Grid, mse_grid
-from coraq.core.quadratic_model import Model
+from coraq.core.least_squares import LeastSquares
+from coraq.core.quadratic_model import QuadraticModel
 from coraq.errors import CoraqError, MethodError
 from coraq.methods.comq import COMQ
 from coraq.methods.rtn import RoundToNearest
@@ -110,28 +111,8 @@ def test_a_scaled_problem_is_the_same_problem(blocks: int) -> None:
     assert squares.scaled(None) is squares
 
 
-class Task:
-    """As much of a task as methods that work layer by layer need."""
-
-    has_data = True
-
-    def __init__(self, squares: LeastSquares, scheme: Scheme, taps: int = 1) -> None:
-        self.squares, self.scheme = squares, scheme
-        self.layers = [LayerView("layer", squares.weight, None, scheme.bits, None, "conv", (1, taps), 0)]
-
-    def least_squares(self, name: str, correction: float = 0.5) -> LeastSquares:
-        return self.squares
-
-    def commit(self, name: str, layer: QuantizedLayer, **metrics: Any) -> None:
-        self.layer, self.metrics = layer, metrics
-
-    def error(self) -> float:
-        squares = self.squares
-        return float(squares.error(self.layer.dequantize()).sum()) / squares.energy()
-
-
-def solved(method: Any, weight: Tensor, taps: int, **scheme: Any) -> Task:
-    task = Task(squares_of(weight), Scheme(**scheme), taps)
+def solved(method: Any, weight: Tensor, taps: int, **scheme: Any) -> OneLayerTask:
+    task = OneLayerTask(squares_of(weight), Scheme(**scheme), taps)
     method(method.Config()).quantize(task)
     return task
 
@@ -157,9 +138,9 @@ def test_the_error_that_is_reported_is_that_of_the_weight_as_stored() -> None:
 def test_codes_are_those_of_the_divided_weight_on_multiplied_inputs() -> None:
     weight, _ = uneven((1, 12, 20))
     squares, columns = squares_of(weight), column_scales(weight, 1)
-    one = Task(squares, CHANNEL)
+    one = OneLayerTask(squares, CHANNEL)
     COMQ(COMQ.Config()).quantize(one)
-    other = Task(squares.scaled(columns), Scheme(bits=2))
+    other = OneLayerTask(squares.scaled(columns), Scheme(bits=2))
     COMQ(COMQ.Config()).quantize(other)
     assert torch.equal(one.layer.weight.codes, other.layer.weight.codes)
     assert torch.equal(one.layer.dequantize(), other.layer.dequantize() * columns)
@@ -188,8 +169,8 @@ def test_a_newton_step_with_columns_is_one_in_the_divided_weight() -> None:
     plain = mse_grid(weight / columns, 3, symmetric=False)
     codes = plain.codes(weight / columns)
     factors = columns.double()
-    one = Model(gram, step, bias_step, None).solve(dataclasses.replace(plain, columns=columns), codes, 1.0)
-    other = Model(gram * factors.mT * factors, step / factors, bias_step, None).solve(plain, codes, 1.0)
+    one = QuadraticModel(gram, step, bias_step, None).solve(dataclasses.replace(plain, columns=columns), codes, 1.0)
+    other = QuadraticModel(gram * factors.mT * factors, step / factors, bias_step, None).solve(plain, codes, 1.0)
     assert torch.equal(one[1], other[1])
     torch.testing.assert_close(one[0].scale, other[0].scale, rtol=1e-5, atol=0)
     assert not torch.equal(one[1], codes)  # a step was taken
@@ -247,7 +228,7 @@ def test_every_method_has_them_and_the_file_gives_the_same_outputs(method: str, 
 
 
 def test_learned_rounding_has_them_too(tmp_path: Path) -> None:
-    options = {"start": "nearest", "learn": "all", "iterations": 4, "guard": False}
+    options = {"initial_codes": "nearest", "learn": "all", "iterations": 4, "guard": False}
     path = tmp_path / "model.safetensors"
     coraq.quantize(small_network(), "brecq", options=options, data=random_images(16), scheme=CHANNEL, path=path)
     checkpoint = load_checkpoint(path)
@@ -258,7 +239,7 @@ def test_learned_rounding_has_them_too(tmp_path: Path) -> None:
 def test_a_method_that_knows_none_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def ignores(self: RoundToNearest, task: Any) -> None:
         for layer in task.layers:
-            grid = self.grid(layer.weight, layer.bits, task.scheme)
+            grid = layer.grid_spec(task.scheme).mse(layer.weight)
             task.commit(layer.name, QuantizedLayer(grid.pack(grid.codes(layer.weight))))
 
     monkeypatch.setattr(RoundToNearest, "quantize", ignores)

@@ -7,56 +7,13 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from support.one_layer import SHAPES, OneLayerTask, run
 
-from coraq.api import LayerView, LeastSquares, QuantizedLayer, Quantizer
-from coraq.config import Scheme
+from coraq.api import LeastSquares, Quantizer
 from coraq.core import rounding
 from coraq.core.grid import minmax_grid, mse_grid
 from coraq.methods.comq import COMQ
 from coraq.methods.rtn import RoundToNearest
-
-SHAPES = {"conv": (1, 16, 72), "depthwise": (24, 1, 9), "grouped": (4, 6, 27), "linear": (1, 10, 33)}
-
-
-class OneLayerTask:
-    """The part of a Task that layerwise methods use, for one layer with ReLU-like correlated inputs."""
-
-    has_data = True
-
-    def __init__(self, shape: tuple[int, int, int], bits: int = 3, seed: int = 0, **scheme: Any) -> None:
-        groups, out, inputs = shape
-        generator = torch.Generator().manual_seed(seed)
-        weight = torch.randn(shape, generator=generator) * (0.2 + torch.rand(groups, out, 1, generator=generator))
-        mix = torch.randn(groups, inputs, inputs, generator=generator).double() / inputs**0.5
-        x = (torch.randn(groups, 400, inputs, generator=generator).double() @ mix).relu()
-        x -= x.mean(1, keepdim=True)
-        self.scheme = Scheme(bits=bits, **scheme)
-        self.layers = [LayerView("layer", weight, None, bits, None, "conv", (1, 1), 0)]
-        self.squares = LeastSquares(weight, x.mT @ x / 400)
-        self.corrections: list[float] = []
-        self.committed: dict[str, tuple[QuantizedLayer, dict[str, Any]]] = {}
-
-    def least_squares(self, name: str, correction: float = 0.5) -> LeastSquares:
-        self.corrections.append(correction)
-        return self.squares
-
-    def commit(self, name: str, layer: QuantizedLayer, **metrics: Any) -> None:
-        assert name not in self.committed
-        layer.check(self.layers[0].shape)
-        self.committed[name] = layer, metrics
-
-
-def run(method: type, task: OneLayerTask, **options: Any) -> tuple[Tensor, dict[str, Any]]:
-    """The quantized weight and the metrics."""
-    method(method.Config(**options)).quantize(task)
-    layer, metrics = task.committed["layer"]
-    return layer.dequantize(), metrics
-
-
-def relative_error(task: OneLayerTask, quantized: Tensor) -> float:
-    squares = task.squares
-    return float(squares.error(quantized).sum() / squares.error(torch.zeros_like(squares.weight)).sum())
 
 
 def test_both_satisfy_the_protocol() -> None:
@@ -69,14 +26,14 @@ def test_both_satisfy_the_protocol() -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("kind", SHAPES)
 def test_comq_never_worsens_nearest_rounding(kind: str, bits: int, symmetric: bool, granularity: str) -> None:
-    task = OneLayerTask(SHAPES[kind], bits, symmetric=symmetric, granularity=granularity)
+    task = OneLayerTask.random(SHAPES[kind], bits, symmetric=symmetric, granularity=granularity)
     quantized, metrics = run(COMQ, task)
     fraction = task.scheme.fraction(bits)
     nearest = mse_grid(task.squares.weight, bits, symmetric, granularity, fraction=fraction).round(task.squares.weight)
     assert metrics["error"] <= metrics["rtn_error"]
     # what the metrics say is what the committed weight does
-    assert metrics["error"] == pytest.approx(relative_error(task, quantized), rel=1e-3)
-    assert metrics["rtn_error"] == pytest.approx(relative_error(task, nearest), rel=1e-3)
+    assert metrics["error"] == pytest.approx(task.error(quantized), rel=1e-3)
+    assert metrics["rtn_error"] == pytest.approx(task.error(nearest), rel=1e-3)
     if granularity == "channel":
         assert bool((task.squares.error(quantized) <= task.squares.error(nearest) * (1 + 1e-4)).all())
 
@@ -85,14 +42,15 @@ def test_comq_never_worsens_nearest_rounding(kind: str, bits: int, symmetric: bo
 def test_each_part_of_the_default_earns_its_place(bits: int) -> None:
     errors = {
         name: sum(
-            run(COMQ, OneLayerTask((1, 32, 96), bits, seed, symmetric=True), **options)[1]["error"] for seed in range(3)
+            run(COMQ, OneLayerTask.random((1, 32, 96), bits, seed, symmetric=True), **options)[1]["error"]
+            for seed in range(3)
         )
         for name, options in {
             "default": {},
             "one range": {"candidates": 1},
             "min-max": {"grid": "minmax"},
             "no sweep": {"sweeps": 0},
-            "nearest start": {"start": "nearest", "sweeps": 1},
+            "nearest start": {"initial_codes": "nearest", "sweeps": 1},
             "fixed scales": {"scales": False},
             "paper": {"preset": "paper"},
         }.items()
@@ -103,7 +61,7 @@ def test_each_part_of_the_default_earns_its_place(bits: int) -> None:
 
 
 def test_paper_preset_is_the_released_routine_plus_scales() -> None:
-    task = OneLayerTask((1, 12, 40), 3, symmetric=False)
+    task = OneLayerTask.random((1, 12, 40), 3, symmetric=False)
     quantized, _ = run(COMQ, task, preset="paper", scales=False, sweeps=2)
     weight, gram = task.squares.weight[0].double(), task.squares.gram[0]
     grid = minmax_grid(task.squares.weight, 3, False)
@@ -116,8 +74,8 @@ def test_paper_preset_is_the_released_routine_plus_scales() -> None:
             scale, zero = grid.scale[0, :, 0].double(), grid.zero[0, :, 0].double()
             current[:, i] = scale * ((target / scale + zero).round().clamp(0, grid.top) - zero)
     assert torch.allclose(quantized[0].double(), current, atol=1e-5)
-    refitted, _ = run(COMQ, OneLayerTask((1, 12, 40), 3, symmetric=False), preset="paper")
-    assert relative_error(task, refitted) < relative_error(task, quantized)
+    refitted, _ = run(COMQ, OneLayerTask.random((1, 12, 40), 3, symmetric=False), preset="paper")
+    assert task.error(refitted) < task.error(quantized)
 
 
 def test_options_given_beside_a_preset_win() -> None:
@@ -132,40 +90,45 @@ def test_options_given_beside_a_preset_win() -> None:
 @pytest.mark.parametrize(
     "option",
     [
-        {"grid": "mse"}, {"candidates": 2}, {"start": "nearest"}, {"start": "float"}, {"sweeps": 0}, {"scales": False},
+        {"grid": "mse"}, {"candidates": 2}, {"initial_codes": "nearest"}, {"initial_codes": "float"},
+        {"sweeps": 0}, {"scales": False},
         {"order": "cyclic"}, {"order": "greedy"}, {"damping": 0.5}, {"tolerance": 0.5}, {"preset": "paper"},
     ],
     ids=str,
 )  # fmt: skip
 def test_no_option_is_dead(option: dict[str, Any]) -> None:
-    usual, _ = run(COMQ, OneLayerTask((1, 16, 72), 3, symmetric=False))
-    changed, _ = run(COMQ, OneLayerTask((1, 16, 72), 3, symmetric=False), **option)
+    usual, _ = run(COMQ, OneLayerTask.random((1, 16, 72), 3, symmetric=False))
+    changed, _ = run(COMQ, OneLayerTask.random((1, 16, 72), 3, symmetric=False), **option)
     assert not torch.equal(usual, changed)
 
 
 def test_guard_takes_nearest_rounding_where_it_is_better() -> None:
-    weak = {"grid": "minmax", "start": "nearest", "sweeps": 0}  # min-max is worse than the range of least weight error
+    weak = {
+        "grid": "minmax",
+        "initial_codes": "nearest",
+        "sweeps": 0,
+    }  # min-max is worse than the range of least weight error
     assert (
-        run(COMQ, OneLayerTask((1, 16, 72), 3), **weak, guard=False)[1]["error"]
-        > 1.05 * (run(COMQ, OneLayerTask((1, 16, 72), 3), **weak)[1]["error"])
+        run(COMQ, OneLayerTask.random((1, 16, 72), 3), **weak, guard=False)[1]["error"]
+        > 1.05 * (run(COMQ, OneLayerTask.random((1, 16, 72), 3), **weak)[1]["error"])
     )
 
 
 @pytest.mark.parametrize(("options", "correction"), [({}, 0.5), ({"correction": 0.2}, 0.2), ({"preset": "paper"}, 0.0)])
 def test_correction_is_passed_on(options: dict[str, Any], correction: float) -> None:
-    task = OneLayerTask((1, 4, 9))
+    task = OneLayerTask.random((1, 4, 9))
     run(COMQ, task, **options)
-    assert task.corrections == [correction]
+    assert task.posed == [correction]
 
 
 def test_same_input_same_bits() -> None:
-    first, second = (run(COMQ, OneLayerTask((4, 6, 27), 3))[0] for _ in range(2))
+    first, second = (run(COMQ, OneLayerTask.random((4, 6, 27), 3))[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_layer_without_any_signal_stays_finite(kind: str) -> None:
-    task = OneLayerTask(SHAPES[kind], 2)
+    task = OneLayerTask.random(SHAPES[kind], 2)
     task.squares = LeastSquares(torch.zeros_like(task.squares.weight), torch.zeros_like(task.squares.gram))
     quantized, metrics = run(COMQ, task)
     assert bool((quantized == 0).all())
@@ -176,9 +139,9 @@ def test_a_layer_without_any_signal_stays_finite(kind: str) -> None:
 def test_rtn_takes_the_range_that_clip_names(granularity: str) -> None:
     results = {}
     for clip in ("mse", "minmax", "sigma"):
-        task = OneLayerTask((1, 16, 72), 3, granularity=granularity)
+        task = OneLayerTask.random((1, 16, 72), 3, granularity=granularity)
         results[clip], _ = run(RoundToNearest, task, clip=clip, k=2.0)
-        assert not task.corrections  # needs no data
+        assert not task.posed  # needs no data
     weight = task.layers[0].weight
     assert torch.equal(results["minmax"], minmax_grid(weight, 3, task.scheme.symmetric, granularity).round(weight))
     errors = {clip: float((weight - result).square().sum()) for clip, result in results.items()}
@@ -187,9 +150,9 @@ def test_rtn_takes_the_range_that_clip_names(granularity: str) -> None:
 
 
 def test_rtn_norm_and_steps_matter() -> None:
-    usual, _ = run(RoundToNearest, OneLayerTask((1, 16, 72), 3))
+    usual, _ = run(RoundToNearest, OneLayerTask.random((1, 16, 72), 3))
     for option in ({"norm": 4.0}, {"steps": 5}):
-        assert not torch.equal(usual, run(RoundToNearest, OneLayerTask((1, 16, 72), 3), **option)[0])
+        assert not torch.equal(usual, run(RoundToNearest, OneLayerTask.random((1, 16, 72), 3), **option)[0])
 
 
 # Planted faults: each must break a claim made above, or the claims are worth nothing.
@@ -198,12 +161,12 @@ def test_rtn_norm_and_steps_matter() -> None:
 def claims_hold() -> bool:
     """The claims about agreement with the objective, as one yes or no."""
     for kind in ("conv", "grouped"):
-        task = OneLayerTask(SHAPES[kind], 3, symmetric=False)
+        task = OneLayerTask.random(SHAPES[kind], 3, symmetric=False)
         quantized, metrics = run(COMQ, task)
         weight = task.squares.weight
-        baseline = relative_error(task, mse_grid(weight, 3, False).round(weight))
-        honest = metrics["error"] == pytest.approx(relative_error(task, quantized), rel=1e-3)
-        if not honest or relative_error(task, quantized) > 0.7 * baseline:
+        baseline = task.error(mse_grid(weight, 3, False).round(weight))
+        honest = metrics["error"] == pytest.approx(task.error(quantized), rel=1e-3)
+        if not honest or task.error(quantized) > 0.7 * baseline:
             return False
     return True
 
@@ -249,7 +212,7 @@ def test_a_planted_fault_breaks_a_claim(fault: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_shrunk_objective_is_the_objective_and_a_ridge() -> None:
-    squares = OneLayerTask(SHAPES["grouped"]).squares
+    squares = OneLayerTask.random(SHAPES["grouped"]).squares
     counted = LeastSquares(squares.weight, squares.gram, count=54)  # 27 inputs: half of the mean diagonal
     candidate = squares.weight.round()
     ridge = (squares.weight - candidate).double().square().sum(2) * squares.gram.diagonal(dim1=1, dim2=2).mean(1)[
@@ -266,7 +229,7 @@ def test_codes_of_few_rows_err_less_on_other_rows_when_shrunk() -> None:
     generator = torch.Generator().manual_seed(3)
     mix = torch.randn(64, 64, generator=generator).double() / 8
     seen, others = (torch.randn(n, 64, generator=generator).double() @ mix for n in (32, 4096))
-    task = OneLayerTask((1, 48, 64), bits=2)
+    task = OneLayerTask.random((1, 48, 64), bits=2)
     judge = LeastSquares(task.squares.weight, (others.T @ others / 4096)[None])
     task.squares = LeastSquares(task.squares.weight, (seen.T @ seen / 32)[None], count=32)
     errors = {}
@@ -274,17 +237,17 @@ def test_codes_of_few_rows_err_less_on_other_rows_when_shrunk() -> None:
         task.committed.clear()
         errors[share] = float(judge.error(run(COMQ, task, shrinkage=share)[0]).sum())
     assert errors[1.0] < 0.8 * errors[0.0]
-    assert task.corrections == [0.5, 0.5]
+    assert task.posed == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_finer_zero_points_lower_the_error_at_the_same_bytes(shape: tuple[int, int, int]) -> None:
     errors, sizes = [], []
     for zero in ("whole", "half", "quarter", "eighth"):
-        task = OneLayerTask(shape, 2, zero_point=zero)
+        task = OneLayerTask.random(shape, 2, zero_point=zero)
         quantized, _ = run(COMQ, task)
         weight = task.committed["layer"][0].weight
-        errors.append(relative_error(task, quantized))
+        errors.append(task.error(quantized))
         sizes.append(weight.size_bytes())
         assert weight.fraction == task.scheme.fraction(2)
     assert len(set(sizes)) == 1

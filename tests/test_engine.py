@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from support.tasks import make_task
 from torch import Tensor, nn
 
 from coraq.api import QuantizedLayer, minmax_grid
@@ -242,7 +243,7 @@ def coarse_task(images: int, **more: Any) -> CalibrationTask:
     network = timm.create_model("resnet10t", num_classes=10).eval()
     batches = list(random_images(images, 32).split(2))
     randomise_batchnorm(network, torch.Generator().manual_seed(0), batches[0])
-    return CalibrationTask(network, fold(network, batches[0]), Scheme(bits=3), batches, **more)
+    return make_task(network, Scheme(bits=3), batches, found=fold(network, batches[0]), **more)
 
 
 def test_a_resumed_pass_has_the_images_that_an_undisturbed_one_has() -> None:
@@ -315,9 +316,9 @@ def test_a_pass_of_fewer_images_needs_room_for_these_alone() -> None:
     task = coarse_task(18, memory_bytes=2 * 4 * max(live.values()))  # four micro-batches of nine, in both streams
     with task.calibration_subset(4):
         task.stats(task.layers[-1].name)
-        assert task.spilled == 0
+        assert task.traversal.spilled == 0
     task.stats(task.layers[-1].name)
-    assert task.spilled > 0
+    assert task.traversal.spilled > 0
     task.close()
 
 
@@ -550,7 +551,7 @@ def calibration_task(**arguments: Any) -> CalibrationTask:
     network = small_network()
     found = fold(network, random_images(2))
     batches = arguments.pop("batches", list(random_images(7, seed=1).split(3)))
-    return CalibrationTask(network, found, arguments.pop("scheme", Scheme(bits=3)), batches, **arguments)
+    return make_task(network, arguments.pop("scheme", Scheme(bits=3)), batches, found=found, **arguments)
 
 
 def rounded(task: CalibrationTask, layer: Any) -> QuantizedLayer:
@@ -718,7 +719,7 @@ def test_an_input_that_hardly_varies_has_no_variance_rather_than_a_negative_one(
         network[0].bias.mul_(1000)  # type: ignore[union-attr,operator]
     batches = list(random_images(8, seed=1).split(4))
     for rows in (0, 1):
-        task = CalibrationTask(network, fold(network, batches[0]), Scheme(bits=4), batches, rows_per_input=rows)
+        task = make_task(network, Scheme(bits=4), batches, found=fold(network, batches[0]), rows_per_input=rows)
         for layer in task.layers:
             squares = task.least_squares(layer.name, 0.0)
             moments = task.stats(layer.name)._student.student
@@ -749,7 +750,7 @@ def test_going_back_to_an_earlier_layer_costs_a_pass_and_gives_the_same_statisti
     first, second = task.layers[0], task.layers[1]
     gram = task.stats(second.name).gram.clone()
     task.stats(first.name)
-    assert task.passes == 2
+    assert task.traversal.passes == 2
     assert torch.equal(task.stats(second.name).gram, gram)
 
 
@@ -758,7 +759,7 @@ def test_a_task_runs_one_pass_whatever_the_depth(task: CalibrationTask) -> None:
         task.least_squares(layer.name)
         task.commit(layer.name, rounded(task, layer))
     task.finish("test")
-    assert task.passes == 1
+    assert task.traversal.passes == 1
     assert hook_count(task.teacher) == hook_count(task.student) == 0
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from coraq.core.allocation import Choice, allocate, lower_hull
+from coraq.core.allocation import LayerOption, allocate_bits, lower_hull
 from coraq.core.lowrank import adapter, adapter_bytes, butterworth, directions
 from coraq.core.rank_search import SearchLayer, budget_of, relaxed_loss, search_cutoffs
 from coraq.core.sensitivity import kl_of_errors
@@ -251,14 +251,14 @@ def test_the_allocation_is_the_best_of_all_where_steps_fit() -> None:
         for _ in range(4):
             sizes = torch.randint(1, 9, (4,), generator=generator).cumsum(0).tolist()
             losses = torch.rand(4, generator=generator).sort(descending=True).values.tolist()
-            layers.append([Choice(size, loss) for size, loss in zip(sizes, losses, strict=True)])
+            layers.append([LayerOption(size, loss) for size, loss in zip(sizes, losses, strict=True)])
         for budget in range(4 * 4, 80, 7):
             least = sum(c[0].size for c in layers)
             if budget < least:
                 with pytest.raises(ValueError, match="exceed the budget"):
-                    allocate(layers, budget)
+                    allocate_bits(layers, budget)
                 continue
-            taken = allocate(layers, budget)
+            taken = allocate_bits(layers, budget)
             size = sum(c[i].size for c, i in zip(layers, taken, strict=True))
             loss = sum(c[i].loss for c, i in zip(layers, taken, strict=True))
             assert size <= budget
@@ -273,17 +273,24 @@ def test_the_allocation_is_the_best_of_all_where_steps_fit() -> None:
 
 
 def test_the_hull_leaves_out_what_is_dearer_and_no_better() -> None:
-    choices = [Choice(1, 1.0), Choice(2, 0.9), Choice(3, 0.2), Choice(3, 0.3), Choice(4, 0.25), Choice(6, 0.1)]
+    choices = [
+        LayerOption(1, 1.0),
+        LayerOption(2, 0.9),
+        LayerOption(3, 0.2),
+        LayerOption(3, 0.3),
+        LayerOption(4, 0.25),
+        LayerOption(6, 0.1),
+    ]
     assert lower_hull(choices) == [0, 2, 5]
 
 
 def test_a_large_layer_does_not_miss_its_step_by_a_byte() -> None:
     """Small steps that save a little more for each byte come first, and leave no room for one that saves far more."""
-    small = [[Choice(0, 1.1), Choice(1, 0.0)] for _ in range(5)]
-    large = [Choice(0, 100.0), Choice(100, 0.0)]
-    assert allocate([*small, large], 100) == [0, 0, 0, 0, 0, 1]
-    assert allocate([*small, large], 102) == [1, 1, 0, 0, 0, 1]
-    assert allocate([*small, large], 99) == [1, 1, 1, 1, 1, 0]
+    small = [[LayerOption(0, 1.1), LayerOption(1, 0.0)] for _ in range(5)]
+    large = [LayerOption(0, 100.0), LayerOption(100, 0.0)]
+    assert allocate_bits([*small, large], 100) == [0, 0, 0, 0, 0, 1]
+    assert allocate_bits([*small, large], 102) == [1, 1, 0, 0, 0, 1]
+    assert allocate_bits([*small, large], 99) == [1, 1, 1, 1, 1, 0]
 
 
 # -- sensitivity

@@ -163,7 +163,7 @@ def judged(
     method: str, model: nn.Module, images: Tensor, scheme: Scheme, shrinkage: float = 0.0
 ) -> tuple[CalibrationTask, list[str]]:
     found = fold(model, images[:2])
-    task = Judged(model, found, scheme, list(images.split(4)), find_method=registry.make)
+    task = Judged(model, found, scheme, list(images.split(4)))
     task.worse, task.own_grid, task.shrinkage = [], method == "gptq", shrinkage
     kind = registry.load(method)
     kind(registry.configure(kind, OPTIONS.get(method, {}))).quantize(task)

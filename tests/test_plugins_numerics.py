@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_comq import SHAPES, OneLayerTask, relative_error, run
+from support.one_layer import SHAPES, OneLayerTask, run
 
 from coraq.api import MethodConfig, Quantizer
 from coraq.core.grid import mse_grid
@@ -46,24 +46,24 @@ def test_plugin_satisfies_the_protocol(name: str) -> None:
 def test_plugin_works_on_every_kind_and_reports_its_true_error(
     name: str, kind: str, symmetric: bool, granularity: str
 ) -> None:
-    task = OneLayerTask(SHAPES[kind], 4, symmetric=symmetric, granularity=granularity)
+    task = OneLayerTask.random(SHAPES[kind], 4, symmetric=symmetric, granularity=granularity)
     quantized, metrics = run(METHODS[name], task)
-    assert metrics["error"] == pytest.approx(relative_error(task, quantized), rel=1e-3)
+    assert metrics["error"] == pytest.approx(task.error(quantized), rel=1e-3)
 
 
 def test_gptq_is_between_nearest_rounding_and_comq() -> None:
     for seed in range(3):
-        task = OneLayerTask((1, 16, 72), 3, seed)
+        task = OneLayerTask.random((1, 16, 72), 3, seed)
         error = run(METHODS["gptq"], task, grid="mse")[1]["error"]
         weight = task.squares.weight
-        assert error < relative_error(task, mse_grid(weight, 3).round(weight))
-        assert run(COMQ, OneLayerTask((1, 16, 72), 3, seed))[1]["error"] < error
+        assert error < task.error(mse_grid(weight, 3).round(weight))
+        assert run(COMQ, OneLayerTask.random((1, 16, 72), 3, seed))[1]["error"] < error
 
 
 @pytest.mark.parametrize("option", [{"grid": "mse"}, {"act_order": False}, {"damping": 0.5}], ids=str)
 def test_no_gptq_option_is_dead(option: dict) -> None:
-    usual, _ = run(METHODS["gptq"], OneLayerTask((1, 16, 72), 3))
-    assert not torch.equal(usual, run(METHODS["gptq"], OneLayerTask((1, 16, 72), 3), **option)[0])
+    usual, _ = run(METHODS["gptq"], OneLayerTask.random((1, 16, 72), 3))
+    assert not torch.equal(usual, run(METHODS["gptq"], OneLayerTask.random((1, 16, 72), 3), **option)[0])
 
 
 def sums_by_hand(hot: int, deepest: int) -> set[float]:
@@ -89,7 +89,7 @@ def test_one_hot_levels_are_the_logarithmic_grid() -> None:
 
 
 def test_npot_stores_codes_of_its_codebook() -> None:
-    task = OneLayerTask((1, 8, 30), 4)
+    task = OneLayerTask.random((1, 8, 30), 4)
     quantized, _ = run(METHODS["npot"], task)
     layer, _ = task.committed["layer"]
     assert layer.weight.codebook is not None
@@ -100,12 +100,12 @@ def test_npot_stores_codes_of_its_codebook() -> None:
 
 
 def test_npot_uses_data_where_there_is_some() -> None:
-    blind, seeing = OneLayerTask((1, 16, 72), 4), OneLayerTask((1, 16, 72), 4)
+    blind, seeing = OneLayerTask.random((1, 16, 72), 4), OneLayerTask.random((1, 16, 72), 4)
     blind.has_data = False
     without, _ = run(METHODS["npot"], blind)
-    assert not blind.corrections
+    assert not blind.posed
     with_data, _ = run(METHODS["npot"], seeing)
-    assert relative_error(seeing, with_data) < 0.8 * relative_error(seeing, without)
+    assert seeing.error(with_data) < 0.8 * seeing.error(without)
     weight = blind.layers[0].weight
     scales = blind.committed["layer"][0].weight.scale
     for factor in (0.9, 1.1):  # among the scales near it, that of least weight error
@@ -116,5 +116,5 @@ def test_npot_uses_data_where_there_is_some() -> None:
 
 @pytest.mark.parametrize("option", [{"hot": 1}, {"candidates": 2}, {"sweeps": 0}], ids=str)
 def test_no_npot_option_is_dead(option: dict) -> None:
-    usual, _ = run(METHODS["npot"], OneLayerTask((1, 16, 72), 4))
-    assert not torch.equal(usual, run(METHODS["npot"], OneLayerTask((1, 16, 72), 4), **option)[0])
+    usual, _ = run(METHODS["npot"], OneLayerTask.random((1, 16, 72), 4))
+    assert not torch.equal(usual, run(METHODS["npot"], OneLayerTask.random((1, 16, 72), 4), **option)[0])

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.tasks import make_task
 from torch import nn
 
-from coraq import registry
 from coraq.calibration.block_data import BlockData
-from coraq.calibration.task import CalibrationTask
 from coraq.config import Scheme
 from coraq.core.gram import Moments
 from coraq.core.grid import Grid, minmax_grid
-from coraq.core.quadratic_model import Expansion, Model
+from coraq.core.quadratic_model import Expansion, QuadraticModel
 from coraq.network.fold import fold
 from coraq.testing import random_images
 
@@ -45,7 +44,7 @@ def unit() -> BlockData:
     """The chain, its first weight off by a known amount."""
     model = Head().eval()
     batches = list(random_images(48, 8, seed=3).split(16))
-    task = CalibrationTask(model, fold(model, random_images(2, 8)), Scheme(bits=3), batches, find_method=registry.make)
+    task = make_task(model, Scheme(bits=3), batches, found=fold(model, random_images(2, 8)))
     blocks = {block.module: block for block in task.partition("block", "chain")}
     data = task.block_io(blocks["chain"])
     torch.manual_seed(5)
@@ -98,7 +97,7 @@ def test_the_step_of_a_last_layer_reaches_the_least_squares_solution(centred: bo
     data = unit()
     layer = data.layer("chain.second")
     expansion = data.expand("chain.second", 16, data.rows, torch.Generator().manual_seed(0))
-    model = Model.of(expansion, centred)
+    model = QuadraticModel.of(expansion, centred)
     weight = layer.weight.detach().reshape(1, 4, 6)
     fine = minmax_grid(1.5 * weight, 8, symmetric=False)
     fine = Grid(fine.scale / 16, fine.zero * 16, 12, fine.symmetric)  # nearly no rounding at all
@@ -125,7 +124,7 @@ def test_damping_shortens_the_step_and_dead_inputs_stay() -> None:
     moments = Moments(10_000, torch.zeros(1, 3, dtype=torch.float64), gram)
     gradient = torch.tensor([[[2.0, -4.0, 1.0]]], dtype=torch.float64)
     ones = torch.ones(1, 1, dtype=torch.float64)
-    model = Model.of(Expansion(gradient, 0 * ones, ones, moments), centred=True)
+    model = QuadraticModel.of(Expansion(gradient, 0 * ones, ones, moments), centred=True)
     assert torch.allclose(model.step, torch.tensor([[[-1.0, 1.0, 0.0]]], dtype=torch.float64), rtol=0.02)
     grid = Grid(torch.full((1, 1, 1), 0.25), torch.full((1, 1, 1), 8.0), 4, False)
     codes = torch.full((1, 1, 3), 8.0)

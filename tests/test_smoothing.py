@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from support.tasks import make_task
 from torch import Tensor, nn
 
 import coraq
@@ -169,7 +170,7 @@ def test_uneven_channels_are_rounded_better(method: str) -> None:
 def task_of(scheme: Scheme, model: nn.Module | None = None, sink: Sink = null_sink) -> CalibrationTask:
     images = random_images(32)
     model = model or small_network()
-    return CalibrationTask(model, fold(model, images[:4]), scheme, list(images.split(8)), sink=sink)
+    return make_task(model, scheme, list(images.split(8)), found=fold(model, images[:4]), sink=sink)
 
 
 def test_what_is_done_before_the_first_layer_is_shown() -> None:
@@ -197,7 +198,7 @@ def test_grids_inside_a_unit_are_those_of_the_product() -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_efficientnet", num_classes=10).eval()
     images = random_images(16, 64)
-    task = CalibrationTask(model, fold(model, images[:4]), W4A4, list(images.split(8)))
+    task = make_task(model, W4A4, list(images.split(8)), found=fold(model, images[:4]))
     views = {view.name: view for view in task.layers}
     seen = set()
     for block in task.partition()[:4]:

@@ -183,5 +183,5 @@ def test_a_spilled_wide_layer_gives_the_same_bits(tmp_path: Path) -> None:
         COMQ(COMQ.Config()).quantize(task)
         task.finish("comq")
         results.append({name: layer.dequantize() for name, layer in task.quantized.items()})
-    assert task.spilled
+    assert task.traversal.spilled
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])

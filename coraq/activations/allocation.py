@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from coraq.activations.points import QuantizationPoint
 from coraq.config import MAX_BITS, MIN_BITS, Scheme
-from coraq.core.allocation import Choice, allocate
+from coraq.core.allocation import allocate_under_costs
 from coraq.core.ranges import activation_grid
 from coraq.core.sensitivity import AT_ONCE, kl_of_rounding
 from coraq.core.smoothing import DEPTHWISE, SHARED, input_scales
@@ -32,8 +32,6 @@ CHANNEL_SAMPLE, SAMPLES = 4096, 2**26  # values of each channel, and of all toge
 FISHER_IMAGES = 128
 GRID_SAMPLE = 1 << 13  # values that a grid which is only tried is chosen on
 WIDER = 1  # bits fewer and more that are tried; for each bit beyond, a quarter of the cost is left
-BUDGETS = 1.0, 0.995, 0.99, 0.98  # of two costs: shares of the bits that are tried
-HALVINGS = 24  # and weights between the two
 
 Report = Callable[[str], None]
 
@@ -154,40 +152,3 @@ def allocate_activation_bits(
         kl |= {width: kl[last] / 4 ** (width - last) for width in range(last + 1, MAX_BITS + 1)}
     widths, predicted = allocate_under_costs(found, costs, bits)
     return Shares(widths, predicted, sum(kl[bits] for kl in found.values()))
-
-
-def allocate_under_costs(
-    losses: Mapping[str, Mapping[int, float]], costs: Sequence[Mapping[str, float]], bits: int
-) -> tuple[dict[str, int], float]:
-    """Bits of little loss, and their loss, that cost no more than `bits` each in any of one or two `costs`.
-
-    Of two costs, a weighted sum is kept to for many weights (Lagrange's method); the best that keeps to both is taken.
-    The same bits for all are one of the candidates, so that nothing is lost where there are few tensors to choose for.
-    """
-    totals = [sum(cost.values()) for cost in costs]
-    shares = [{name: cost[name] / total for name in losses} for cost, total in zip(costs, totals, strict=True)]
-
-    def taken(weight: float, budget: float) -> dict[str, int]:
-        prices = {name: weight * shares[0][name] + (1 - weight) * shares[-1][name] for name in losses}
-        choices = [[Choice(prices[name] * width, loss) for width, loss in own.items()] for name, own in losses.items()]
-        picked = allocate(choices, budget)
-        return {name: list(own)[index] for (name, own), index in zip(losses.items(), picked, strict=True)}
-
-    def average(found: Mapping[str, int], share: Mapping[str, float]) -> float:
-        return sum(share[name] * width for name, width in found.items())
-
-    def loss(found: Mapping[str, int]) -> float:
-        return sum(losses[name][width] for name, width in found.items())
-
-    candidates = [dict.fromkeys(losses, bits)]
-    if len(costs) == 1:
-        candidates.append(taken(1.0, bits))
-    else:
-        for budget in BUDGETS:
-            low, high = 0.0, 1.0
-            for _ in range(HALVINGS):
-                weight = (low + high) / 2
-                candidates.append(taken(weight, budget * bits))
-                low, high = (weight, high) if average(candidates[-1], shares[0]) > bits else (low, weight)
-    best = min((c for c in candidates if all(average(c, share) <= bits + 1e-9 for share in shares)), key=loss)
-    return best, loss(best)

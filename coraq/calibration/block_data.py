@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from coraq.activations.fake_quant import set_fake_quant
 from coraq.activations.grids import ActivationGrids
 from coraq.activations.points import QuantizationPoint
-from coraq.calibration.corrections import ROWS_PER_INPUT
+from coraq.calibration.layer_pass import ROWS_PER_INPUT, check_finite
+from coraq.calibration.traversal import Traversal
 from coraq.core.gram import GramAccumulator, Moments
 from coraq.core.quadratic_model import Expansion
 from coraq.core.sampling import SampledMoments, positions_needed
@@ -157,6 +159,61 @@ class BlockData:
         self.student_input = self.teacher_input = self.teacher_output = torch.empty(0)
         if self._folder is not None:
             self._folder.cleanup()
+
+
+@torch.no_grad()
+def collect_block(traversal: Traversal, block: Block, note: Callable[[str], None]) -> BlockData:
+    """Advance to a block, and cut it out with its inputs and outputs; see `coraq.api.BlockTask.block_io`."""
+    waiting = traversal.go_to_block(block.module)
+    start = time.perf_counter()
+    collector = Collector(waiting.images, traversal.memory_bound, traversal.settings.folder)
+    teacher = traversal.teacher.get_submodule(block.module)
+    for size, (x, y) in zip(waiting.sizes, waiting.pairs(raw=True), strict=True):
+        x, y = x.float(), y.float()
+        # the block's own forward, past its hooks, on a copy: it may work in place
+        output = teacher.forward(x.clone())
+        check_finite(block.module, y, output)
+        collector.add([y, x, output], size)
+    if collector.folder is not None:
+        note(f"the inputs and outputs of {block.module} exceed the memory bound and wait in a file")
+    module, grids = cut_out(traversal.student, block), traversal.grids
+    y, x, wanted = collector.result()
+    inside = [s for s in grids.points if set(s.readers) & set(block.layers) and s.producer is None]
+    data = BlockData(block, module, y, x, wanted, inside, _folder=collector.folder)
+    for point in inside:
+        grid = grids.grid(point)
+        if grid is not None:
+            data.grids[point.name] = grid
+    data.points = [point for point in inside if not grids.is_final(point)]
+    prefix = block.module + "."
+    outputs = [s for s in grids.points if (s.producer or "").startswith(prefix)]
+    calibrate_inside(data, outputs, grids)
+    traversal.clock["block data"] += time.perf_counter() - start
+    return data
+
+
+def fisher(traversal: Traversal, block: Block, generator: torch.Generator) -> Tensor:
+    """Squared gradients of the float network's own log-likelihood; see `coraq.api.BlockTask.fisher`."""
+    module, found = traversal.teacher.get_submodule(block.module), []
+    leaf: list[Tensor] = []
+
+    def cut(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        leaf[:] = [output.detach().clone().requires_grad_(True)]
+        return leaf[0].clone()  # what follows may work in place
+
+    handle = module.register_forward_hook(cut)
+    try:
+        here = traversal.layer_inputs if traversal.at == block.module else None
+        for index in here.taken if here else range(len(traversal.batches)):
+            images = traversal.batches[index]
+            with torch.enable_grad():
+                scores = traversal.teacher(images).log_softmax(-1)
+                drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(scores.device)
+                (gradient,) = torch.autograd.grad(scores.gather(1, drawn).sum(), leaf[0])
+            found.append(gradient.square_())
+    finally:
+        handle.remove()
+    return torch.cat(found)
 
 
 def cut_out(student: nn.Module, block: Block) -> nn.Module:

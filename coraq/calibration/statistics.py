@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from coraq.calibration.lockstep import LayerInputs
-from coraq.core.columns import divided, gram_for_divided, multiplied
-from coraq.core.gram import GramAccumulator, Moments, exact_cost, sampled_cost, shrunk
+from coraq.core.gram import GramAccumulator, Moments, exact_cost, sampled_cost
+from coraq.core.least_squares import LeastSquares
 from coraq.core.patches import Geometry, MeanAccumulator
 from coraq.core.sampling import (
     SampledMoments,
@@ -32,70 +31,6 @@ PATCHES = 2**23  # entries of patches made at once where all positions of many i
 CONSTANT = 1e-12  # an input whose variance is a smaller share of its mean square is constant but for float32 rounding
 SQUARED = 2**18  # entries whose squares are summed in float32, before float64
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class LeastSquares:
-    """`min over Q of Σ_g tr[(W_g − Q_g) H_g (W_g − Q_g)ᵀ]`.
-
-    A layer of very many inputs has a block-diagonal H: each block for so many consecutive inputs, correlations from
-    one block to another left out. `split` and `coraq.core.rounding` know how to work with that.
-
-    Attributes:
-        weight: float32 [groups, out, in], the unconstrained optimum W.
-        gram: float64 [groups · blocks, in/blocks, in/blocks], H: symmetric, positive semi-definite, per row of im2col
-            patches (a mean, not a sum); centred where the bias absorbs the mean. `blocks` is nearly always 1.
-        rows: with several blocks, some inputs [groups, rows, in], centred alike: what they say of a rounding has all
-            correlations in it. None otherwise.
-        count: rows that H is a mean of; None: not known, or H is exact.
-    """
-
-    weight: Tensor
-    gram: Tensor
-    rows: Tensor | None = None
-    count: int | None = None
-
-    @property
-    def blocks(self) -> int:
-        return self.gram.shape[0] // self.weight.shape[0]
-
-    def shrunk(self, share: float = 1.0) -> LeastSquares:
-        """The same problem with H as `coraq.core.gram.shrunk` makes it."""
-        if not share or self.count is None:
-            return self
-        return replace(self, gram=shrunk(self.gram, self.count, share))
-
-    def scaled(self, columns: Tensor | None) -> LeastSquares:
-        """The same problem with weights divided, and inputs multiplied, by column scales [groups, 1, channels]."""
-        if columns is None:
-            return self
-        rows = None if self.rows is None else multiplied(self.rows, columns)
-        gram = gram_for_divided(self.gram, columns)
-        return replace(self, weight=divided(self.weight, columns), gram=gram, rows=rows)
-
-    def split(self, weight: Tensor) -> Tensor:
-        """[groups, out, in] as one matrix for each block of `gram`: [groups · blocks, out, in/blocks]."""
-        return weight if self.blocks == 1 else weight.unflatten(2, (self.blocks, -1)).transpose(1, 2).flatten(0, 1)
-
-    def join(self, parts: Tensor) -> Tensor:
-        """The inverse of `split`."""
-        return parts if self.blocks == 1 else parts.unflatten(0, (-1, self.blocks)).transpose(1, 2).flatten(2)
-
-    def error(self, candidate: Tensor) -> Tensor:
-        """The objective per output channel, float64 [groups, out], of a candidate weight [groups, out, in]."""
-        delta = self.split((self.weight - candidate).double())
-        error = ((delta @ self.gram) * delta).sum(-1).clamp(min=0)
-        return error.unflatten(0, (-1, self.blocks)).sum(1)
-
-    def energy(self) -> float:
-        """`tr[W H Wᵀ]`, all groups together: what an error is relative to."""
-        return float(self.error(torch.zeros_like(self.weight)).sum())
-
-    def inputs(self, form: Literal["exact", "approximate", "plain"]) -> Tensor | None:
-        """H in full, its diagonal [groups, in], or None for the identity: what a decomposition is weighted by."""
-        if form == "exact":
-            return self.gram
-        return self.gram.diagonal(dim1=1, dim2=2).reshape(len(self.weight), -1) if form == "approximate" else None
 
 
 class _Seen(NamedTuple):
@@ -191,6 +126,12 @@ class LayerStats:
         self._common: _Common | None = None
         self.input_mismatch_rows = 0
         self.current = True
+        self.posed: dict[float, LeastSquares] = {}  # problems made of them (coraq.calibration.problems)
+
+    def leave(self) -> None:
+        """The engine moves on: nothing more can be read of the inputs."""
+        self.current = False
+        self.posed.clear()
 
     def _timed(self, compute: Callable[[], T]) -> T:
         if not self.current:

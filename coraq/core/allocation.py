@@ -1,4 +1,4 @@
-"""Spending a byte budget over layers: each takes one of its own choices, and the sum of losses is to be least.
+"""Spending a budget over layers or tensors: each takes one of its own options, and the sum of losses is to be least.
 
 The relaxation `min Σ loss + λ Σ bytes` is solved exactly for every λ at once: each layer's choices are reduced to
 the lower convex hull of (bytes, loss), and all steps along all hulls are taken in order of loss saved for each byte
@@ -17,9 +17,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 HELD, AROUND = 4, 2  # layers that are held, and steps up and down
+BUDGETS = 1.0, 0.995, 0.99, 0.98  # of two costs: shares of the bits that are tried
+HALVINGS = 24  # and weights between the two
 
 
-class Choice(NamedTuple):
+class LayerOption(NamedTuple):
     """One way to store a layer, as the budget sees it."""
 
     size: float  # bytes, or any unit of cost
@@ -35,7 +37,7 @@ class _Step:
     rate: float  # loss saved for each byte
 
 
-def lower_hull(choices: Sequence[Choice]) -> list[int]:
+def lower_hull(choices: Sequence[LayerOption]) -> list[int]:
     """Indices of the choices on the lower convex hull, from the smallest to the one of least loss."""
     order = sorted(range(len(choices)), key=lambda i: (choices[i].size, choices[i].loss))
     hull: list[int] = []
@@ -54,7 +56,7 @@ def lower_hull(choices: Sequence[Choice]) -> list[int]:
     return hull
 
 
-def allocate(layers: Sequence[Sequence[Choice]], budget: float) -> list[int]:
+def allocate_bits(layers: Sequence[Sequence[LayerOption]], budget: float) -> list[int]:
     """The index of each layer's choice; the sizes' sum is at most `budget`.
 
     Raises:
@@ -84,8 +86,47 @@ def allocate(layers: Sequence[Sequence[Choice]], budget: float) -> list[int]:
     return best
 
 
+def allocate_under_costs(
+    losses: Mapping[str, Mapping[int, float]], costs: Sequence[Mapping[str, float]], bits: int
+) -> tuple[dict[str, int], float]:
+    """Bits of little loss, and their loss, that cost no more than `bits` each in any of one or two `costs`.
+
+    Of two costs, a weighted sum is kept to for many weights (Lagrange's method); the best that keeps to both is taken.
+    The same bits for all are one of the candidates, so that nothing is lost where there are few tensors to choose for.
+    """
+    totals = [sum(cost.values()) for cost in costs]
+    shares = [{name: cost[name] / total for name in losses} for cost, total in zip(costs, totals, strict=True)]
+
+    def taken(weight: float, budget: float) -> dict[str, int]:
+        prices = {name: weight * shares[0][name] + (1 - weight) * shares[-1][name] for name in losses}
+        choices = [
+            [LayerOption(prices[name] * width, loss) for width, loss in own.items()] for name, own in losses.items()
+        ]
+        picked = allocate_bits(choices, budget)
+        return {name: list(own)[index] for (name, own), index in zip(losses.items(), picked, strict=True)}
+
+    def average(found: Mapping[str, int], share: Mapping[str, float]) -> float:
+        return sum(share[name] * width for name, width in found.items())
+
+    def loss(found: Mapping[str, int]) -> float:
+        return sum(losses[name][width] for name, width in found.items())
+
+    candidates = [dict.fromkeys(losses, bits)]
+    if len(costs) == 1:
+        candidates.append(taken(1.0, bits))
+    else:
+        for budget in BUDGETS:
+            low, high = 0.0, 1.0
+            for _ in range(HALVINGS):
+                weight = (low + high) / 2
+                candidates.append(taken(weight, budget * bits))
+                low, high = (weight, high) if average(candidates[-1], shares[0]) > bits else (low, weight)
+    best = min((c for c in candidates if all(average(c, share) <= bits + 1e-9 for share in shares)), key=loss)
+    return best, loss(best)
+
+
 def _greedy(
-    layers: Sequence[Sequence[Choice]],
+    layers: Sequence[Sequence[LayerOption]],
     hulls: Sequence[Sequence[int]],
     steps: Sequence[_Step],
     budget: float,
@@ -103,7 +144,7 @@ def _greedy(
     return taken
 
 
-def _steps(layer: int, choices: Sequence[Choice], hull: Sequence[int]) -> list[_Step]:
+def _steps(layer: int, choices: Sequence[LayerOption], hull: Sequence[int]) -> list[_Step]:
     steps = []
     for before, after in pairwise(hull):
         size = choices[after].size - choices[before].size

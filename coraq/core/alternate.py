@@ -24,19 +24,19 @@ def alternate(
     Args:
         target: [groups, out, in], W.
         error_of: the error of a weight [groups, out, in] by channel, `LeastSquares.error`.
-        quantize: codes for W less a matrix (None: for W).
+        quantize: codes for W minus a matrix (None: for W).
         decompose: the adapter for a residual [groups, out, in]; None: no adapter.
         rounds: at most so many beyond the first.
     """
     best: QuantizedLayer | None = None
     errors: list[float] = []
-    less: Tensor | None = None
+    subtract: Tensor | None = None
     for _ in range(rounds + 1):
-        codes = quantize(less)
+        codes = quantize(subtract)
         delta = target - codes.dequantize()
         found = decompose(delta)
         layer = replace(codes, adapter=found)
-        less = None if found is None else found.dequantize()
+        subtract = None if found is None else found.dequantize()
         error = float(error_of(layer.dequantize()).sum())
         if best is not None and not error < errors[-1]:
             break

@@ -42,7 +42,7 @@ class Expansion:
 
 
 @dataclass(frozen=True)
-class Model:
+class QuadraticModel:
     """The expansion as a rounding problem; `centred`: the bias takes up what a change does to the mean.
 
     Attributes:
@@ -58,7 +58,7 @@ class Model:
     mean: Tensor | None
 
     @classmethod
-    def of(cls, expansion: Expansion, centred: bool) -> Model:
+    def of(cls, expansion: Expansion, centred: bool) -> QuadraticModel:
         moments, gradient = expansion.moments, expansion.gradient
         mean = moments.mean if centred else None
         gram = moments.gram.clone()

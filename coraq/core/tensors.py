@@ -7,6 +7,7 @@ group, `in = channels/groups · kh · kw` inputs of each (a Linear layer has one
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -216,12 +217,14 @@ class QuantizedLayer:
         bias: float32 [groups · out]; None leaves the bias to `Task.commit` (bias correction as the Scheme says).
         input: grid of the tensor that the layer reads; None leaves it to the engine, which has calibrated one if the
             Scheme quantizes activations.
+        metrics: what the method measured of it, for the report (`error` is relative to the output's energy).
     """
 
     weight: QTensor
     adapter: LowRank | None = None
     bias: Tensor | None = None
     input: ActivationGrid | None = None
+    metrics: Mapping[str, float | int | str] = field(default_factory=dict, compare=False)
 
     def dequantize(self) -> Tensor:
         """The effective weight, float32 [groups, out, in]."""

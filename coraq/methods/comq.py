@@ -13,24 +13,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from coraq.api import (
-    Field,
-    Grid,
-    LayerView,
-    LeastSquares,
-    MethodConfig,
-    QuantizedLayer,
-    Scheme,
-    Task,
-    minmax_grid,
-    mse_grid,
-)
+from coraq.api import Field, Grid, LayerMethod, LayerProblem, LeastSquares, MethodConfig, QuantizedLayer
 from coraq.core.grid import SHIFTED_SCALES, shifts
-from coraq.core.rounding import Order, Problem, Rounding, descend, factorise, feedbacks, nearest, pack, prepare, search
+from coraq.core.rounding import Problem, Rounding, descend, factorise, feedbacks, nearest, pack, prepare, search
 
 PAPER = {
     "grid": "minmax",
-    "start": "float",
+    "initial_codes": "float",
     "order": "cyclic",
     "sweeps": 3,
     "tolerance": 0.0,
@@ -42,7 +31,7 @@ SPAN = (1.25, 0.65)  # scales tried, as shares of that of least weight error: wi
 FEW_INPUTS = 64  # up to here (depthwise layers) a range costs nothing to try, and four times as many are
 
 
-class COMQ:
+class COMQ(LayerMethod):
     """Minimises ‖XW − XQ‖² of each layer over codes and scales, to a local optimum."""
 
     name: ClassVar[str] = "comq"
@@ -52,6 +41,7 @@ class COMQ:
 
     class Config(MethodConfig):
         presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PAPER}
+        renamed: ClassVar[Mapping[str, str]] = {"start": "initial_codes"}
 
         preset: Literal["default", "paper"] = Field(
             default="default", description="what the other options default to: coraq's choice, or the paper's"
@@ -63,7 +53,7 @@ class COMQ:
         candidates: int = Field(
             default=9, ge=1, description="search: number of ranges tried, four times as many where inputs are few"
         )
-        start: Literal["gptq", "nearest", "float"] = Field(
+        initial_codes: Literal["gptq", "nearest", "float"] = Field(
             default="gptq",
             description="codes before the first sweep: GPTQ's, the nearest, or unrounded (first sweep only)",
         )
@@ -94,48 +84,37 @@ class COMQ:
         def column_scales(self) -> bool:
             return self.preset == "default"
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def quantize(self, task: Task) -> None:
-        for layer in task.layers:
-            squares = task.least_squares(layer.name, self.config.correction)
-            quantized, metrics = self.solve(layer, squares, task.scheme)
-            task.commit(layer.name, quantized, **metrics)
-
-    def solve(self, layer: LayerView, squares: LeastSquares, scheme: Scheme) -> tuple[QuantizedLayer, dict[str, float]]:
-        """Codes and scales for one layer, and its output errors relative to the output's energy, by the shrunk Gram."""
-        config = self.config
-        columns = layer.columns(scheme)
-        squares = squares.scaled(columns).shrunk(config.shrinkage)
-        weight, bits, symmetric = squares.weight, layer.bits, scheme.symmetric
-        order: Order = "common" if config.order == "common" else "cyclic"
-        problem = prepare(weight, squares.gram, order, rows=squares.rows)
-        fraction = scheme.fraction(bits, searched=config.grid != "minmax")
-        by_weight = mse_grid(weight, bits, symmetric, scheme.granularity, fraction=fraction)
-        baseline = nearest(problem, by_weight)
-        grid = by_weight
+    def quantize_layer(self, problem: LayerProblem) -> QuantizedLayer:
+        """Codes and scales for one layer; its output errors are relative to the output's energy, by the shrunk Gram."""
+        config, spec = self.config, problem.grid_spec
+        squares = problem.least_squares.shrunk(config.shrinkage)
         if config.grid == "minmax":
-            grid = minmax_grid(weight, bits, symmetric, scheme.granularity, fraction)
+            spec = replace(spec, fraction=spec.minmax_fraction)
+        rounding = prepare(
+            squares.weight, squares.gram, "common" if config.order == "common" else "cyclic", rows=squares.rows
+        )
+        by_weight = spec.mse(squares.weight)
+        baseline = nearest(rounding, by_weight)
+        grid = spec.minmax(squares.weight) if config.grid == "minmax" else by_weight
         best = descend(
-            problem,
-            self._start(problem, squares, grid),
+            rounding,
+            self._start(rounding, squares, grid),
             config.sweeps,
             scales=config.scales,
             greedy=config.order == "greedy",
-            from_float=config.start == "float",
+            from_float=config.initial_codes == "float",
             tolerance=config.tolerance,
         )
         if config.guard:
             best = best.better(baseline)
-        energy = max(float(problem.energy().sum()), 1e-30)
+        energy = max(float(rounding.energy().sum()), 1e-30)
         metrics = {"error": float(best.error.sum()) / energy, "rtn_error": float(baseline.error.sum()) / energy}
-        return QuantizedLayer(replace(pack(problem, best, grid), columns=columns)), metrics
+        return QuantizedLayer(pack(rounding, best, grid), metrics=metrics)
 
     def _start(self, problem: Problem, squares: LeastSquares, grid: Grid) -> Rounding:
-        """Where the descent begins: the best of the candidate ranges, each rounded as `start` says."""
+        """Where the descent begins: the best of the candidate ranges, each rounded as `initial_codes` says."""
         config = self.config
-        if config.start != "gptq":
+        if config.initial_codes != "gptq":
             return search(problem, (nearest(problem, grid) for grid in self._grids(grid, problem)))
         factor = factorise(problem, squares.gram, config.damping)
         return search(problem, feedbacks(problem, factor, self._grids(grid, problem)))

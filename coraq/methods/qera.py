@@ -16,14 +16,16 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from coraq.api import (
-    Choice,
+    Base,
     Field,
+    LayerOption,
     LayerView,
     MethodConfig,
+    NetworkTask,
     QuantizedLayer,
-    Task,
+    Scope,
     adapter_bytes,
-    allocate,
+    allocate_bits,
     alternate,
     can_pay,
     directions,
@@ -38,6 +40,7 @@ class QERA:
     summary: ClassVar[str] = "closed-form low-rank correction of each layer's output error, on any method's codes"
     version: ClassVar[str] = "2"
     needs_data: ClassVar[bool] = True
+    scope: ClassVar[Scope] = "network"
 
     class Config(MethodConfig):
         base: str = Field(default="comq", description="method that makes the codes")
@@ -62,15 +65,15 @@ class QERA:
         def column_scales(self) -> bool:
             return True
 
-        def bases(self) -> Sequence[str]:
-            return (self.base,)
+        def bases(self) -> Sequence[Base]:
+            return (Base(self.base, self.base_options),)
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def quantize(self, task: Task) -> None:
+    def quantize(self, task: NetworkTask) -> None:
         if self.config.rank is None:
-            ranks = task.remember("ranks", lambda: self._share_out(task), lambda kept: _are_ranks(kept, task.layers))
+            ranks = task.decide_once("ranks", lambda: self._share_out(task), lambda kept: _are_ranks(kept, task.layers))
         else:
             ranks = {layer.name: self._capped(layer, self.config.rank) for layer in task.layers}
         for layer in task.layers:
@@ -85,17 +88,17 @@ class QERA:
             )
             task.commit(layer.name, quantized, error=errors[-1] / max(squares.energy(), 1e-30), rounds=len(errors))
 
-    def _codes(self, task: Task, name: str, less: Tensor | None = None) -> QuantizedLayer:
-        return task.codes(name, self.config.base, self.config.base_options, less=less)
+    def _codes(self, task: NetworkTask, name: str, subtract: Tensor | None = None) -> QuantizedLayer:
+        return task.quantize_with(name, self.config.base, self.config.base_options, subtract=subtract)
 
     def _capped(self, layer: LayerView, rank: int) -> int:
         """The rank, or what the matrix has; 0 where even rank 1 cannot pay."""
         pays = can_pay(layer.shape, layer.bits, self.config.adapter_bits)
         return min(rank, *layer.shape[1:]) if pays else 0
 
-    def _share_out(self, task: Task) -> dict[str, int]:
+    def _share_out(self, task: NetworkTask) -> dict[str, int]:
         """Ranks by layer: a first pass sees what every layer's codes leave, relative to the layer's output."""
-        choices: dict[str, list[Choice]] = {}
+        choices: dict[str, list[LayerOption]] = {}
         weights = sum(layer.weight.numel() for layer in task.layers)
         for layer in task.layers:
             squares = task.least_squares(layer.name, self.config.correction)
@@ -105,9 +108,9 @@ class QERA:
             left = found.left() / max(squares.energy(), 1e-30)
             sizes = (adapter_bytes(layer.shape, rank, self.config.adapter_bits) for rank in range(most + 1))
             choices[layer.name] = [
-                Choice(size, float(loss)) for size, loss in zip(sizes, left[: most + 1], strict=True)
+                LayerOption(size, float(loss)) for size, loss in zip(sizes, left[: most + 1], strict=True)
             ]
-        taken = allocate(list(choices.values()), self.config.budget * weights)
+        taken = allocate_bits(list(choices.values()), self.config.budget * weights)
         return dict(zip(choices, taken, strict=True))
 
 

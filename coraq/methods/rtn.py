@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
-from coraq.api import (
-    Field,
-    Grid,
-    MethodConfig,
-    QuantizedLayer,
-    Scheme,
-    Task,
-    divided,
-    minmax_grid,
-    mse_grid,
-    sigma_grid,
-)
+from coraq.api import Field, Grid, LayerMethod, LayerProblem, MethodConfig, QuantizedLayer
 
 
-class RoundToNearest:
+class RoundToNearest(LayerMethod):
     """Minimises the weight error |w − q| over codes, exactly, on a grid whose range `clip` decides."""
 
     name: ClassVar[str] = "rtn"
@@ -39,25 +25,14 @@ class RoundToNearest:
         steps: int = Field(default=80, ge=1, description="mse: number of ranges tried")
         k: float = Field(default=5.0, gt=0, description="sigma: standard deviations on either side of the mean")
 
-        def column_scales(self) -> bool:
-            return True
+    def quantize_layer(self, problem: LayerProblem) -> QuantizedLayer:
+        grid = self._grid(problem)
+        return QuantizedLayer(grid.pack(grid.codes(problem.weight)))
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def quantize(self, task: Task) -> None:
-        for layer in task.layers:
-            columns = layer.columns(task.scheme)
-            grid = replace(self.grid(divided(layer.weight, columns), layer.bits, task.scheme), columns=columns)
-            task.commit(layer.name, QuantizedLayer(grid.pack(grid.codes(layer.weight))))
-
-    def grid(self, weight: Tensor, bits: int, scheme: Scheme) -> Grid:
-        """The grid for a weight [groups, out, in]."""
-        config = self.config
-        fraction = scheme.fraction(bits, searched=config.clip == "mse")
+    def _grid(self, problem: LayerProblem) -> Grid:
+        config, spec = self.config, problem.grid_spec
         if config.clip == "minmax":
-            return minmax_grid(weight, bits, scheme.symmetric, scheme.granularity, fraction)
+            return spec.minmax(problem.weight)
         if config.clip == "sigma":
-            return sigma_grid(weight, bits, scheme.symmetric, scheme.granularity, config.k, fraction)
-        norm, steps = config.norm, config.steps
-        return mse_grid(weight, bits, scheme.symmetric, scheme.granularity, norm, steps, fraction=fraction)
+            return spec.sigma(problem.weight, config.k)
+        return spec.mse(problem.weight, config.norm, config.steps)

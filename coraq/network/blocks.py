@@ -19,7 +19,7 @@ from coraq.errors import CoraqError, UsageError
 from coraq.network.dataflow import Call, Dataflow
 
 MAX_LAYERS = 24  # of a unit that nobody proposed by name: a whole stage learns slowly and needs memory
-Granularity = Literal["layer", "block", "stage"]
+ReconstructionUnit = Literal["layer", "block", "stage"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def partition(
     model: nn.Module,
     order: Sequence[str],
     flow: Dataflow | None,
-    granularity: Granularity = "block",
+    unit: ReconstructionUnit = "block",
     override: str | None = None,
 ) -> list[Block]:
     """Units in execution order.
@@ -62,11 +62,11 @@ def partition(
     cutter = _Cutter(model, order, flow)
     units = cutter.matching(override) if override else []
     rest = [name for name in order if not any(name in unit.layers for unit in units)]
-    if granularity == "layer":
+    if unit == "layer":
         units += [Block(name, (name,)) for name in rest]
     else:
-        for group in _groups(model, rest, coarse=granularity == "stage"):
-            units += cutter.cut(group, limit=None if granularity == "stage" else MAX_LAYERS)
+        for group in _groups(model, rest, coarse=unit == "stage"):
+            units += cutter.cut(group, limit=None if unit == "stage" else MAX_LAYERS)
     units.sort(key=lambda unit: order.index(unit.layers[0]))
     held = [name for unit in units for name in unit.layers]
     assert sorted(held) == sorted(order), "every layer must be in exactly one unit"

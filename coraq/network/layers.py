@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from coraq.config import Scheme
 from coraq.core.columns import column_scales
+from coraq.core.layer_problem import GridSpec
 from coraq.core.patches import Geometry
 
 QUANTIZABLE = (nn.Conv2d, nn.Conv1d, nn.Linear)
@@ -33,6 +34,7 @@ class LayerView:
         macs: multiply-accumulates for one image.
         act_bits: of its input, None where that is float.
         input_scales: column scales that the grid of its input asks for, float32 [groups, 1, channels], or None.
+        zero_point_fraction: of its own zero points, instead of what the Scheme says; None: as the Scheme says.
     """
 
     name: str
@@ -45,6 +47,7 @@ class LayerView:
     macs: int
     act_bits: int | None = None
     input_scales: Tensor | None = None
+    zero_point_fraction: int | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -70,6 +73,12 @@ class LayerView:
     def has_columns(self, scheme: Scheme) -> bool:
         """Whether there are `columns`."""
         return self.input_scales is not None or scheme.scales_columns(self.bits, self.channels)
+
+    def grid_spec(self, scheme: Scheme) -> GridSpec:
+        """What the grid of its weight must be like."""
+        own, bits = self.zero_point_fraction, self.bits
+        fractions = [scheme.fraction(bits, searched) if own is None else own for searched in (True, False)]
+        return GridSpec(bits, scheme.symmetric, scheme.granularity, *fractions)
 
     def summary(self) -> dict[str, Any]:
         """The layer as plain values, without its tensors."""

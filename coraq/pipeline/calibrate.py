@@ -12,7 +12,9 @@ from torch import Tensor
 
 from coraq import registry
 from coraq.api import QuantizedLayer
-from coraq.calibration.task import CalibrationTask, Metrics
+from coraq.calibration.commit_log import CommitLog, Metrics
+from coraq.calibration.task import CalibrationTask
+from coraq.calibration.traversal import PassSettings
 from coraq.data import ImageSet
 from coraq.errors import CoraqError, MethodError
 from coraq.events import QUANTIZE, Event, LayerCommitted, Note, Sink, stage
@@ -25,7 +27,7 @@ def calibrate(
     sink: Sink,
     done: dict[str, tuple[QuantizedLayer, Metrics]] | None = None,
     save: Callable[[int, str, QuantizedLayer, Metrics], None] | None = None,
-    memory: MutableMapping[str, Any] | None = None,
+    decisions: MutableMapping[str, Any] | None = None,
 ) -> CalibrationTask:
     """Run the method over all layers; returns the finished task with the quantized student in it."""
     config = prepared.config
@@ -38,18 +40,18 @@ def calibrate(
             batches,
             config.seed,
             _with_progress(sink, quantizing),
-            done,
-            save,
-            config.calib_memory or default_memory_bound(),
-            rows_per_input=config.data.calib_rows,
-            early_images=config.data.calib_early,
-            find_method=registry.make,
-            memory=memory,
-            bfloat16=config.data.calib_precision == "bfloat16",
+            CommitLog(done, save, decisions),
+            PassSettings(
+                memory_bytes=config.calib_memory or default_memory_bound(),
+                rows_per_input=config.data.calib_rows,
+                early_images=config.data.calib_early,
+                bfloat16=config.data.calib_precision == "bfloat16",
+            ),
+            registry.make,
         )
         task.method = f"method {config.method} ({prepared.method_source})"
         try:
-            prepared.method(prepared.options).quantize(task)
+            prepared.method(prepared.options).quantize(task.scoped(prepared.method))
             task.finish(config.method)
         except (Exception, SystemExit) as error:
             blamed = _blamed(error, task.method, prepared.method_source)
@@ -58,8 +60,9 @@ def calibrate(
             raise blamed from error
         finally:
             task.close()
-    if task.passes > 2:  # two are a plan's: a look at all layers, then the work
-        sink(Note(f"the method went back to earlier layers: {task.passes} calibration passes instead of one or two"))
+    passes = task.traversal.passes
+    if passes > 2:  # two are a plan's: a look at all layers, then the work
+        sink(Note(f"the method went back to earlier layers: {passes} calibration passes instead of one or two"))
     return task
 
 

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict
 
 from coraq.calibration.task import CalibrationTask
 from coraq.config import RunConfig
-from coraq.core.tensors import stored_bytes
 from coraq.events import Sink, null_sink
 from coraq.pipeline.cache import RunCache
 from coraq.pipeline.prepare import prepare, state_bytes
@@ -40,15 +39,13 @@ def plan(config: RunConfig, *, runs_dir: Path, sink: Sink = null_sink) -> Plan:
     task = CalibrationTask(prepared.teacher, prepared.found, scheme, [], config.seed)
     views, options = task.all_layers, prepared.options
     units: dict[str, str] = {}
-    if hasattr(options, "granularity"):  # a method that works on units: see coraq.api.Task.partition
-        for unit in task.partition(options.granularity, getattr(options, "blocks", None)):
-            units |= dict.fromkeys(unit.layers, unit.module)
+    blocks = options.reconstruction_blocks()
+    if blocks is not None:
+        for block in task.partition(*blocks):
+            units |= dict.fromkeys(block.layers, block.module)
     committed = folder.committed()
     waiting = [view.name for view in views if view.name not in committed]
-    per_channel, zero_bytes = scheme.granularity == "channel", 0 if scheme.symmetric else 1
-    codes = sum(stored_bytes(v.shape, v.bits, v.shape[0] * v.shape[1] if per_channel else 1, zero_bytes) for v in views)
-    scaled = {name for point in task.grids.points if point.scaled for name in point.readers}
-    codes += sum(v.column_bytes for v in views if v.name in scaled or v.has_columns(scheme))
+    codes = sum(task.bytes_of(view.name) for view in views)
     quantized = sum(v.weight.numel() for v in views)
     evaluation = prepared.images.evaluation
     return Plan(

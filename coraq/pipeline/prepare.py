@@ -45,7 +45,7 @@ class Prepared:
     @property
     def scheme(self) -> Scheme:
         """The run's scheme with what it leaves to the method decided."""
-        return registry.resolve_auto(self.config.scheme, self.options)
+        return registry.resolve_auto(self.config.scheme, self.method, self.options)
 
     @property
     def teacher(self) -> nn.Module:
@@ -59,7 +59,8 @@ class Prepared:
         """Where the run lives: a name that people can read, and a hash of all that decides the result."""
         config = self.config.model_copy(update={"scheme": self.scheme})
         calibration = self.images.calibration
-        versions = {f"{name}_version": registry.load(name).version for name in self.options.bases()}
+        bases = registry.resolve_bases(self.method, self.options)
+        versions = {f"{base.method.name}_version": base.method.version for base in bases}
         digest = config.digest(calibration=calibration.fingerprint, method_version=self.method.version, **versions)
         name = re.sub(r"[^A-Za-z0-9._]+", "-", Path(config.model.split(":")[-1]).name or config.model)
         bits = f"w{config.scheme.bits}" + (f"a{config.scheme.act_bits}" if config.scheme.act_bits else "")
@@ -80,6 +81,7 @@ def prepare(config: RunConfig, sink: Sink, shared: RunCache) -> Prepared:
     """Check everything that can be checked, the cheap things first, and load the network."""
     method, source = registry.find(config.method)
     options = registry.configure(method, config.options)
+    registry.resolve_bases(method, options)
     device = open_device(config.device)
     config = with_precision(config, device)
     _check_paths(config.data)

@@ -22,6 +22,7 @@ from coraq.activations.records import ActivationRecord
 from coraq.api import LayerView, MethodConfig, QuantizedLayer, Quantizer
 from coraq.artifact import RunFolder, load_checkpoint, write_checkpoint
 from coraq.artifact.checkpoint import CheckpointInfo
+from coraq.calibration.commit_log import CommitLog
 from coraq.calibration.task import CalibrationTask
 from coraq.config import Scheme
 from coraq.core import sampling
@@ -148,10 +149,8 @@ class _Bench:
             scheme,
             batches,
             seed=7,
-            done=done,
-            on_commit=save,
+            log=CommitLog(done, save, None if folder is None else folder.decisions),
             find_method=make,
-            memory=None if folder is None else folder.decisions,
         )
         task.given = []
         if stop_after is not None:
@@ -160,7 +159,7 @@ class _Bench:
         world = _World.now(task)
         try:
             try:
-                quantizer.quantize(task)
+                quantizer.quantize(task.scoped(quantizer))
                 task.finish(self.name)
             finally:
                 task.close()
@@ -334,7 +333,7 @@ def _check_grid(bench: _Bench, bits: int, symmetric: bool, granularity: Granular
     # zero points between codes at some widths: a method may leave them at codes
     zero: Literal["whole", "quarter"] = "quarter" if bits < 4 and not symmetric else "whole"
     asked = Scheme(bits=bits, symmetric=symmetric, granularity=granularity, gain="keep", zero_point=zero)
-    scheme = resolve_auto(asked, configure(bench.method, bench.options))  # as a command has it
+    scheme = resolve_auto(asked, bench.method, configure(bench.method, bench.options))  # as a command has it
     case = _describe(bits, symmetric, granularity)
     outcome = bench.run(scheme, bench.batches(), case)
     _check_commits(bench, scheme, outcome, case)
@@ -412,7 +411,7 @@ def _check_activations(bench: _Bench) -> None:
     placements: tuple[Literal["inputs", "integer"], ...] = ("inputs", "integer")
     for placement in placements:
         asked = Scheme(bits=4, act_bits=4, act_placement=placement)
-        scheme = resolve_auto(asked, configure(bench.method, bench.options))  # as a command has it
+        scheme = resolve_auto(asked, bench.method, configure(bench.method, bench.options))  # as a command has it
         case = f"activations at 4 bits ({placement})"
         outcome = bench.run(scheme, bench.batches(), case)
         _check_commits(bench, scheme, outcome, case)

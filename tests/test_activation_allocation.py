@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from support.tasks import make_task
 from torch import Tensor, nn
 from torch.nn import functional
 
 import coraq
-from coraq.activations.allocation import allocate_activation_bits, allocate_under_costs
+from coraq.activations.allocation import allocate_activation_bits
 from coraq.artifact import load_checkpoint
 from coraq.calibration.task import CalibrationTask
 from coraq.config import DataConfig, LayerScheme, RunConfig, Scheme
+from coraq.core.allocation import allocate_under_costs
 from coraq.core.sensitivity import _by_probability, _by_slope, kl_of_rounding
 from coraq.core.tensors import ActivationGrid
 from coraq.errors import CoraqError
@@ -177,7 +179,7 @@ def test_two_costs_are_kept_to_and_little_is_lost_to_the_best_there_is() -> None
 
 def task_of(scheme: Scheme, **more: Any) -> CalibrationTask:
     images, model = random_images(32), small_network()
-    return CalibrationTask(model, fold(model, images[:4]), scheme, list(images.split(8)), **more)
+    return make_task(model, scheme, list(images.split(8)), found=fold(model, images[:4]), **more)
 
 
 @pytest.mark.parametrize("by", ["values", "macs", "both"])
@@ -238,15 +240,15 @@ def test_where_none_can_pay_or_gain_all_have_the_same(bits: int) -> None:
 
 def test_it_is_the_same_every_time_and_is_not_decided_twice() -> None:
     memory: dict[str, Any] = {}
-    first = task_of(MIXED, memory=memory)
+    first = task_of(MIXED, decisions=memory)
     bits = {point.name: point.bits for point in first.grids.points}
     assert {point.name: point.bits for point in task_of(MIXED).grids.points} == bits
     changed = {name: 8 if kept == 3 else kept for name, kept in memory["bits of inputs"].items()}
-    again = task_of(MIXED, memory={"bits of inputs": changed})
+    again = task_of(MIXED, decisions={"bits of inputs": changed})
     assert {point.name: point.bits for point in again.grids.points} == bits | changed
     for wrong in (None, [], {}, dict.fromkeys(changed, 9), dict.fromkeys(changed, "4"), dict.fromkeys(changed, True)):
         with pytest.raises(CoraqError, match="does not fit it"):
-            task_of(MIXED, memory={"bits of inputs": wrong})
+            task_of(MIXED, decisions={"bits of inputs": wrong})
 
 
 def test_a_resumed_run_that_lost_the_decision_says_so() -> None:

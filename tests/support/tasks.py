@@ -1,0 +1,52 @@
+"""One factory for calibration tasks, and how a method is run on one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from coraq import registry
+from coraq.calibration.commit_log import CommitLog
+from coraq.calibration.task import CalibrationTask
+from coraq.calibration.traversal import PassSettings
+from coraq.config import Scheme
+from coraq.network.fold import Trace, fold
+
+SETTINGS = {field.name for field in fields(PassSettings)}
+LOG = {"done", "save", "decisions"}
+
+
+def make_task(
+    network: nn.Module,
+    scheme: Scheme | None = None,
+    batches: Sequence[Tensor] = (),
+    found: Trace | None = None,
+    example: Tensor | None = None,
+    kind: type[CalibrationTask] = CalibrationTask,
+    **more: Any,
+) -> CalibrationTask:
+    """A task on a network, which is folded unless `found` says what folding it has shown.
+
+    Args:
+        example: images that the network is folded with; default: the first two of the first batch.
+        kind: a class that watches what a method does.
+        more: fields of `PassSettings`, arguments of `CommitLog`, and arguments of `CalibrationTask`.
+    """
+    if found is None:
+        found = fold(network, batches[0][:2] if example is None else example)
+    settings = PassSettings(**{key: more.pop(key) for key in list(more) if key in SETTINGS})
+    log = CommitLog(**{key: more.pop(key) for key in list(more) if key in LOG})
+    more = {"find_method": registry.make, **more}
+    return kind(network, found, scheme or Scheme(), batches, log=log, settings=settings, **more)
+
+
+def run_method(task: CalibrationTask, method: str | type, options: dict[str, Any] | None = None) -> CalibrationTask:
+    """Run a method over all layers of a task, as a command does."""
+    found = registry.load(method) if isinstance(method, str) else method
+    task.method = found.name
+    found(registry.configure(found, options or {})).quantize(task.scoped(found))
+    task.finish(found.name)
+    return task
