@@ -263,7 +263,9 @@ def test_what_is_left_to_the_method_suits_it_and_the_scheme(tmp_path: Path) -> N
         assert held != {True}  # 8-bit edges have none
         assert ("column scales" in found.result.scheme_line) == (True in held)
         inputs = (chosen.act_bits or 8) <= 4
-        assert checkpoint.info.scheme.column_scale == ("none" if True not in held else "input" if inputs else "channel")
+        assert checkpoint.info.scheme.weights.column_scale == (
+            "none" if True not in held else "input" if inputs else "channel"
+        )
         assert found.result.config.scheme == chosen  # what was asked for
         return True in held
 
@@ -312,6 +314,10 @@ def test_a_result_that_does_not_say_had_none() -> None:
         content["config"]["scheme"].pop(key, None)
     content["config"]["data"].pop("calib_early", None)
     config = RunResult.model_validate_json(json.dumps(content)).config
-    assert (config.scheme.column_scale, config.scheme.zero_point, config.data.calib_early) == ("none", "whole", 0)
+    assert (
+        config.scheme.weights.column_scale,
+        config.scheme.weights.zero_point_fraction,
+        config.data.calib_early_images,
+    ) == ("none", "whole", 0)
     assert Scheme().column_scale == "auto"
-    assert DataConfig().calib_early > 0
+    assert DataConfig().calib_early_images > 0

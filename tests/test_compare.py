@@ -110,7 +110,7 @@ def test_without_a_model_the_newest_run_says_what_to_compare(empty: Path, capsys
     configs = [read_result(Path(cell["run_dir"])).config for cell in result["cells"]]
     assert configs[0] == newest.model_copy(update={"data": newest.data.model_copy(update={"eval_size": 32})})
     assert configs[1].options == {"clip": "mse"}
-    assert [config.scheme.bits for config in configs] == [3, 3]
+    assert [config.scheme.weights.bits for config in configs] == [3, 3]
 
 
 def test_a_flag_may_need_what_only_the_newest_run_has(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +118,7 @@ def test_a_flag_may_need_what_only_the_newest_run_has(empty: Path, capsys: pytes
     code, result = compared(capsys, "--methods", "rtn", "--override", ".*conv_dw=4/8", "--column-scale", "input")
     assert code == 0
     scheme = read_result(Path(result["cells"][0]["run_dir"])).config.scheme
-    assert (scheme.act_bits, scheme.column_scale) == (4, "input")
+    assert (scheme.act_bits, scheme.weights.column_scale) == (4, "input")
     assert scheme.overrides == {".*conv_dw": LayerScheme(bits=4, act_bits=8)}
 
 

@@ -110,7 +110,7 @@ def test_shares_of_bits_come_from_what_the_base_leaves_but_where_rows_are_few(mo
     views = {view.name: view for view in one.all_layers}
     for name in ("hidden", "head"):  # behind the mean over an image
         weight = views[name].weight
-        nearest = weight - mse_grid(weight, 8, one.scheme.symmetric).round(weight)
+        nearest = weight - mse_grid(weight, 8, one.scheme.weights.symmetric).round(weight)
         assert torch.equal(seen[name], nearest), name
     dense = float(seen["dense"].square().sum())
     assert dense == pytest.approx(float((views["dense"].weight - alone["dense"].dequantize()).square().sum()), rel=0.5)

@@ -149,7 +149,9 @@ class Judged(CalibrationTask):
         nearest = self.codes(name, "rtn", bits=layer.weight.bits)
         if self.own_grid:
             bits, scheme = layer.weight.bits, self.scheme
-            grid = minmax_grid(squares.weight, bits, scheme.symmetric, fraction=scheme.fraction(bits, searched=False))
+            grid = minmax_grid(
+                squares.weight, bits, scheme.weights.symmetric, fraction=scheme.fraction(bits, searched=False)
+            )
             nearest = QuantizedLayer(grid.pack(grid.codes(squares.weight)))
         errors = [float(squares.error(one.dequantize()).sum()) for one in (layer, nearest)]
         scale = float(squares.energy())

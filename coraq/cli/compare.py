@@ -92,7 +92,7 @@ def compare(
     load_networks(parameters["quiet"])
     newest = None if models else newest_run(output)
     base = base_config(context, models[0] if models else "demo", newest)
-    widths = parse_numbers(bits, "--bits", MIN_BITS, MAX_BITS) or [base.scheme.bits]
+    widths = parse_numbers(bits, "--bits", MIN_BITS, MAX_BITS) or [base.scheme.weights.bits]
     numbers = parse_numbers(seeds, "--seeds", 0) or [base.seed]
 
     from coraq import registry
@@ -170,7 +170,7 @@ def _filled(parameters: dict[str, Any], model: str) -> dict[str, Any]:
         "model": model,
         "method": default.method,
         "method_options": None,
-        "bits": default.scheme.bits,
+        "bits": default.scheme.weights.bits,
         "seed": default.seed,
     }
 

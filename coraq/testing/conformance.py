@@ -331,8 +331,10 @@ def _check_grid(bench: _Bench, bits: int, symmetric: bool, granularity: Granular
     The outputs' mean is taken out: bias correction makes it right whatever the weights are.
     """
     # zero points between codes at some widths: a method may leave them at codes
-    zero: Literal["whole", "quarter"] = "quarter" if bits < 4 and not symmetric else "whole"
-    asked = Scheme(bits=bits, symmetric=symmetric, granularity=granularity, gain="keep", zero_point=zero)
+    zero = 2 if bits < 4 and not symmetric else 0
+    asked = Scheme.of(
+        bits=bits, symmetric=symmetric, granularity=granularity, scale_correction="off", zero_point_fraction=zero
+    )
     scheme = resolve_auto(asked, bench.method, configure(bench.method, bench.options))  # as a command has it
     case = _describe(bits, symmetric, granularity)
     outcome = bench.run(scheme, bench.batches(), case)
@@ -390,14 +392,14 @@ def _check_layer(view: LayerView, layer: QuantizedLayer, scheme: Scheme, where: 
         "Take them from layer.bits, or declare `chooses_bits = True` if the method shares out bits by itself.",
     )
     _require(
-        not (scheme.symmetric and weight.zero_point is not None),
+        not (scheme.weights.symmetric and weight.zero_point is not None),
         f"{where}: a zero point on a symmetric grid",
-        "Pass task.scheme.symmetric on to the grid.",
+        "Pass task.scheme.weights.symmetric on to the grid.",
     )
     _require(
-        scheme.granularity == "channel" or weight.scale.numel() == 1,
+        scheme.weights.granularity == "channel" or weight.scale.numel() == 1,
         f"{where}: {weight.scale.numel()} scales where the scheme wants one per tensor",
-        "Pass task.scheme.granularity on to the grid.",
+        "Pass task.scheme.weights.granularity on to the grid.",
     )
     _require(
         weight.zero_point is None or float(weight.zero.max()) < 2**weight.bits,

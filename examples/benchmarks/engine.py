@@ -82,7 +82,7 @@ def main() -> None:
                 scheme,
                 batches,
                 memory_bytes=bound,
-                early_images=data.calib_early,
+                early_images=data.calib_early_images,
                 half=precision == "bfloat16",
             )
             start = time.perf_counter()

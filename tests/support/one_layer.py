@@ -18,7 +18,7 @@ class OneLayerTask:
 
     def __init__(self, squares: LeastSquares, scheme: Scheme, taps: int = 1) -> None:
         self.squares, self.scheme = squares, scheme
-        self.layers = [LayerView("layer", squares.weight, None, scheme.bits, None, "conv", (1, taps), 0)]
+        self.layers = [LayerView("layer", squares.weight, None, scheme.weights.bits, None, "conv", (1, taps), 0)]
         self.has_data = True
         self.posed: list[float] = []  # with which correction the problem was posed, each time
         self.committed: dict[str, tuple[QuantizedLayer, dict[str, Any]]] = {}
