@@ -127,11 +127,8 @@ class RunConfig(Frozen):
             bases: of each method that this one uses: its name, version and all of its options.
             more: whatever else decides the result, such as the fingerprint of the calibration images.
         """
-        without = {
-            "calib_memory": True,
-            "options": True,
-            "data": {"workers"} if self.data.strict else {"workers", "strict"},
-        }
+        data = {"workers"} if self.data.strict else {"workers", "strict"}
+        without: Any = {"calib_memory": True, "options": True, "data": data}
         content = self._resolved().model_dump(mode="json", exclude_defaults=True, exclude=without)
         identity = {
             **content,

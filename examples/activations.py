@@ -40,7 +40,7 @@ def command(arguments: argparse.Namespace, network: str, method: str, weights: s
     line += ["--method", method, "--bits", weights, "--calib-size", str(arguments.calib_size)]
     if activations != "32":
         line += ["--act-bits", activations, "--act-placement", arguments.placement]
-        line += [] if arguments.mixed == "none" else ["--act-mixed", arguments.mixed]
+        line += [] if arguments.mixed == "none" else ["--act-allocation", arguments.mixed]
     if arguments.zero_point != "auto":
         line += ["--zero-point", arguments.zero_point]
     if arguments.column_scale != "auto":
@@ -90,7 +90,7 @@ def row(network: str, result: dict[str, Any]) -> list[str]:
 def _placement(scheme: dict[str, Any]) -> str:
     if not scheme["act_bits"]:
         return "–"
-    mixed = scheme.get("act_mixed", "none")
+    mixed = scheme.get("act_allocation", "none")
     return str(scheme["act_placement"]) + ("" if mixed == "none" else f", mixed by {mixed}")
 
 

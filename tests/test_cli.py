@@ -183,7 +183,7 @@ def test_no_model_means_the_demo(pipeline: FakePipeline) -> None:
         (["--first-bits", "4", "--last-bits", "same"], {"scheme": {"first_bits": 4, "last_bits": None}}),
         (["--granularity", "tensor"], {"scheme": {"granularity": "tensor"}}),
         (["--symmetric"], {"scheme": {"symmetric": True}}),
-        (["--bias", "keep"], {"scheme": {"bias": "keep"}}),
+        (["--bias-correction", "off"], {"scheme": {"bias": "keep"}}),
         (
             ["--override", r"a=b\d=3", "--override", "c.*=8"],
             {"scheme": {"overrides": {r"a=b\d": {"bits": 3}, "c.*": {"bits": 8}}}},
@@ -192,7 +192,7 @@ def test_no_model_means_the_demo(pipeline: FakePipeline) -> None:
             ["--act-bits", "4", "--override", ".*conv_dw=3/8"],
             {"scheme": {"act_bits": 4, "overrides": {".*conv_dw": {"bits": 3, "act_bits": 8}}}},
         ),
-        (["--act-bits", "4", "--act-mixed", "macs"], {"scheme": {"act_bits": 4, "act_mixed": "macs"}}),
+        (["--act-bits", "4", "--act-allocation", "macs"], {"scheme": {"act_bits": 4, "act_allocation": "bitops"}}),
         (["--method", "rtn"], {"method": "rtn"}),
         (
             ["-o", "sweeps=3", "-o", "order=greedy", "--option", "grid=[1, 2]", "-o", "fast=true", "-o", "x=a=b"],
@@ -253,9 +253,9 @@ def test_plugin_folders_reach_the_registry(command: list[str], pipeline: FakePip
         (["quantize", "m", "-b", "0"], "--batch-size 0", "greater than or equal to 1"),
         (["quantize", "m", "--crop-pct", "-1"], "--crop-pct -1", "greater than 0"),
         (["quantize", "m", "--granularity", "row"], "'--granularity': 'row' is not one of 'channel'", "--help"),
-        (["quantize", "m", "--act-mixed", "values"], "--act-mixed 'values' is not allowed", "need --act-bits"),
+        (["quantize", "m", "--act-allocation", "values"], "--act-mixed 'values' is not allowed", "need --act-bits"),
         (
-            ["quantize", "m", "-a", "4", "--act-placement", "integer", "--act-mixed", "macs"],
+            ["quantize", "m", "-a", "4", "--act-placement", "integer", "--act-allocation", "macs"],
             "--act-mixed 'macs' is not allowed",
             "leave out --act-placement integer",
         ),
@@ -422,7 +422,7 @@ def test_notes_that_the_result_does_not_hold_reach_the_person_once(
         ({}, False),
         ({"act_bits": 8}, False),
         ({"act_bits": 2}, False),
-        ({"act_bits": 4, "act_mixed": "macs"}, False),
+        ({"act_bits": 4, "act_allocation": "bitops"}, False),
         ({"act_bits": 4, "act_placement": "integer"}, False),
     ],
 )

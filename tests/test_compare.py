@@ -339,13 +339,13 @@ CONFIGS = [
         model_kwargs={"act": "relu", "n": 3, "deep": {"a": [1, 2]}},
         method="rtn",
         options={"clip": "mse", "text": "3"},
-        scheme=Scheme(
+        scheme=Scheme.of(
             bits=3,
             first_bits=None,
             last_bits=5,
             granularity="tensor",
             symmetric=True,
-            bias="keep",
+            bias_correction="off",
             overrides={r"layer1\..*=x": LayerScheme(bits=2)},
         ),
         data=DataConfig(
@@ -355,7 +355,7 @@ CONFIGS = [
             calib_dir="c",
             calib_split="t",
             calib_size=3,
-            calib_rows=0,
+            calib_rows_per_input=0,
             eval_size=4,
             class_map="m.txt",
             batch_size=5,
@@ -374,8 +374,8 @@ CONFIGS = [
     ),
     RunConfig(  # what the second cannot have: it is symmetric, and all of its activations are quantized
         model="demo",
-        scheme=Scheme(
-            zero_point="quarter", act_bits=4, act_mixed="macs", overrides={"a": LayerScheme(bits=5, act_bits=8)}
+        scheme=Scheme.of(
+            zero_point_fraction=2, act_bits=4, act_allocation="bitops", overrides={"a": LayerScheme(bits=5, act_bits=8)}
         ),
     ),
 ]
@@ -405,7 +405,7 @@ def _with_others(model: type[Any], full: Any, plain: Any) -> Any:
         value, default = getattr(full, name), getattr(plain, name)
         if isinstance(value, BaseModel):
             content[name] = _with_others(type(value), value, default)
-        elif value == default and name not in ("version", "zero_point", "act_mixed"):
+        elif value == default and name not in ("version", "zero_point", "act_allocation"):
             for other in (not default, 3, 0.5, 99.0, "x", *get_args(field.annotation)):
                 try:
                     changed = model.model_validate({**content, name: other})

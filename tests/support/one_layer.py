@@ -31,7 +31,7 @@ class OneLayerTask:
         mix = torch.randn(groups, inputs, inputs, generator=generator).double() / inputs**0.5
         x = (torch.randn(groups, 400, inputs, generator=generator).double() @ mix).relu()
         x -= x.mean(1, keepdim=True)
-        return cls(LeastSquares(weight, x.mT @ x / 400), Scheme(bits=bits, **scheme))
+        return cls(LeastSquares(weight, x.mT @ x / 400), Scheme.of(bits=bits, **scheme))
 
     def problem(self, name: str, correction: float = 0.5) -> LayerProblem:
         def pose() -> LeastSquares:
