@@ -351,11 +351,11 @@ def _number(edge: int | str | None) -> int | None:
 
 
 def chosen_bits(scheme: Scheme, layer_bits: Mapping[str, int]) -> str:
-    """ "budget of 3 bits a weight, layers 2 to 8" where a method chose other bits than the scheme says; else ""."""
+    """ "budget of 3 bits a weight, layers 2 to 8 bits" where a method chose others than the scheme says; else ""."""
     asked = {name: own.bits for name, own in scheme.resolve(list(layer_bits)).items()}
     if asked == dict(layer_bits):
         return ""
-    return f"budget of {scheme.weights.bits} bits a weight, layers {span(layer_bits.values())}"
+    return f"budget of {scheme.weights.bits} bits a weight, layers {span(layer_bits.values())} bits"
 
 
 def span(bits: Collection[int]) -> str:

@@ -182,7 +182,7 @@ def task_of(scheme: Scheme, **more: Any) -> CalibrationTask:
     return make_task(model, scheme, list(images.split(8)), found=fold(model, images[:4]), **more)
 
 
-@pytest.mark.parametrize("by", ["values", "macs", "both"])
+@pytest.mark.parametrize("by", ["memory", "bitops", "both"])
 @pytest.mark.parametrize("bits", [3, 4, 6])
 def test_the_average_is_kept_over_what_is_shared_out(by: str, bits: int) -> None:
     scheme = MIXED.replace(act_bits=bits, act_allocation=by)
@@ -287,9 +287,8 @@ def test_the_demo_loses_less_by_it_at_the_same_average(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"act_allocation": "memory"}, "need --act-bits"),
         ({"act_allocation": "bitops", "act_bits": 8, "act_placement": "integer"}, "leave out --act-placement"),
-        ({"act_allocation": "elements", "act_bits": 4}, "act_allocation"),
+        ({"act_allocation": "elements", "act_bits": 4}, "activations.allocation"),
     ],
 )
 def test_what_has_no_bits_to_share_out_is_refused(values: dict[str, Any], says: str) -> None:
@@ -303,6 +302,6 @@ def test_it_is_said_in_the_scheme_and_is_part_of_a_run_s_identity() -> None:
     assert "mixed" not in Scheme.of(act_bits=4).describe()
     digests = {
         RunConfig(model="demo", scheme=MIXED.replace(act_allocation=by)).digest()
-        for by in ("none", "values", "macs", "both")
+        for by in ("none", "memory", "bitops", "both")
     }
     assert len(digests) == 4

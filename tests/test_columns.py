@@ -318,6 +318,6 @@ def test_a_result_that_does_not_say_had_none() -> None:
         config.scheme.weights.column_scale,
         config.scheme.weights.zero_point_fraction,
         config.data.calib_early_images,
-    ) == ("none", "whole", 0)
-    assert Scheme().column_scale == "auto"
+    ) == ("none", 0, 0)
+    assert Scheme().weights.column_scale == "auto"
     assert DataConfig().calib_early_images > 0
