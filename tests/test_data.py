@@ -285,7 +285,7 @@ def test_nested_and_linked_folders_do_not_overlap(tmp_path: Path) -> None:
         target = link / file.parent.name / f"{file.parent.parent.name}{file.name}"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(file)
-    for calib_dir in (None, tmp_path / "root", link):  # None: no "train" in root, so timm takes all of root
+    for calib_dir in (tmp_path / "root", link):
         sink = ListSink()
         images = opened(2, data_dir=tmp_path / "root", calib_dir=calib_dir, sink=sink)
         assert (images.calibration.count, evaluation(images).count) == (4, 6)
@@ -312,11 +312,11 @@ def test_no_data_gives_synthetic_calibration_and_no_evaluation() -> None:
 def test_wrong_folders_are_two_part_errors(folder: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    (empty / "x.webp").write_bytes(b"")
+    (empty / "x.heic").write_bytes(b"")
     for wrong, message, hint in [
         (folder.with_name("dota"), "does not exist", str(folder)),
         (folder.with_name("dota") / "deeper" / "still", "does not exist", str(folder)),
-        (empty, "holds no images", ".webp"),
+        (empty, "holds no images", ".heic"),
         (folder / "ant" / "0.jpg", "is a file", "folder"),
     ]:
         with pytest.raises(CoraqError, match=message) as caught:
