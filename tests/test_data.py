@@ -216,6 +216,15 @@ def test_a_class_map_sets_the_labels(folder: Path, tmp_path: Path) -> None:
         assert images.class_names[2] == "ant"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("text", ["cat\ndog\nant\nbee\n", "ant 2\r\nbee 3\r\ncat 0\r\n"])
+def test_a_class_map_with_a_byte_order_mark_is_read(folder: Path, tmp_path: Path, encoding: str, text: str) -> None:
+    file = tmp_path / "map.txt"
+    file.write_bytes(text.encode(encoding))
+    images = evaluation(opened(4, data_dir=folder, calib_dir=write_images(tmp_path / "c", {"": 2}), class_map=file))
+    assert Counter(everything(images)[1].tolist()) == {2: 5, 3: 4, 0: 3}
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
@@ -239,7 +248,7 @@ def test_another_number_of_classes_than_the_networks_is_an_error_that_says_both(
     with pytest.raises(CoraqError, match=r"has 3 classes .*, the network has 10") as caught:
         opened(10, data_dir=folder)
     assert "--class-map" in caught.value.hint
-    assert "--num-classes" in caught.value.hint
+    assert "--num-classes" not in caught.value.hint  # it would replace the classifier by an untrained one
     calibration = opened(10, calib_dir=folder).calibration  # calibration alone needs no classes
     assert not calibration.labelled
     assert set(everything(calibration)[1].tolist()) == {-1}

@@ -267,7 +267,7 @@ class DecodedImages(ImageSet):
         if self._num_classes is not None and len(labels) and int(labels.max()) >= self._num_classes:
             raise CoraqError(
                 f"a label of {self.description} is {int(labels.max())}, the network has {self._num_classes} classes",
-                "give --class-map, or the --num-classes of the network's checkpoint",
+                "give a --class-map with the network's class names in order, or the data that it was trained for",
             )
 
 

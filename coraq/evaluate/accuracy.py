@@ -143,7 +143,7 @@ def _logits(network: nn.Module, images: Tensor, who: str) -> tuple[Tensor, float
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise CoraqError(
             f"the {who} network answers {shape} to {images.shape[0]} images, not [images, classes]",
-            "accuracy needs a classifier: check --num-classes and --model-kwargs",
+            "accuracy needs a classifier: check --model-kwargs",
         )
     output = output.float().cpu()
     finite = output.isfinite()
@@ -169,7 +169,7 @@ def _check_labels(labels: Tensor, classes: int) -> Tensor:
     if wrong.any():
         raise CoraqError(
             f"label {int(labels[wrong][0])} with a network of {classes} classes",
-            "check --class-map, --num-classes, and that the data's class folders are those of the network",
+            "check --class-map, and that the data's class folders are those of the network",
         )
     return labels
 
