@@ -30,6 +30,8 @@ def open_images(
     Raises:
         CoraqError: missing, empty or unreadable data; classes that do not fit `num_classes` or the class map.
     """
+    if num_classes == 1:
+        num_classes = 2  # one logit decides between two
     class_map = read_class_map(data.class_map, num_classes) if data.class_map else None
     opened = _Opened(data, preprocess, class_map, num_classes, sink)
     evaluating = opened.pool(data.split, "--split") if data.data_dir or data.dataset else None
