@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 MAX_PIXELS = 8192  # of an image's side: one such image takes 0.8 GB in float32
+MAX_CROP = 2  # a fraction; some networks of timm's were evaluated on a little more than the image
 
 
 class DataConfig(Frozen):
@@ -77,7 +78,9 @@ class DataConfig(Frozen):
     img_size: int | None = Field(
         default=None, ge=8, le=MAX_PIXELS, description="input size in pixels (default: the model's)"
     )
-    crop_pct: float | None = Field(default=None, gt=0, description="centre-crop fraction (default: the model's)")
+    crop_pct: float | None = Field(
+        default=None, gt=0, le=MAX_CROP, description="centre-crop fraction, 0.875 for 87.5 % (default: the model's)"
+    )
     mean: tuple[float, ...] | None = Field(default=None, description="channel means (default: the model's)")
     std: tuple[float, ...] | None = Field(default=None, description="channel deviations (default: the model's)")
     interpolation: str | None = Field(default=None, description="resize interpolation (default: the model's)")
@@ -86,8 +89,15 @@ class DataConfig(Frozen):
     @field_validator("mean", "std")
     @classmethod
     def _normalises(cls, value: tuple[float, ...] | None, info: ValidationInfo) -> tuple[float, ...] | None:
-        if value is not None and not all(math.isfinite(x) and (x > 0 or info.field_name == "mean") for x in value):
+        if value is None:
+            return None
+        if not all(math.isfinite(x) and (x > 0 or info.field_name == "mean") for x in value):
             raise ValueError(f"each {info.field_name} must be finite{' and positive' * (info.field_name == 'std')}")
+        if any(abs(x) > 1 for x in value):
+            of_255 = ", ".join(f"{x / 255:.4g}" for x in value)
+            raise ValueError(
+                f"pixels are scaled to 0…1 before; of values up to 255 that is --{info.field_name} {of_255}"
+            )
         return value
 
 

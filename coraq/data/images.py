@@ -30,11 +30,13 @@ def open_images(
     Raises:
         CoraqError: missing, empty or unreadable data; classes that do not fit `num_classes` or the class map.
     """
+    if num_classes == 1:
+        num_classes = 2  # one logit decides between two
     class_map = read_class_map(data.class_map, num_classes) if data.class_map else None
     opened = _Opened(data, preprocess, class_map, num_classes, sink)
     evaluating = opened.pool(data.split, "--split") if data.data_dir or data.dataset else None
     if data.calib_dir:
-        calibrating: Pool | None = open_folder(data.calib_dir, None, "--calib-dir")
+        calibrating: Pool | None = opened.counted(open_folder(data.calib_dir, None, "--calib-dir"))
     elif evaluating is not None:
         calibrating = opened.pool(data.calib_split, "--calib-split")
     else:
@@ -102,7 +104,15 @@ class _Opened:
         if self.data.dataset:
             return open_spec(self.data.dataset, self.data.data_dir, split, option, self.class_map)
         assert self.data.data_dir is not None
-        return open_folder(self.data.data_dir, split, "--data-dir")
+        return self.counted(open_folder(self.data.data_dir, split, "--data-dir", option))
+
+    def counted(self, pool: Pool) -> Pool:
+        """The pool, after saying how many pictures are of formats that are not read."""
+        if pool.left_out:
+            named = ", ".join(pool.left_out[:5]) + (", …" if len(pool.left_out) > 5 else "")
+            files = "1 file" if len(pool.left_out) == 1 else f"{len(pool.left_out)} files"
+            self.sink(Note(f"{files} in formats that coraq does not read left out: {named}", "warning"))
+        return pool
 
     def draw(self, pool: Pool, candidates: np.ndarray, size: int, seed: int) -> np.ndarray:
         """Indices to calibrate on; a stream has none, its first images are taken."""

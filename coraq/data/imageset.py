@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from coraq.data.pictures import as_shown
 from coraq.data.preprocess import Preprocess
 from coraq.errors import CoraqError
 from coraq.events import Note, Sink, null_sink
@@ -142,7 +143,7 @@ class _Decoding(Dataset[Sample]):
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with self.source.open(index) as picture:
-                    image = self.transform(picture.convert(self.image_mode))
+                    image = self.transform(as_shown(picture, self.image_mode))
         except UNREADABLE as error:
             return Corrupt(self.source.name(index), str(error) or type(error).__name__)
         return image, self.labels[position]
@@ -157,7 +158,7 @@ class _Streaming(IterableDataset[Sample]):
 
     def __iter__(self) -> Iterator[Sample]:
         for picture, label in islice(self.stream, self.start, self.stop):
-            yield self.transform(picture.convert(self.image_mode)), UNLABELLED if label is None else int(label)
+            yield self.transform(as_shown(picture, self.image_mode)), UNLABELLED if label is None else int(label)
 
 
 def _collate(samples: list[Sample]) -> tuple[Tensor | None, Tensor, list[Corrupt]]:
@@ -266,7 +267,7 @@ class DecodedImages(ImageSet):
         if self._num_classes is not None and len(labels) and int(labels.max()) >= self._num_classes:
             raise CoraqError(
                 f"a label of {self.description} is {int(labels.max())}, the network has {self._num_classes} classes",
-                "give --class-map, or the --num-classes of the network's checkpoint",
+                "give a --class-map with the network's class names in order, or the data that it was trained for",
             )
 
 

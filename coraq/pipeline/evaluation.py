@@ -12,7 +12,8 @@ from coraq.config import DataConfig, RunConfig
 from coraq.data import Preprocess, run_images
 from coraq.errors import CoraqError, UsageError
 from coraq.evaluate.accuracy import evaluate_network
-from coraq.events import Sink, null_sink, stage, tee
+from coraq.evaluate.chance import top1_at_chance
+from coraq.events import Note, Sink, null_sink, stage, tee
 from coraq.export.export_result import FileAccuracy
 from coraq.export.onnx_file import read_metadata
 from coraq.export.runtimes import OnnxRuntime, RuntimeNetwork
@@ -83,6 +84,9 @@ def evaluate_file(path: Path, data: DataConfig | None = None, *, sink: Sink = nu
     if images is None:
         raise UsageError("there are no images to evaluate on", "Give them: --data-dir FOLDER")
     accuracy = evaluate_network(RuntimeNetwork(runtime), images.batches(), "cpu", sink, images.count)
+    warning = top1_at_chance(accuracy.top1, accuracy.num_classes) if accuracy.top1 else None
+    if warning:
+        sink(Note(warning.replace("float network", "file"), "warning"))
     label = str(facts.get("label", "unknown"))
     return FileAccuracy(
         path=str(path), runtime=runtime.name, label=label, evaluation_data=images.description, accuracy=accuracy
