@@ -195,7 +195,7 @@ def test_the_average_is_kept_over_what_is_shared_out(by: str, bits: int) -> None
     products = {point.name: sum(macs[name] for name in point.readers) for point in free}
     differ = len({point.bits for point in free}) > 1
     assert differ or by == "both"  # which leaves five tensors little to choose
-    for cost in {"values": [values], "macs": [products], "both": [values, products]}[by]:
+    for cost in {"memory": [values], "bitops": [products], "both": [values, products]}[by]:
         assert sum(cost[point.name] * point.bits for point in free) <= bits * sum(cost.values()) * (1 + 1e-9)
     assert {point.bits for point in task.grids.points if point not in free} == {8}
     assert [point.name for point in task.grids.points] == [point.name for point in uniform.grids.points]
@@ -271,14 +271,14 @@ def test_the_file_has_the_bits_and_gives_the_same_outputs(tmp_path: Path) -> Non
 def test_the_demo_loses_less_by_it_at_the_same_average(tmp_path: Path) -> None:
     """As a user runs it: 3-bit inputs and 8-bit weights, so that inputs are what costs."""
     kl, bits = {}, {}
-    for mixed in ("none", "values"):
+    for mixed in ("none", "memory"):
         scheme = Scheme.of(bits=8, act_bits=3, act_allocation=mixed)
         config = RunConfig(model="demo", method="rtn", scheme=scheme, data=DataConfig(calib_size=128))
         result = run(config, runs_dir=tmp_path)
         assert result.comparison is not None
         kl[mixed], bits[mixed] = result.comparison.kl_nats, result.cost.input_bits
-    assert bits["values"] == pytest.approx(bits["none"], abs=0.02)
-    assert kl["values"] < 0.5 * kl["none"]
+    assert bits["memory"] == pytest.approx(bits["none"], abs=0.02)
+    assert kl["memory"] < 0.5 * kl["none"]
 
 
 # -- configuration

@@ -34,7 +34,7 @@ from coraq.errors import CoraqError
 from coraq.events import LayerCommitted, Note, Sink, StageAdvanced, StageFinished, StageStarted, stage
 from coraq.report import write_report
 from coraq.results import RunResult
-from coraq.scheme import nested
+from coraq.scheme import Scheme, nested
 
 
 class Plan(BaseModel):
@@ -431,7 +431,7 @@ def test_notes_that_the_result_does_not_hold_reach_the_person_once(
 def test_few_bits_for_inputs_are_told_of_how_to_share_them_out(
     pipeline: FakePipeline, capsys: pytest.CaptureFixture[str], scheme: dict[str, Any], said: bool
 ) -> None:
-    config = RunConfig.model_validate({"model": "m", "scheme": scheme})
+    config = RunConfig(model="m", scheme=Scheme.of(**scheme))
     pipeline.result = run_result(config=config, command=["coraq", "quantize", "my model"])
     assert run(["quantize", "m"]) == 0
     assert ("  coraq quantize 'my model' --act-allocation both\n" in capsys.readouterr().out) == said

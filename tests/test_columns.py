@@ -308,7 +308,7 @@ def test_a_run_without_them_keeps_its_folder_s_name() -> None:
 
 def test_a_result_that_does_not_say_had_none() -> None:
     """Results of before are read as what they were, not as what the same command does now."""
-    path = Path(__file__).parent.parent / "examples/results/accuracy/mobilenetv2_100-comq-w4.json"
+    path = Path(__file__).parent / "data/format_1/comq/metrics.json"
     content = json.loads(path.read_text())
     for key in ("column_scale", "zero_point"):
         content["config"]["scheme"].pop(key, None)

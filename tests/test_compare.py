@@ -89,14 +89,14 @@ def test_finished_cells_are_reused_and_are_those_of_single_runs(
     empty: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["quantize", "demo", "--method", "rtn", *SMALL, "-q"]) == 0
-    code, first = compared(capsys, "demo", "--methods", "rtn,rtn:clip=mse", *SMALL)
+    code, first = compared(capsys, "demo", "--methods", "rtn,rtn:clip=minmax", *SMALL)
     assert code == 0
     assert [cell["reused"] for cell in first["cells"]] == [True, False]
     before = {path: path.read_bytes() for path in (empty / "runs").glob("demo-*/*.json")}
     for cell in first["cells"]:  # each cell's own command finds the same folder, finished
         assert run([*cell["command"][1:], "--json", "-q"]) == 0
         assert json.loads(capsys.readouterr().out)["run_dir"] == cell["run_dir"]
-    _, again = compared(capsys, "demo", "--methods", "rtn,rtn:clip=mse", *SMALL)
+    _, again = compared(capsys, "demo", "--methods", "rtn,rtn:clip=minmax", *SMALL)
     assert [cell["reused"] for cell in again["cells"]] == [True, True]
     assert again["folder"] == first["folder"]
     assert {path: path.read_bytes() for path in (empty / "runs").glob("demo-*/*.json")} == before
@@ -106,11 +106,11 @@ def test_without_a_model_the_newest_run_says_what_to_compare(empty: Path, capsys
     scheme = ["--bits", "3", "--first-bits", "same", "--override", "conv_stem=5"]
     assert run(["quantize", "demo", "--method", "rtn", *scheme, *SMALL, "--seed", "3", "-q"]) == 0
     newest = read_result(next((empty / "runs").glob("demo-*"))).config
-    code, result = compared(capsys, "--methods", "rtn,rtn:clip=mse", "--eval-size", "32")
+    code, result = compared(capsys, "--methods", "rtn,rtn:clip=minmax", "--eval-size", "32")
     assert code == 0
     configs = [read_result(Path(cell["run_dir"])).config for cell in result["cells"]]
     assert configs[0] == newest.model_copy(update={"data": newest.data.model_copy(update={"eval_size": 32})})
-    assert configs[1].options == {"clip": "mse"}
+    assert configs[1].options == {"clip": "minmax"}
     assert [config.scheme.weights.bits for config in configs] == [3, 3]
 
 
@@ -173,7 +173,7 @@ def test_an_interrupt_leaves_finished_cells_usable(
             raise KeyboardInterrupt
         return plain(config, **more)
 
-    given = ["--methods", "rtn,rtn:clip=mse", *SMALL]
+    given = ["--methods", "rtn,rtn:clip=minmax", *SMALL]
     monkeypatch.setattr(pipeline, "run", interrupted)
     assert run(["compare", *given, "-q"]) == 130
     assert "finished cells are kept" in capsys.readouterr().err
@@ -346,6 +346,7 @@ CONFIGS = [
             granularity="tensor",
             symmetric=True,
             bias_correction="off",
+            act_bits=6,
             overrides={r"layer1\..*=x": LayerScheme(bits=2)},
         ),
         data=DataConfig(
