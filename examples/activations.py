@@ -19,7 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from coraq.migration import upgrade_scheme
 from coraq.report.markdown import table
+from coraq.scheme import Scheme
 
 RESULTS = Path(__file__).parent / "results"
 IMAGENET = ["--split", "imagenet-val", "--calib-split", "imagenet-sample", "--class-map"]
@@ -60,7 +62,8 @@ COLUMN_SCALES = {"column scales of inputs": "input", "column scales": "channel"}
 
 def row(network: str, result: dict[str, Any]) -> list[str]:
     """One line of the table."""
-    comparison, scheme = result["comparison"], result["config"]["scheme"]
+    comparison = result["comparison"]
+    scheme = Scheme.model_validate(upgrade_scheme(result["config"]["scheme"])).options()
     top1, difference = comparison["quantized_top1"], comparison["top1_difference"]
     # every layer of a unit carries the unit's numbers: one of each start error counts
     units = {
@@ -72,7 +75,7 @@ def row(network: str, result: dict[str, Any]) -> list[str]:
         network,
         f"{result['method']} {result['method_version']}",
         f"{scheme['bits']}/{scheme['act_bits'] or 32}",
-        scheme.get("zero_point", "whole"),
+        str(scheme["zero_point_fraction"]),
         next((kind for words, kind in COLUMN_SCALES.items() if words in result["scheme_line"]), "none"),
         _placement(scheme),
         f"{comparison['float_top1']['value_pct']:.2f}",
@@ -90,7 +93,7 @@ def row(network: str, result: dict[str, Any]) -> list[str]:
 def _placement(scheme: dict[str, Any]) -> str:
     if not scheme["act_bits"]:
         return "–"
-    mixed = scheme.get("act_allocation", "none")
+    mixed = scheme["act_allocation"]
     return str(scheme["act_placement"]) + ("" if mixed == "none" else f", mixed by {mixed}")
 
 
@@ -101,7 +104,9 @@ def main() -> int:
     parser.add_argument("--methods", default="rtn,comq,brecq,qdrop")
     parser.add_argument("--bits", default="4/32,3/32,2/32,4/8,4/4,2/4", help="weight/activation bits; 32: float")
     parser.add_argument("--placement", default="inputs", choices=["inputs", "integer"])
-    parser.add_argument("--allocation", default="none", choices=["none", "values", "macs", "both"], help="bits of inputs")
+    parser.add_argument(
+        "--allocation", default="none", choices=["none", "memory", "bitops", "both"], help="bits of inputs"
+    )
     parser.add_argument("--zero-point-fraction", default="auto", choices=["auto", "0", "1", "2", "3"])
     parser.add_argument("--column-scale", default="auto", choices=["auto", "none", "channel", "input"])
     parser.add_argument("--calib-size", type=int, default=USUAL)
@@ -128,7 +133,9 @@ def main() -> int:
                 columns = {"auto": "", "none": "-no-columns", "channel": "-columns", "input": "-inputs"}[
                     arguments.column_scale
                 ]
-                mixed = "" if arguments.allocation == "none" or activations == "32" else f"-mixed-{arguments.allocation}"
+                mixed = (
+                    "" if arguments.allocation == "none" or activations == "32" else f"-mixed-{arguments.allocation}"
+                )
                 name = f"{network}-{method}-w{weights}a{activations}{place}{mixed}{images}{zero}{columns}.json"
                 (folder / name).write_text(json.dumps(result, indent=1) + "\n")
                 print(*row(network, result), sep=" | ", flush=True)
