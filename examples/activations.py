@@ -134,7 +134,7 @@ def main() -> int:
                     arguments.column_scale
                 ]
                 mixed = (
-                    "" if arguments.allocation == "none" or activations == "32" else f"-mixed-{arguments.allocation}"
+                    "" if "none" in arguments.allocation or activations == "32" else f"-mixed-{arguments.allocation}"
                 )
                 name = f"{network}-{method}-w{weights}a{activations}{place}{mixed}{images}{zero}{columns}.json"
                 (folder / name).write_text(json.dumps(result, indent=1) + "\n")

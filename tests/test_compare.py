@@ -387,7 +387,7 @@ def test_a_cells_command_line_means_its_configuration(
     config: RunConfig, empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if config is CONFIGS[1]:  # fields that have come since, with whatever else they allow
-        config = _with_others(RunConfig, config, CONFIGS[0])
+        config = _with_others(RunConfig, config, RunConfig(model="demo", scheme=Scheme.of(act_bits=6)))
     seen: list[RunConfig] = []
 
     def fake(config: RunConfig, **more: Any) -> Any:
