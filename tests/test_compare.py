@@ -363,7 +363,7 @@ CONFIGS = [
             img_size=64,
             crop_pct=0.9,
             mean=(0.5, 0.25, 1e-3),
-            std=(1.0, 2.0, 3.0),
+            std=(1.0, 0.5, 0.25),
             interpolation="bicubic",
             strict=True,
         ),
