@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from test_engine import calibration_task
 
 from coraq import pipeline
-from coraq.calibration import lockstep as engine
+from coraq.calibration import spill
 from coraq.cli.app import run
 from coraq.errors import CoraqError, disk_error
 from coraq.events import JsonLinesSink, Note
@@ -177,7 +177,7 @@ def test_no_room_for_activations_is_said_with_a_way_out(tmp_path: Path, monkeypa
     def full(file: object, data: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(engine, "_write", full)
+    monkeypatch.setattr(spill, "_write", full)
     task = calibration_task(memory_bytes=1 << 12, folder=tmp_path)
     with pytest.raises(CoraqError, match=r"cannot be kept in .*No space left.*\n.*TMPDIR"):
         task.stats(task.layers[-1].name)
