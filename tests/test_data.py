@@ -258,8 +258,13 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     flat = write_images(tmp_path / "flat", {"": 6})
     sink = ListSink()
     images = opened(10, data_dir=flat, sink=sink)
-    assert not evaluation(images).labelled
-    assert set(everything(evaluation(images))[1].tolist()) == {-1}
+    assert images.evaluation is None  # all are calibrated on: accuracy could not be measured on any
+    assert images.calibration.count == 6
+    few = opened(10, data_dir=flat, calib_size=4, sink=sink)
+    assert few.calibration.count == 4
+    assert evaluation(few).count == 2
+    assert not evaluation(few).labelled
+    assert set(everything(evaluation(few))[1].tolist()) == {-1}
     assert any("no class folders" in event.message for event in sink.events if isinstance(event, Note))
 
 

@@ -103,7 +103,7 @@ def compare(
     from coraq.compare import compare as run_grid
     from coraq.report import write_comparison
 
-    variants = parse_variants(methods or ",".join(registry.BUILT_IN), options.parse_value)
+    variants = parse_variants(",".join(registry.BUILT_IN) if methods is None else methods, options.parse_value)
     cells = expand(base, dict.fromkeys(models or [base.model]), variants, widths, numbers)
     chosen: Engine = LocalEngine()
     if engine == "ray":

@@ -62,7 +62,7 @@ def show_result(
 def _show_accuracy(console: Console, result: RunResult) -> None:
     comparison = result.comparison
     if comparison is None or not comparison.labelled:
-        console.print(Text(f"accuracy: {summary.NOT_MEASURED}", style="yellow"), soft_wrap=True)
+        console.print(Text(f"accuracy: {summary.not_measured(result)}", style="yellow"), soft_wrap=True)
         console.print()
         return
     console.print(_accuracy_table(comparison))

@@ -73,10 +73,17 @@ def _check_size(path: str, mapping: ClassMap, numbered: bool, num_classes: int) 
         )
 
 
-def class_numbers(found: Sequence[str], class_map: ClassMap | None, num_classes: int | None, where: str) -> list[int]:
+def class_numbers(
+    found: Sequence[str],
+    class_map: ClassMap | None,
+    num_classes: int | None,
+    where: str,
+    label_names: Sequence[str] = (),
+) -> list[int]:
     """The network's number of each class in `found` (names in the data's own order).
 
-    Without a class map the data's order is the network's, which can be true only if their numbers agree.
+    The class map says it, or else the network's own `label_names`, where they hold every name of the data once.
+    Without either the data's order is the network's, which can be true only if their numbers agree.
 
     Raises:
         CoraqError: names that the class map misses, or another number of classes than the network has.
@@ -89,6 +96,8 @@ def class_numbers(found: Sequence[str], class_map: ClassMap | None, num_classes:
                 "add them to the --class-map, or remove their folders",
             )
         return [class_map[name] for name in found]
+    if found and all(label_names.count(name) == 1 for name in found):
+        return [label_names.index(name) for name in found]
     if num_classes is not None and len(found) != num_classes:
         named = [repr(name or "(files beside the class folders)") for name in found]
         raise CoraqError(

@@ -90,6 +90,11 @@ class ImageSet(ABC):
     def __len__(self) -> int:
         return self.count
 
+    def counted(self) -> str:
+        """The description, and how many of the images could not be read: known after they have been read."""
+        unreadable = f", {len(self.skipped)} of them unreadable" if self.skipped else ""
+        return self.description + unreadable
+
     def batches(self, batch_size: int | None = None) -> Iterator[Batch]:
         """Normalised float32 [n, channels, height, width] and int64 labels [n], n at most `batch_size`."""
         return self._read(batch_size or self.batch_size)

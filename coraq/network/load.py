@@ -52,6 +52,11 @@ class FloatModel:
     def num_classes(self) -> int:
         return int(getattr(self.module, "num_classes", 0))
 
+    @property
+    def label_names(self) -> list[str]:
+        """The network's own names of its classes in order; empty if it has none, or not one a class."""
+        return names_of(self.pretrained_cfg, self.num_classes)
+
 
 def load_model(config: RunConfig) -> FloatModel:
     """The float network that `config` names, with pretrained weights, or those of `config.checkpoint`.
@@ -84,6 +89,14 @@ def load_model(config: RunConfig) -> FloatModel:
     model = FloatModel(module.eval().float(), architecture, {**file_args, **arguments}, _portable(module), config.model)
     check_finite(module, f"the weights of {config.model}")
     return model
+
+
+def names_of(pretrained_cfg: Mapping[str, Any], num_classes: int) -> list[str]:
+    """The `label_names` of a timm configuration; empty unless they are `num_classes` strings."""
+    names = pretrained_cfg.get("label_names")
+    if not isinstance(names, list) or len(names) != num_classes:
+        return []
+    return names if all(isinstance(name, str) for name in names) else []
 
 
 def _check_classifier(module: nn.Module, arguments: Mapping[str, Any], name: str) -> None:

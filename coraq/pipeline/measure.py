@@ -71,14 +71,14 @@ def measure(
         batches = _channels_last(evaluation.batches())
         comparison = compare_networks(teacher, student, batches, device, sink, evaluation.count, **more)
         _warn_of_chance(comparison, answers, evaluation, sink)
-        return Measured(comparison, evaluation.description)
+        return Measured(comparison, evaluation.counted())
     calibration = images.calibration
     unlabelled = ((x, torch.full_like(y, -1)) for x, y in calibration.batches())
     total = min(FIDELITY_IMAGES, calibration.count)
     limited = _channels_last(_limit(unlabelled, total))
     fidelity = compare_networks(teacher, student, limited, device, sink, total, **more)
     _warn_of_chance(fidelity, answers, calibration, sink)
-    return Measured(None, None, fidelity, f"{total} of the calibration images ({calibration.description})")
+    return Measured(None, None, fidelity, f"{fidelity.count} of the calibration images ({calibration.counted()})")
 
 
 def _warn_of_chance(comparison: Comparison, answers: Answers, images: ImageSet, sink: Sink) -> None:

@@ -171,7 +171,7 @@ def _load_network(config: RunConfig, device: torch.device) -> Network:
 
 def open_images(config: RunConfig, preprocess: Preprocess, float_model: FloatModel, sink: Sink) -> Images:
     """The run's calibration and evaluation images, for a network of so many classes."""
-    return run_images(config, preprocess, float_model.num_classes or None, sink)
+    return run_images(config, preprocess, float_model.num_classes or None, sink, float_model.label_names)
 
 
 def _example(preprocess: Preprocess, device: torch.device) -> Tensor:

@@ -48,7 +48,7 @@ def checkpoint_info(prepared: Prepared, task: CalibrationTask) -> CheckpointInfo
             "method_version": prepared.method.version,
             "options": config.options,
             "seed": config.seed,
-            "calibration": prepared.images.calibration.description,
+            "calibration": prepared.images.calibration.counted(),
             "calibration_fingerprint": prepared.images.calibration.fingerprint,
             "versions": versions(),
         },
@@ -83,7 +83,7 @@ def run_result(
         method_source=prepared.method_source,
         scheme_line=prepared.scheme.describe({name: layer.weight.bits for name, layer in task.quantized.items()}),
         calibration=CalibrationInfo(
-            description=calibration.description,
+            description=calibration.counted(),
             count=calibration.count - len(calibration.skipped),
             fingerprint=calibration.fingerprint,
             synthetic=calibration.synthetic,

@@ -14,6 +14,13 @@ from coraq.results import Comparison, LayerResult, PairedDifference, Proportion,
 from coraq.scheme import chosen_bits
 
 NOT_MEASURED = "not measured (no images given; --data-dir FOLDER)"
+UNLABELLED = "not measured (the images have no labels: --data-dir FOLDER with a sub-folder for each class)"
+
+
+def not_measured(result: RunResult) -> str:
+    """Why a result has no accuracy."""
+    given = result.comparison is not None or result.config.data.data_dir or result.config.data.dataset
+    return UNLABELLED if given else NOT_MEASURED
 
 
 def bytes_text(count: float) -> str:
