@@ -406,7 +406,7 @@ def _with_others(model: type[Any], full: Any, plain: Any) -> Any:
         value, default = getattr(full, name), getattr(plain, name)
         if isinstance(value, BaseModel):
             content[name] = _with_others(type(value), value, default)
-        elif value == default and name not in ("version", "zero_point_fraction", "activations"):
+        elif value == default and name not in ("version", "zero_point_fraction", "allocation"):
             for other in (not default, 3, 0.5, 99.0, "x", *get_args(field.annotation)):
                 try:
                     changed = model.model_validate({**content, name: other})
