@@ -756,3 +756,16 @@ def test_threads_that_wait_for_each_other_leave_the_core(given: dict[str, str], 
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | given
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
     assert done.stdout.splitlines() == [found]  # as torch is about to be loaded
+
+
+def test_help_has_two_levels(capsys: pytest.CaptureFixture[str]) -> None:
+    """What most people need on one screen, all options by --help-all; the second asks for no other state."""
+    shown = []
+    for flag in ("--help", "--help-all", "--help"):
+        assert run(["quantize", flag]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[2]
+    assert "--bits" in shown[0]
+    assert "--zero-point-fract" not in shown[0]
+    assert "--zero-point-fract" in shown[1]
+    assert "--help-all" in shown[0]

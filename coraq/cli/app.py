@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from coraq import __version__
+from coraq.cli import options
 from coraq.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, CoraqError, exception_text
 from coraq.former_names import FORMER_NAMES, present
 from coraq.runtime.memory import reuse_freed_memory
@@ -32,6 +33,11 @@ COMMANDS = {
     "reproduce": "Run a run's exact configuration again, and compare checkpoint bytes and all numbers.",
     "methods": "List the methods with their source; with NAME, print that method's options.",
 }
+
+
+HELP_ALL = "--help-all"
+LONG_HELP = ("quantize", "compare", "evaluate")
+MORE_HELP = f"{HELP_ALL} shows all options."
 
 
 def build(arguments: list[str]) -> typer.Typer:
@@ -52,9 +58,12 @@ def build(arguments: list[str]) -> typer.Typer:
     wanted = next((text for text in arguments if not text.startswith("-")), "")
     for name, summary in COMMANDS.items():
         if name == wanted or "_CORAQ_COMPLETE" in os.environ:
-            app.command(name)(getattr(importlib.import_module(f"coraq.cli.{name}"), name))
+            found = importlib.import_module(f"coraq.cli.{name}")
+            app.command(name, epilog=MORE_HELP if name in LONG_HELP else None)(getattr(found, name))
         else:
             app.command(name, help=summary)(_not_asked_for)
+    for option in options.ADVANCED:
+        option.hidden = HELP_ALL not in arguments
     return app
 
 
@@ -87,7 +96,8 @@ def root(
 def run(arguments: list[str]) -> int:
     """Run one command line; returns its exit code. Prints errors as two lines on stderr."""
     try:
-        code = build(arguments)(args=arguments or ["--help"], prog_name="coraq", standalone_mode=False, obj=arguments)
+        given = ["--help" if text == HELP_ALL else text for text in arguments]
+        code = build(arguments)(args=given or ["--help"], prog_name="coraq", standalone_mode=False, obj=arguments)
     except CoraqError as error:
         return _fail(error.message, error.hint, error.exit_code)
     except _ParseError as error:
