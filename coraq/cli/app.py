@@ -16,7 +16,6 @@ from typing import Annotated
 import typer
 
 from coraq import __version__
-from coraq.cli import options
 from coraq.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, CoraqError, exception_text
 from coraq.former_names import FORMER_NAMES, present
 from coraq.runtime.memory import reuse_freed_memory
@@ -62,7 +61,8 @@ def build(arguments: list[str]) -> typer.Typer:
             app.command(name, epilog=MORE_HELP if name in LONG_HELP else None)(getattr(found, name))
         else:
             app.command(name, help=summary)(_not_asked_for)
-    for option in options.ADVANCED:
+    shared = sys.modules.get("coraq.cli.options")  # not imported where no command is
+    for option in [] if shared is None else shared.ADVANCED:
         option.hidden = HELP_ALL not in arguments
     return app
 
