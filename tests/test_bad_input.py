@@ -147,8 +147,8 @@ def test_pictures_cannot_be_normalised_by_nothing(
 
 
 def test_a_symmetric_grid_has_no_finer_zero_point(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [*DEMO, "--symmetric", "--zero-point", "half"]
-    fails(command, capsys, 2, "--zero-point 'half' is not allowed", hint="leave out --symmetric")
+    command = [*DEMO, "--symmetric", "--zero-point-fraction", "1"]
+    fails(command, capsys, 2, "--zero-point-fraction 1 is not allowed", hint="leave out --symmetric")
 
 
 def test_an_override_that_is_no_expression_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

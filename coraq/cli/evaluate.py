@@ -9,12 +9,14 @@ import typer
 
 from coraq.cli import options
 from coraq.cli.loading import load_networks
+from coraq.cli.parameters import IMAGE_NAMES, with_options
 from coraq.config import DataConfig
 from coraq.errors import EXIT_BELOW_THRESHOLD, CoraqError, UsageError
 
 CHECKPOINT, METRICS = "model.safetensors", "metrics.json"  # of a run folder
 
 
+@with_options(IMAGE_NAMES, unset=True)
 def evaluate(
     context: typer.Context,
     run: Annotated[
@@ -24,25 +26,14 @@ def evaluate(
             help="run folder, its name within --output, FILE.onnx or FILE.safetensors; default: the newest",
         ),
     ] = None,
-    data_dir: options.DataDir = None,
-    dataset: options.Dataset = None,
-    split: options.Split = None,
-    eval_size: options.EvalSize = None,
-    class_map: options.ClassMap = None,
-    batch_size: options.BatchSize = None,
-    workers: options.Workers = None,
-    img_size: options.ImgSize = None,
-    crop_pct: options.CropPct = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    interpolation: options.Interpolation = None,
-    strict: options.Strict = None,
+    *,
     plugins_dir: options.PluginsDir = None,
     output: options.RunsDir = options.DEFAULT_RUNS_DIR,
     fail_under: options.FailUnder = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
+    **parameters: Any,
 ) -> None:
     """Measure a run again from the files it wrote, or an exported file through its runtime.
 

@@ -190,7 +190,7 @@ def _export_onnx(
             require("openvino")
     with stage(sink, "export to ONNX"):
         pixels = None
-        if calibration is not None and getattr(checkpoint.info.scheme, "act_bits", None) is not None:
+        if calibration is not None and checkpoint.info.scheme.activations is not None:
             pixels = next(iter(calibration.batches(CALIBRATION_IMAGES)))[0].contiguous().numpy()
         export = build_onnx(checkpoint, request.form, images.class_names if images else None, pixels)
     path = checkpoint.path.with_name(f"{checkpoint.path.stem}{SUFFIX[request.form]}.onnx")

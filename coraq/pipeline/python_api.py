@@ -76,7 +76,7 @@ def quantize(
         model=model if isinstance(model, str) else type(model).__name__,
         method=method,
         options=options or {},
-        scheme=scheme or Scheme(bits=bits),
+        scheme=scheme or Scheme.of(bits=bits),
         seed=seed,
         data=DataConfig(calib_size=calib_size),
     )

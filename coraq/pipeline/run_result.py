@@ -81,7 +81,7 @@ def run_result(
         method=config.method,
         method_version=prepared.method.version,
         method_source=prepared.method_source,
-        scheme_line=prepared.scheme.describe(),
+        scheme_line=prepared.scheme.describe({name: layer.weight.bits for name, layer in task.quantized.items()}),
         calibration=CalibrationInfo(
             description=calibration.counted(),
             count=calibration.count - len(calibration.skipped),
