@@ -304,7 +304,7 @@ def test_quantize_takes_a_module_and_a_loader_and_leaves_the_module_alone(method
 
 
 def test_quantize_takes_a_tensor_a_scheme_and_options() -> None:
-    scheme = Scheme(bits=4, first_bits=None, last_bits=None, symmetric=False)
+    scheme = Scheme.of(bits=4, first_bits=None, last_bits=None, symmetric=False)
     _, result = coraq.quantize(
         small_network(), "comq", data=random_images(6), scheme=scheme, options={"sweeps": 1}, calib_size=4
     )

@@ -15,51 +15,20 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from support.pictures import evaluation, everything, opened, write_images
 from timm.data import IterableImageDataset, create_dataset, create_transform, resolve_data_config
 
 from coraq.config import DataConfig
-from coraq.data import Images, ImageSet, Preprocess, open_images, tensor_images
+from coraq.data import ImageSet, Preprocess, open_images, tensor_images
 from coraq.data.images import balanced
 from coraq.errors import CoraqError, UsageError
 from coraq.events import ListSink, Note
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
-PREPROCESS = Preprocess((3, 32, 32), "bicubic", 0.875, "center", (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
-
-
-def write_images(folder: Path, classes: dict[str, int], seed: int = 0) -> Path:
-    """A folder of small noise images, `classes[name]` of them in each sub-folder ("" for none)."""
-    rng = np.random.default_rng(seed)
-    for name, count in classes.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for index in range(count):
-            size = rng.integers(33, 60, 2)
-            pixels = rng.integers(0, 256, (size[0], size[1], 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{index}.{'png' if index % 2 else 'jpg'}")
-    return folder
-
-
-def opened(num_classes: int | None = None, seed: int = 0, sink: Any = None, **options: Any) -> Images:
-    options = {"workers": 0, "batch_size": 4, **{key: _text(value) for key, value in options.items()}}
-    return open_images(DataConfig(**options), PREPROCESS, num_classes, seed, sink or ListSink())
-
-
-def _text(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
-def everything(images: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
-    batches = list(images.batches())
-    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
 
 def rows(images: ImageSet) -> set[bytes]:
     return {image.numpy().tobytes() for image in everything(images)[0]}
-
-
-def evaluation(images: Images) -> ImageSet:
-    assert images.evaluation is not None
-    return images.evaluation
 
 
 @pytest.fixture
@@ -216,6 +185,15 @@ def test_a_class_map_sets_the_labels(folder: Path, tmp_path: Path) -> None:
         assert images.class_names[2] == "ant"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("text", ["cat\ndog\nant\nbee\n", "ant 2\r\nbee 3\r\ncat 0\r\n"])
+def test_a_class_map_with_a_byte_order_mark_is_read(folder: Path, tmp_path: Path, encoding: str, text: str) -> None:
+    file = tmp_path / "map.txt"
+    file.write_bytes(text.encode(encoding))
+    images = evaluation(opened(4, data_dir=folder, calib_dir=write_images(tmp_path / "c", {"": 2}), class_map=file))
+    assert Counter(everything(images)[1].tolist()) == {2: 5, 3: 4, 0: 3}
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
@@ -239,7 +217,7 @@ def test_another_number_of_classes_than_the_networks_is_an_error_that_says_both(
     with pytest.raises(CoraqError, match=r"has 3 classes .*, the network has 10") as caught:
         opened(10, data_dir=folder)
     assert "--class-map" in caught.value.hint
-    assert "--num-classes" in caught.value.hint
+    assert "--num-classes" not in caught.value.hint  # it would replace the classifier by an untrained one
     calibration = opened(10, calib_dir=folder).calibration  # calibration alone needs no classes
     assert not calibration.labelled
     assert set(everything(calibration)[1].tolist()) == {-1}
@@ -249,8 +227,13 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     flat = write_images(tmp_path / "flat", {"": 6})
     sink = ListSink()
     images = opened(10, data_dir=flat, sink=sink)
-    assert not evaluation(images).labelled
-    assert set(everything(evaluation(images))[1].tolist()) == {-1}
+    assert images.evaluation is None  # all are calibrated on: accuracy could not be measured on any
+    assert images.calibration.count == 6
+    few = opened(10, data_dir=flat, calib_size=4, sink=sink)
+    assert few.calibration.count == 4
+    assert evaluation(few).count == 2
+    assert not evaluation(few).labelled
+    assert set(everything(evaluation(few))[1].tolist()) == {-1}
     assert any("no class folders" in event.message for event in sink.events if isinstance(event, Note))
 
 
@@ -285,7 +268,7 @@ def test_nested_and_linked_folders_do_not_overlap(tmp_path: Path) -> None:
         target = link / file.parent.name / f"{file.parent.parent.name}{file.name}"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(file)
-    for calib_dir in (None, tmp_path / "root", link):  # None: no "train" in root, so timm takes all of root
+    for calib_dir in (tmp_path / "root", link):
         sink = ListSink()
         images = opened(2, data_dir=tmp_path / "root", calib_dir=calib_dir, sink=sink)
         assert (images.calibration.count, evaluation(images).count) == (4, 6)
@@ -312,11 +295,11 @@ def test_no_data_gives_synthetic_calibration_and_no_evaluation() -> None:
 def test_wrong_folders_are_two_part_errors(folder: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    (empty / "x.webp").write_bytes(b"")
+    (empty / "x.heic").write_bytes(b"")
     for wrong, message, hint in [
         (folder.with_name("dota"), "does not exist", str(folder)),
         (folder.with_name("dota") / "deeper" / "still", "does not exist", str(folder)),
-        (empty, "holds no images", ".webp"),
+        (empty, "holds no images", ".heic"),
         (folder / "ant" / "0.jpg", "is a file", "folder"),
     ]:
         with pytest.raises(CoraqError, match=message) as caught:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from coraq.artifact.files import write_atomic
 from coraq.config import Frozen, Scheme
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import CoraqError
+from coraq.migration import upgrade_checkpoint
 from coraq.network.fold import Structure, restructure
 from coraq.network.layers import install
 from coraq.network.load import SPARE_TENSORS, SPARE_VALUES, Size, build, check_finite, refuse_pickle
@@ -30,7 +31,7 @@ from coraq.network.load import SPARE_TENSORS, SPARE_VALUES, Size, build, check_f
 class CheckpointInfo(Frozen):
     """What the metadata says: enough to rebuild the network and to know how it was made."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     architecture: str = Field(description="timm's function name")
     model_args: dict[str, Any] = Field(default_factory=dict, description="go with it to timm.create_model")
     pretrained_cfg: dict[str, Any] = Field(default_factory=dict, description="timm's data configuration and labels")
@@ -44,6 +45,11 @@ class CheckpointInfo(Frozen):
     provenance: dict[str, Any] = Field(
         default_factory=dict, description="command, versions, method, options, seed, data"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, content: Any) -> Any:
+        return upgrade_checkpoint(content)
 
 
 @dataclass(frozen=True)

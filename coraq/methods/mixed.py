@@ -84,7 +84,9 @@ class Mixed:
         )
         # Zero points between codes lower the last layer's squared error but not its KL, which large logits decide: a
         # zero point at a code leaves one level more to one side.
-        last = [name for name in names[-1:] if task.scheme.zero_point == "auto" and bits[name] != own[name]]
+        last = [
+            name for name in names[-1:] if task.scheme.weights.zero_point_fraction == "auto" and bits[name] != own[name]
+        ]
         task.delegate(self.config.base, self.config.base_options, bits=bits, whole_zero_points=last)
 
     def _plan(self, task: NetworkTask) -> dict[str, int]:
@@ -133,9 +135,9 @@ class Mixed:
     def _widths(self, layer: LayerView, scheme: Scheme) -> Sequence[int]:
         """The bits that a layer may get: from one below the scheme's, so that some can pay for others, up to 8."""
         own = layer.bits
-        if scheme.overrides_layer(layer.name) or (own != scheme.bits and self.config.first_last == "keep"):
+        if scheme.overrides_layer(layer.name) or (own != scheme.weights.bits and self.config.first_last == "keep"):
             return [own]
-        return range(max(2, min(own, scheme.bits) - 1), MAX_BITS + 1)
+        return range(max(2, min(own, scheme.weights.bits) - 1), MAX_BITS + 1)
 
 
 def _are_bits(kept: object, layers: Sequence[LayerView]) -> bool:

@@ -49,7 +49,7 @@ class Written:
         self.path = path
         self.student = small_network()
         self.found: Trace = fold(self.student, random_images(2))
-        task = make_task(self.student, Scheme(bits=bits), [], found=self.found)
+        task = make_task(self.student, Scheme.of(bits=bits), [], found=self.found)
         self.layers = {
             view.name: random_layer(view.shape, bits, kind, index) for index, view in enumerate(task.all_layers)
         }
@@ -58,7 +58,7 @@ class Written:
         self.info = CheckpointInfo(
             architecture=ARCHITECTURE,
             structure=self.found.structure,
-            scheme=Scheme(bits=bits, overrides={"head": LayerScheme(bits=7)}),
+            scheme=Scheme.of(bits=bits, overrides={"head": LayerScheme(bits=7)}),
             provenance={"note": "a text with μ and \n in it"},
         )
         self.size = write_checkpoint(path, self.student, self.layers, self.info, dtype)

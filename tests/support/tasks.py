@@ -59,7 +59,7 @@ def small_task(**arguments: Any) -> CalibrationTask:
     network = small_network()
     found = fold(network, random_images(2))
     batches = arguments.pop("batches", list(random_images(7, seed=1).split(3)))
-    return make_task(network, arguments.pop("scheme", Scheme(bits=3)), batches, found=found, **arguments)
+    return make_task(network, arguments.pop("scheme", Scheme.of(bits=3)), batches, found=found, **arguments)
 
 
 def rounded(layer: LayerView) -> QuantizedLayer:
