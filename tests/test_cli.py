@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from rich.console import Console
-from test_report import run_result, unmeasured
+from support.results import run_result, unmeasured
 
 import coraq
 from coraq import registry
