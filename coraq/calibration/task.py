@@ -93,6 +93,18 @@ class CalibrationTask:
             self.clock,
             self.note,
         )
+        if found.computed:
+            weights = (getattr(teacher.get_submodule(name), "weight", None) for name in found.computed)
+            size = sum(w.numel() * w.element_size() for w in weights if isinstance(w, Tensor))
+            self.note(
+                f"{len(found.computed)} layers stay float ({size:,} bytes), because their weights are computed from the "
+                f"images: {', '.join(found.computed[:5])}"
+            )
+        if found.structure.untied:
+            self.note(
+                f"layers that shared a weight with another are quantized and stored each for itself: "
+                f"{', '.join(found.structure.untied[:5])}"
+            )
         self._restore()
         self._reseed()
 

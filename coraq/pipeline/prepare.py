@@ -61,6 +61,13 @@ class Prepared:
         calibration = self.images.calibration
         bases = registry.resolve_bases(self.method, self.options)
         versions = {f"{base.method.name}_version": base.method.version for base in bases}
+        for method in (
+            self.method,
+            *(type(base.method) if not isinstance(base.method, type) else base.method for base in bases),
+        ):
+            content = registry.plugin_content(method)
+            if content is not None:
+                versions[f"{method.name}_content"] = content
         digest = config.digest(calibration=calibration.fingerprint, method_version=self.method.version, **versions)
         name = re.sub(r"[^A-Za-z0-9._]+", "-", Path(config.model.split(":")[-1]).name or config.model)
         bits = f"w{config.scheme.bits}" + (f"a{config.scheme.act_bits}" if config.scheme.act_bits else "")
