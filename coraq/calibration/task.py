@@ -97,8 +97,8 @@ class CalibrationTask:
             weights = (getattr(teacher.get_submodule(name), "weight", None) for name in found.computed)
             size = sum(w.numel() * w.element_size() for w in weights if isinstance(w, Tensor))
             self.note(
-                f"{len(found.computed)} layers stay float ({size:,} bytes), because their weights are computed from the "
-                f"images: {', '.join(found.computed[:5])}"
+                f"{len(found.computed)} layers stay float ({size:,} bytes), because their weights are computed from "
+                f"the images: {', '.join(found.computed[:5])}"
             )
         if found.structure.untied:
             self.note(
