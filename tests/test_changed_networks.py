@@ -103,7 +103,7 @@ def test_integers_are_not_taken_for_float_weights(tmp_path: Path) -> None:
     state = timm.create_model("resnet10t", num_classes=10).state_dict()
     state["fc.weight"] = state["fc.weight"].to(torch.int8)
     save_file(state, tmp_path / "w.safetensors")
-    with pytest.raises(CoraqError, match="fc.weight is torch.int8"):
+    with pytest.raises(CoraqError, match=r"fc\.weight is torch\.int8"):
         load_model(RunConfig(model="resnet10t", num_classes=10, checkpoint=str(tmp_path / "w.safetensors")))
 
 
