@@ -16,7 +16,7 @@ import coraq
 from coraq import registry
 from coraq.config import RunConfig, Scheme
 from coraq.errors import CoraqError
-from coraq.network.load import check_finite, load_model
+from coraq.network.load import check_finite, copy_of, load_model
 
 
 def small(*middle: nn.Module) -> nn.Module:
@@ -134,3 +134,8 @@ def test_the_content_of_a_plugin_and_of_what_it_imports_beside_it_is_in_its_iden
     (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text() + "# edited\n")
     assert len({before, between, registry.plugin_content(method)}) == 3
     assert registry.plugin_content(registry.load("rtn")) is None
+
+
+def test_a_compiled_network_is_taken_as_the_network_inside() -> None:
+    network = small()
+    assert list(copy_of(torch.compile(network)).module.state_dict()) == list(network.state_dict())

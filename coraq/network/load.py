@@ -226,6 +226,7 @@ def copy_of(module: nn.Module) -> FloatModel:
     Raises:
         CoraqError: its weights hold NaN or Inf.
     """
+    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
     cfg = getattr(module, "pretrained_cfg", None) or {}
     made_with = getattr(module, "_model_args", None) or {}
     arguments = {key: value for key, value in made_with.items() if _is_json(value) and not _reads_files(key)}
