@@ -93,6 +93,24 @@ class CalibrationTask:
             self.clock,
             self.note,
         )
+        if found.computed:
+            weights = (getattr(teacher.get_submodule(name), "weight", None) for name in found.computed)
+            size = sum(w.numel() * w.element_size() for w in weights if isinstance(w, Tensor))
+            self.note(
+                f"{len(found.computed)} layers stay float ({size:,} bytes), because their weights are computed from "
+                f"the images: {', '.join(found.computed[:5])}"
+            )
+        repeated = [n for n in self._views if found.flow is not None and len(found.flow.calls_of(n)) > 1]
+        if repeated:
+            self.note(
+                f"{len(repeated)} layers run more than once: their weights are solved for the inputs of their first "
+                f"call, their input grids for those of all calls: {', '.join(repeated[:5])}"
+            )
+        if found.structure.untied:
+            self.note(
+                f"layers that shared a weight with another are quantized and stored each for itself: "
+                f"{', '.join(found.structure.untied[:5])}"
+            )
         self._restore()
         self._reseed()
 

@@ -67,11 +67,13 @@ class Prepared:
                     "method": base.method.name,
                     "version": base.method.version,
                     "options": base.options.model_dump(mode="json"),
+                    "content": registry.plugin_content(base.method),
                 }
                 for base in bases
             ],
             calibration=calibration.fingerprint,
             method_version=self.method.version,
+            method_content=registry.plugin_content(self.method) or "",
         )
         name = re.sub(r"[^A-Za-z0-9._]+", "-", Path(config.model.split(":")[-1]).name or config.model)
         bits = f"w{config.scheme.weights.bits}" + (
