@@ -216,6 +216,13 @@ def _has_column_scales(method: type[Quantizer], options: MethodConfig) -> bool:
     return hasattr(method, "quantize_layer") if says is None else says
 
 
+def missing_rivals(names: Iterable[str]) -> list[str]:
+    """Methods that these ones ask to be compared with and that are not among them."""
+    given = list(dict.fromkeys(names))
+    asked = (rival for name in given for rival in getattr(load(name), "compare_with", ()))
+    return [rival for rival in dict.fromkeys(asked) if rival not in given]
+
+
 def import_plugins(plugins_dirs: Iterable[Path | str] = ()) -> list[str]:
     """Import every plugin file, so that architectures they register exist; returns a line for each broken one."""
     broken = []

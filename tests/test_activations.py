@@ -305,7 +305,7 @@ def test_statistics_are_those_of_quantized_inputs() -> None:
 
 
 def nearest(layer: Any) -> QuantizedLayer:
-    grid = RoundToNearest(RoundToNearest.Config()).grid(layer.weight, layer.bits, Scheme())
+    grid = layer.grid_spec(Scheme()).mse(layer.weight)
     return QuantizedLayer(grid.pack(grid.codes(layer.weight)))
 
 
@@ -314,7 +314,7 @@ def test_one_pass_gives_what_an_ordinary_forward_pass_sees(placement: str) -> No
     """Each layer's grid is the one that a plain pass of the finished student would calibrate."""
     scheme = Scheme(bits=4, act_bits=4, act_placement=placement)  # type: ignore[arg-type]
     task = task_of(tiny_resnet(), scheme, size=32)
-    RoundToNearest(RoundToNearest.Config()).quantize(task)
+    RoundToNearest(RoundToNearest.Config()).quantize(task.scoped(RoundToNearest))
     task.finish("rtn")
     assert task.traversal.passes == 1
     assert not task.grids.missing
@@ -332,7 +332,7 @@ def test_one_pass_gives_what_an_ordinary_forward_pass_sees(placement: str) -> No
 
 def test_the_integer_student_puts_every_placed_tensor_on_its_grid() -> None:
     task = task_of(tiny_resnet(), INTEGER, size=32)
-    RoundToNearest(RoundToNearest.Config()).quantize(task)
+    RoundToNearest(RoundToNearest.Config()).quantize(task.scoped(RoundToNearest))
     task.finish("rtn")
     x = random_images(2, 32, seed=9)
     for point in task.grids.points:
@@ -382,14 +382,14 @@ def test_quantizing_activations_needs_images() -> None:
     model = small_network()
     task = make_task(model, A4, [], found=fold(model, random_images(2)))
     with pytest.raises(CoraqError, match="needs calibration images"):
-        RoundToNearest(RoundToNearest.Config()).quantize(task)
+        RoundToNearest(RoundToNearest.Config()).quantize(task.scoped(RoundToNearest))
 
 
 def test_spilled_micro_batches_give_the_same_grids(tmp_path: Path) -> None:
     records = []
     for bound in (None, 1):
         task = task_of(tiny_resnet(), INTEGER, size=32, memory_bytes=bound, folder=tmp_path)
-        RoundToNearest(RoundToNearest.Config()).quantize(task)
+        RoundToNearest(RoundToNearest.Config()).quantize(task.scoped(RoundToNearest))
         task.finish("rtn")
         assert bool(task.traversal.spilled) == (bound is not None)
         records.append(task.activations)
@@ -526,6 +526,6 @@ def test_the_command_line_quantizes_activations(tmp_path: Path, capsys: pytest.C
 
 
 def test_streams_are_numbered_as_the_grids_think() -> None:
-    from coraq.activations import points as activations
+    from coraq.activations import grids as activations
 
     assert activations.STUDENT == STUDENT

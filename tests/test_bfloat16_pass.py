@@ -208,7 +208,7 @@ def test_it_changes_less_than_weights_of_8_bits_do() -> None:
     seen: list[dict[str, tuple[Tensor, Tensor]]] = []
     changed = {}
     for half in (False, True):
-        task = task_of(half=half)
+        task = task_of(bfloat16=half)
         seen.append({})
         for layer in task.layers:
             stats = task.stats(layer.name)
@@ -223,8 +223,8 @@ def test_it_changes_less_than_weights_of_8_bits_do() -> None:
 
 @pytest.mark.parametrize("method", ["comq", "brecq"])
 def test_a_resumed_run_ends_in_the_same_codes(method: str) -> None:
-    whole = quantized(task_of(half=True, early_images=4), method)
-    again = quantized(task_of(half=True, early_images=4, done=dict(list(whole.items())[:20])), method)
+    whole = quantized(task_of(bfloat16=True, early_images=4), method)
+    again = quantized(task_of(bfloat16=True, early_images=4, done=dict(list(whole.items())[:20])), method)
     for name, (layer, _) in whole.items():
         other = again[name][0]
         assert torch.equal(layer.weight.codes, other.weight.codes), name

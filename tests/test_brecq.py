@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support.tasks import make_task
+from support.tasks import make_task, run_method
 from torch import nn
 
 from coraq import registry
+from coraq.calibration.block_learning import RoundingLearner
 from coraq.calibration.spill import LiveStorages
 from coraq.calibration.task import CalibrationTask
 from coraq.config import Scheme
@@ -20,7 +21,7 @@ from coraq.core.grid import mse_grid
 from coraq.core.ranges import grid_between
 from coraq.core.soft_rounding import LearnedGrid, SoftRounding, beta_at, squared_error
 from coraq.errors import CoraqError
-from coraq.methods.brecq import BRECQ, QDrop, Unit
+from coraq.methods.brecq import BRECQ, QDrop
 from coraq.network.fold import fold
 from coraq.registry import configure
 from coraq.testing import random_images, randomise_batchnorm, small_network
@@ -193,9 +194,7 @@ def resnet() -> nn.Module:
 def solved(method: Any, scheme: Scheme, model: nn.Module, size: int = 32, **options: Any) -> CalibrationTask:
     found = fold(model, random_images(2, size))
     task = make_task(model, scheme, list(random_images(24, size, seed=3).split(8)), found=found, seed=5)
-    method(configure(method, options)).quantize(task)
-    task.finish(method.name)
-    return task
+    return run_method(task, method, options)
 
 
 def metrics(task: CalibrationTask, key: str) -> dict[str, float]:
@@ -239,7 +238,7 @@ def test_a_unit_s_start_is_what_the_method_itself_makes_of_the_network(name: str
     """Roundings that do not move leave the codes of a plain run, layer after layer, unit after unit."""
     scheme = Scheme(bits=2, gain=gain)
     plain = solved(registry.load(name), scheme, resnet())
-    task = solved(BRECQ, scheme, resnet(), start=name, rounds=0, learn="all", iterations=2, lr=1e-9)
+    task = solved(BRECQ, scheme, resnet(), initial_codes=name, rounds=0, learn="all", iterations=2, lr=1e-9)
     for layer, mine in task.quantized.items():
         theirs = plain.quantized[layer]
         assert torch.equal(mine.weight.codes, theirs.weight.codes), layer
@@ -263,8 +262,8 @@ def test_layers_that_read_one_tensor_get_one_learned_grid() -> None:
 def test_searched_steps_are_of_the_calibrated_ones_and_lower_the_error() -> None:
     """At 2 bits the step of least error in the tensor is not that of least error in the unit's output."""
     scheme = Scheme(bits=8, act_bits=2, act_first_bits=2, act_last_bits=2)
-    plain = solved(BRECQ, scheme, resnet(), rounds=0, edges=True)
-    task = solved(BRECQ, scheme, resnet(), rounds=1, edges=True)
+    plain = solved(BRECQ, scheme, resnet(), rounds=0, eight_bit_blocks=True)
+    task = solved(BRECQ, scheme, resnet(), rounds=1, eight_bit_blocks=True)
     # of the first unit: what later ones read differs
     first = plain.quantized["conv1"].input
     found = task.quantized["conv1"].input
@@ -316,8 +315,7 @@ def test_a_single_linear_layer_is_solved_as_by_enumeration(learn: str, start: st
         inputs, wanted = data.student_input, data.teacher_output
         options = {"iterations": 800, "initial_codes": start, "batch": 64, "trust": 0.0, "patience": 0, "learn": learn}
         options["rounds"] = int(learn == "steps")
-        BRECQ(configure(BRECQ, options)).quantize(task)
-        task.finish("brecq")
+        run_method(task, BRECQ, options)
         chosen = task.quantized["layer"].weight
         every = torch.cartesian_prod(*[torch.arange(4.0)] * 6)  # [4096, 6]
         for row in range(2):
@@ -334,14 +332,14 @@ def test_learning_ends_where_looks_show_no_gain_and_the_best_look_is_the_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: dict[str, list[float]] = {}
-    look = Unit._look
+    look = RoundingLearner.look
 
-    def watched(self: Unit, weights: bool, best: float) -> float:
+    def watched(self: RoundingLearner, weights: bool, best: float) -> float:
         error = look(self, weights, best)
-        seen.setdefault(self.views[0].name, []).append(error)
+        seen.setdefault(self.state.views[0].name, []).append(error)
         return error
 
-    monkeypatch.setattr(Unit, "_look", watched)
+    monkeypatch.setattr(RoundingLearner, "look", watched)
     options = {"iterations": 60, "patience": 5, "eight_bit_blocks": True, "initial_codes": "nearest", "rounds": 0}
     task = solved(QDrop, Scheme(bits=2, act_bits=4), resnet(), **options)
     errors, starts, taken = (metrics(task, key) for key in ("block_error", "block_start_error", "iterations"))
@@ -359,8 +357,8 @@ def test_learning_ends_where_looks_show_no_gain_and_the_best_look_is_the_result(
 
 
 def test_patience_ends_learning_early_and_none_takes_all_steps() -> None:
-    long = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=0, edges=True, learn="all")
-    short = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=5, edges=True, learn="all")
+    long = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=0, eight_bit_blocks=True, learn="all")
+    short = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=5, eight_bit_blocks=True, learn="all")
     assert set(metrics(long, "iterations").values()) == {200}
     taken = metrics(short, "iterations")
     assert max(taken.values()) <= 200
@@ -369,7 +367,7 @@ def test_patience_ends_learning_early_and_none_takes_all_steps() -> None:
 
 def test_the_paper_s_preset_is_the_paper_s() -> None:
     config = configure(BRECQ, {"preset": "paper"})
-    assert (config.iterations, config.lr, config.start, config.trust) == (20000, 1e-3, "nearest", 0)  # type: ignore[attr-defined]
+    assert (config.iterations, config.lr, config.initial_codes, config.trust) == (20000, 1e-3, "nearest", 0)  # type: ignore[attr-defined]
     assert configure(BRECQ, {"preset": "paper", "iterations": 7}).iterations == 7  # type: ignore[attr-defined]
     assert configure(QDrop, {"preset": "paper"}).drop == 0.5  # type: ignore[attr-defined]
     assert configure(QDrop, {"preset": "paper"}).joint  # type: ignore[attr-defined]
@@ -377,7 +375,7 @@ def test_the_paper_s_preset_is_the_paper_s() -> None:
 
 def test_products_are_in_bfloat16_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def codes(has: bool, **options: Any) -> list[torch.Tensor]:
-        monkeypatch.setattr("coraq.methods.brecq.multiplies_bfloat16", lambda device: has)
+        monkeypatch.setattr("coraq.calibration.block_learning.multiplies_bfloat16", lambda device: has)
         task = solved(BRECQ, Scheme(bits=2), resnet(), iterations=30, guard=False, learn="all", **options)
         return [layer.weight.codes for layer in task.quantized.values()]
 
@@ -427,8 +425,7 @@ def test_block_data_past_the_memory_bound_waits_in_files(tmp_path: Any) -> None:
         found = fold(model, random_images(2))
         batches = list(random_images(12, seed=3).split(4))
         task = make_task(model, Scheme(bits=3), batches, found=found, memory_bytes=bound, folder=tmp_path)
-        BRECQ(configure(BRECQ, {"iterations": 5})).quantize(task)
-        task.finish("brecq")
+        run_method(task, BRECQ, {"iterations": 5})
         return [layer.weight.codes for layer in task.quantized.values()]
 
     for one, other in zip(codes(None), codes(1), strict=True):
@@ -464,4 +461,4 @@ def test_a_block_method_needs_images() -> None:
     model = small_network()
     task = make_task(model, Scheme(), [], found=fold(model, random_images(2)))
     with pytest.raises(CoraqError, match="needs calibration images"):
-        BRECQ(configure(BRECQ, {})).quantize(task)
+        run_method(task, BRECQ)

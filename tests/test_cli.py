@@ -679,6 +679,7 @@ class Settings(MethodConfig):
 
 class Method:
     name, summary, version, needs_data, Config = "fake", "does nothing", "7", True, Settings
+    scope = "layer"
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from coraq.api import MethodConfig, QuantizedLayer, minmax_grid
 
 class Faulty:
     name, summary, version, needs_data = "faulty", "breaks in the middle", "1", False
+    scope = "layer"
     Config = MethodConfig
     def __init__(self, config):
         pass

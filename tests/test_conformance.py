@@ -40,6 +40,7 @@ class Sound:
     summary = "nearest rounding"
     version = "1"
     needs_data = False
+    scope = "network"
 
     class Config(MethodConfig):
         shrink: float = Field(default=1.0, gt=0, description="factor on the range")

@@ -434,7 +434,7 @@ def test_what_waits_is_spilled_again_only_if_it_was_written_to(
     in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
-    monkeypatch.setattr("coraq.calibration.lockstep._write", lambda file, data: written.append(file.write(data)))
+    monkeypatch.setattr("coraq.calibration.spill._write", lambda file, data: written.append(file.write(data)))
     torch.manual_seed(0)
     network, images = Waits(in_place).eval(), random_images(4, 8)
     order = [f"layers.{i}" for i in range(4)]

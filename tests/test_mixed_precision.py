@@ -21,6 +21,7 @@ from coraq.errors import UsageError
 from coraq.events import ListSink, Note
 from coraq.methods import mixed
 from coraq.methods.mixed import Mixed
+from coraq.pipeline import folder_name, plan
 from coraq.pipeline.cache import RunCache
 from coraq.pipeline.prepare import prepare
 from coraq.testing.networks import random_images, small_network
@@ -144,3 +145,25 @@ def test_a_classifier_that_a_plan_gives_two_bits_keeps_its_zero_point_at_a_code(
     found = {name: layer.weight.fraction for name, layer in run(one, Mixed).items()}
     assert found.pop(last) == fraction
     assert set(found.values()) == {0 if zero_point == "whole" else 2}
+
+
+@pytest.mark.parametrize(("method", "by_blocks"), [("cora", False), ("mixed", False), ("brecq", True)])
+def test_a_dry_run_shows_blocks_of_methods_that_work_on_blocks_alone(
+    method: str, by_blocks: bool, tmp_path: Path
+) -> None:
+    shown = plan(RunConfig(model="demo", method=method), runs_dir=tmp_path).layers
+    assert {"unit" in layer for layer in shown} == {by_blocks}
+
+
+@pytest.mark.parametrize("method", ["mixed", "cora"])
+def test_the_versions_of_all_methods_that_are_used_are_in_a_run_s_identity(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the base of the codes, and of nearest rounding, which says how a layer's KL falls with bits."""
+    config = RunConfig(model="demo", method=method)
+    names = {folder_name(config, RunCache())}
+    for base in ("comq", "rtn"):
+        with monkeypatch.context() as patch:
+            patch.setattr(registry.load(base), "version", "another")
+            names.add(folder_name(config, RunCache()))
+    assert len(names) == 3

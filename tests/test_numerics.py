@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.tasks import make_task, run_method
 from torch import Tensor, nn
 
 import coraq
-from coraq import registry
 from coraq.api import QuantizedLayer, minmax_grid
 from coraq.calibration.task import CalibrationTask
 from coraq.config import Scheme
@@ -146,7 +146,7 @@ class Judged(CalibrationTask):
 
     def commit(self, name: str, layer: QuantizedLayer, **metrics: float | int | str) -> None:
         squares = self.least_squares(name).shrunk(self.shrinkage)
-        nearest = self.codes(name, "rtn", bits=layer.weight.bits)
+        nearest = self.quantize_with(name, "rtn", bits=layer.weight.bits)
         if self.own_grid:
             bits, scheme = layer.weight.bits, self.scheme
             grid = minmax_grid(squares.weight, bits, scheme.symmetric, fraction=scheme.fraction(bits, searched=False))
@@ -163,11 +163,10 @@ def judged(
     method: str, model: nn.Module, images: Tensor, scheme: Scheme, shrinkage: float = 0.0
 ) -> tuple[CalibrationTask, list[str]]:
     found = fold(model, images[:2])
-    task = Judged(model, found, scheme, list(images.split(4)))
+    task = make_task(model, scheme, list(images.split(4)), found=found, kind=Judged)
+    assert isinstance(task, Judged)
     task.worse, task.own_grid, task.shrinkage = [], method == "gptq", shrinkage
-    kind = registry.load(method)
-    kind(registry.configure(kind, OPTIONS.get(method, {}))).quantize(task)
-    task.finish(method)
+    run_method(task, method, OPTIONS.get(method, {}))
     return task, task.worse
 
 

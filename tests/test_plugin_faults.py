@@ -22,6 +22,7 @@ from coraq.api import MethodConfig, QTensor, QuantizedLayer, minmax_grid
 
 class Faulty:
     name, summary, version, needs_data = {name!r}, "misbehaves", "1", False
+    scope = "layer"
 
     class Config(MethodConfig):
         pass

@@ -36,6 +36,7 @@ class NAME_CLASS:
     summary = "nearest rounding on a smaller range"
     version = "1"
     needs_data = False
+    scope = "layer"
     class Config(MethodConfig):
         kind: Literal["a", "b"] = Field(default="a", description="kind of range")
         shrink: float = Field(default=1.0, gt=0, le=1, description="factor on the range")
@@ -150,7 +151,7 @@ def test_a_class_that_is_no_method_is_listed_with_what_it_lacks(tmp_path: Path) 
     (tmp_path / "half.py").write_text("class Half:\n    name = 'half'\n    version = '1'\nMETHODS = [Half]\n")
     error = registry.available([tmp_path])["half"].error
     assert error is not None
-    assert "lacks summary, needs_data, Config, quantize" in error
+    assert "lacks summary, needs_data, scope, Config, quantize" in error
     (tmp_path / "half.py").unlink()
     source = PLUGIN.replace("NAME_CLASS", "M").replace("NAME", "other").replace("(MethodConfig)", "")
     (tmp_path / "other.py").write_text(source)

@@ -93,6 +93,7 @@ class Vandal:
     """Rounds, and overwrites the float network's first weight."""
 
     name, summary, version, needs_data = "vandal", "changes the teacher", "1", False
+    scope = "network"
     Config = MethodConfig
 
     def __init__(self, config: MethodConfig) -> None:

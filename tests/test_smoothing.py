@@ -222,7 +222,7 @@ def test_grids_inside_a_unit_are_those_of_the_product() -> None:
         for name in block.layers:
             view = views[name]
             columns = view.columns(W4A4)
-            made = RoundToNearest(RoundToNearest.Config()).grid(view.weight, view.bits, W4A4)
+            made = view.grid_spec(W4A4).mse(view.weight)
             made = dataclasses.replace(made, columns=columns)
             task.commit(name, QuantizedLayer(made.pack(made.codes(view.weight))))
     assert seen
@@ -232,7 +232,7 @@ def test_other_scales_than_the_input_s_are_refused(monkeypatch: pytest.MonkeyPat
     def of_its_own(self: RoundToNearest, task: Any) -> None:
         for layer in task.layers:
             columns = layer.columns(task.scheme)
-            grid = self.grid(layer.weight, layer.bits, task.scheme)
+            grid = layer.grid_spec(task.scheme).mse(layer.weight)
             if columns is not None:
                 grid = dataclasses.replace(grid, columns=torch.full_like(columns, 2.0))
             task.commit(layer.name, QuantizedLayer(grid.pack(grid.codes(layer.weight))))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.one_layer import OneLayerTask, run
 from test_engine import calibration_task, rounded
 from torch import Tensor
 
@@ -164,14 +165,13 @@ def test_comq_on_blocks_is_never_worse_than_nearest_rounding_by_the_whole_gram()
         baseline = QuantizedLayer(grid.pack(grid.codes(layer.weight)))
         true = LeastSquares(layer.weight, whole)
         limit = true.error(baseline.dequantize())
-        method = COMQ(COMQ.Config())
-        kept, metrics = method.solve(layer, squares, Scheme(bits=3))
-        assert bool((true.error(kept.dequantize()) <= limit * (1 + 1e-4)).all()), seed
+        kept, metrics = run(COMQ, OneLayerTask(squares, Scheme(bits=3)))
+        assert bool((true.error(kept) <= limit * (1 + 1e-4)).all()), seed
         assert metrics["error"] <= metrics["rtn_error"]
         energy = true.error(torch.zeros_like(layer.weight)).sum()
-        assert metrics["error"] == pytest.approx(float(true.error(kept.dequantize()).sum() / energy), rel=1e-3)
-        blind, _ = method.solve(layer, replace(squares, rows=None), Scheme(bits=3))
-        worse_without_rows += bool((true.error(blind.dequantize()) > limit * 1.01).any())
+        assert metrics["error"] == pytest.approx(float(true.error(kept).sum() / energy), rel=1e-3)
+        blind, _ = run(COMQ, OneLayerTask(replace(squares, rows=None), Scheme(bits=3)))
+        worse_without_rows += bool((true.error(blind) > limit * 1.01).any())
     assert worse_without_rows > 5  # or the rows would not be needed
 
 

@@ -4,7 +4,7 @@ Input scales (`coraq.core.smoothing`), and mixed precision: what bits each tenso
 had the same. What rounding costs differs by orders of magnitude from tensor to tensor, and more so for each value: of
 mobilenetv2's, the narrow ones that expanding layers read want 5 to 7 bits where the depthwise layers' wide ones do with
 3. The cost is the KL divergence to the float network, to second order, as the loss is for HAWQ (arXiv 1911.03852) and
-the KL for the weights of `coraq.methods.cora`.
+the KL for the weights of `coraq.methods.mixed`.
 """
 
 from __future__ import annotations

@@ -251,7 +251,8 @@ class Quantizer(Protocol):
     """What every method implements, built-in or a stranger's plugin.
 
     `version` is part of the run's identity: raise it whenever the method's results change. A method that gives
-    layers other bits than `layer.bits` says so with a class attribute `chooses_bits = True`.
+    layers other bits than `layer.bits` says so with a class attribute `chooses_bits = True`. A class attribute
+    `compare_with` names methods that a comparison of it should show beside it.
     """
 
     name: ClassVar[str]

@@ -2,7 +2,7 @@
 
 Rounded to bfloat16, a weight is off by up to 2⁻⁸ of itself, the same for all images, and so is a bias. Over
 mobilenetv2's layers these shifts add up to a KL divergence of 0.007 nats, as much as weights of 3 bits cost with
-`coraq.methods.cora`. So sums start at biases in float32, and what the rounding of a weight moves the mean output by is
+`coraq.methods.mixed`. So sums start at biases in float32, and what the rounding of a weight moves the mean output by is
 taken off its bias; what is left, rounding errors that differ from value to value, costs a tenth of that.
 """
 

@@ -135,6 +135,8 @@ def compare(
         print(result.model_dump_json())
     else:
         show_comparison(result, report)
+        for rival in registry.missing_rivals(variant.method for variant in variants):
+            print(f"worth a column beside them: {rival} ({registry.load(rival).summary})")
     if result.failed:
         raise CoraqError(
             f"{len(result.failed)} of {len(cells)} cells failed",

@@ -82,6 +82,7 @@ class CoRa:
     needs_data: ClassVar[bool] = True
     scope: ClassVar[Scope] = "network"
     chooses_bits: ClassVar[bool] = True
+    compare_with: ClassVar[Sequence[str]] = ("mixed",)  # the same bytes without adapters
 
     class Config(MethodConfig):
         presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PAPER}

@@ -24,6 +24,8 @@ from coraq.pipeline.prepare import Prepared, open_images, state_bytes, with_prec
 from coraq.pipeline.run_result import Recorder, checkpoint_info, run_result
 from coraq.results import RunResult
 
+DEFAULT_METHOD: str = RunConfig.model_fields["method"].default
+
 
 class Quantized(NamedTuple):
     """What `coraq.quantize` returns: the quantized module, and the result with every layer's numbers."""
@@ -34,7 +36,7 @@ class Quantized(NamedTuple):
 
 def quantize(
     model: nn.Module | str,
-    method: str = "cora",
+    method: str = DEFAULT_METHOD,
     bits: int = 4,
     data: Tensor | Iterable[Any] | None = None,
     *,
