@@ -38,7 +38,9 @@ BLOCK = 16  # inputs that are rounded one by one before a matrix product tells a
 STRIP = 2048  # output channels worked on at once: the small steps of a block of them stay in cache and on one thread
 
 Order = Literal["cyclic", "common", "curvature"]
-Choose = Callable[[int, Tensor, Tensor], None]  # an input of each block, targets, the levels chosen: [groups · blocks, out]
+Choose = Callable[
+    [int, Tensor, Tensor], None
+]  # an input of each block, targets, the levels chosen: [groups · blocks, out]
 
 
 @dataclass(frozen=True)
@@ -349,9 +351,7 @@ def _sweep(targets: Tensor, levels: Tensor, pull: Tensor, grid: Rounding, *, onw
     sweep(targets, levels, pull, rule, onward=onward)
 
 
-def sweep(
-    targets: Tensor, levels: Tensor, pull: Tensor, rule: Callable[[slice], Choose], *, onward: bool
-) -> None:
+def sweep(targets: Tensor, levels: Tensor, pull: Tensor, rule: Callable[[slice], Choose], *, onward: bool) -> None:
     """Choose every input's level once, in order, by any rule; in place.
 
     Args:
