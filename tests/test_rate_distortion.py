@@ -1,4 +1,4 @@
-"""Rounding with a rate term against closed forms: scalar quantization of a Gaussian, water-filling, nearest rounding."""
+"""Rounding with a rate term against closed forms: scalar quantization of a Gaussian, water-filling, nearest levels."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from coraq.network.load import SPARE_TENSORS, SPARE_VALUES, Size, build, check_f
 class CheckpointInfo(Frozen):
     """What the metadata says: enough to rebuild the network and to know how it was made."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = Field(default=1, description="2: some layers are entropy-coded")
     architecture: str = Field(description="timm's function name")
     model_args: dict[str, Any] = Field(default_factory=dict, description="go with it to timm.create_model")
     pretrained_cfg: dict[str, Any] = Field(default_factory=dict, description="timm's data configuration and labels")
@@ -83,7 +83,8 @@ def write_checkpoint(
         if not (owner in layers and leaf in ("weight", "bias")):
             tensors[key] = value.detach().cpu().contiguous()
     tensors = {key: _rest(key, value, float_dtype) for key, value in tensors.items()}
-    text = info.model_copy(update={"layers": records}).model_dump_json()
+    coded = any(record.coding != "packed" for record in records.values())
+    text = info.model_copy(update={"layers": records, "format_version": 2 if coded else 1}).model_dump_json()
     content = serialise(tensors, {"coraq": text, "sha256": content_digest(tensors, text)})
     write_atomic(path, content)
     return len(content)

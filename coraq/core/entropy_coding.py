@@ -58,7 +58,7 @@ def encode(codes: Tensor) -> Tensor:
         return torch.zeros(0, dtype=torch.uint8)
     low, high = int(flat.min()), int(flat.max())
     table = _table(np.bincount(flat, minlength=high + 1)[low:])
-    head = bytes((low, high - low)) + table.tobytes() + zlib.crc32(flat).to_bytes(_CHECKSUM, "little")
+    head = bytes((low, high - low)) + table.tobytes() + zlib.crc32(flat.tobytes()).to_bytes(_CHECKSUM, "little")
     words = np.zeros(0, dtype="<u4")
     if high > low:
         coder = _library().stream.stack.AnsCoder()
@@ -95,10 +95,10 @@ def decode(stream: Tensor, count: int) -> Tensor:
         raise ValueError("the stream's table of frequencies is none that a coder writes")
     checksum = int.from_bytes(content[start : start + _CHECKSUM].tobytes(), "little")
     words = _words(content[start + _CHECKSUM :], start + _CHECKSUM, count)
-    codes = _decode_words(words, table, count) + low
-    if len(codes) != count or zlib.crc32(codes.astype(np.uint8)) != checksum:
+    codes = (_decode_words(words, table, count) + low).astype(np.uint8)
+    if len(codes) != count or zlib.crc32(codes.tobytes()) != checksum:
         raise ValueError("the stream's codes do not match their checksum")
-    return torch.from_numpy(codes.astype(np.uint8))
+    return torch.from_numpy(codes)
 
 
 def stream_bytes(codes: Tensor) -> int:

@@ -18,7 +18,7 @@ Layout as in `coraq.core.rounding`: [groups, in, out], inputs in visiting order;
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor

@@ -345,8 +345,8 @@ def _sweep(targets: Tensor, levels: Tensor, pull: Tensor, grid: Rounding, *, onw
     low, high = _per_block(grid.low, pull), _per_block(grid.high, pull)
 
     def rule(strip: slice) -> Choose:
-        bounds = [b.squeeze(1) if b.shape[-1] == 1 else b[:, 0, strip] for b in (low, high)]
-        return lambda _, wanted, code: _snap(wanted, *bounds, grid, code)
+        least, most = (b.squeeze(1) if b.shape[-1] == 1 else b[:, 0, strip] for b in (low, high))
+        return lambda _, wanted, code: _snap(wanted, least, most, grid, code)
 
     sweep(targets, levels, pull, rule, onward=onward)
 
