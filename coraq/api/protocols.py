@@ -227,6 +227,9 @@ class NetworkTask(BlockTask, Protocol):
             subtract: [groups, out, in], taken off the weight before it is quantized.
         """
 
+    def committed_bytes(self) -> int:
+        """What the layers that are committed take on disk: codes, scales, zero points, adapters."""
+
     def scope_of(self, method: str) -> Scope:
         """The scope of another method."""
 

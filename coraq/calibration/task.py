@@ -320,6 +320,10 @@ class CalibrationTask:
         """See `coraq.api.NetworkTask.scope_of`."""
         return str(self._base(method, None).scope)
 
+    def committed_bytes(self) -> int:
+        """See `coraq.api.NetworkTask.committed_bytes`."""
+        return sum(layer.size_bytes() for layer, _ in self.committed.values())
+
     def decide_once(self, key: str, compute: Callable[[], Any], valid: Callable[[Any], bool] | None = None) -> Any:
         """See `coraq.api.NetworkTask.decide_once`."""
         return self.commits.decide_once(key, compute, valid)
