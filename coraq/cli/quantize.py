@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from typing import Annotated, Any, Literal
@@ -11,7 +12,7 @@ import typer
 from coraq.cli import options
 from coraq.cli.loading import load_networks
 from coraq.cli.options import METHOD_PANEL, MODEL_PANEL, RUN_PANEL, SCHEME_PANEL, option
-from coraq.config import ColumnScale, DataConfig, RunConfig, Scheme
+from coraq.config import MAX_BITS, MIN_BITS, ColumnScale, DataConfig, RunConfig, Scheme
 from coraq.errors import EXIT_INTERRUPTED, CoraqError, UsageError
 from coraq.events import ListSink, Note, tee
 
@@ -58,7 +59,29 @@ def quantize(
     ] = None,
     plugins_dir: options.PluginsDir = None,
     # -- scheme
-    bits: Annotated[int, option(Scheme, "bits", "--bits", "-w", panel=SCHEME_PANEL)] = SCHEME.bits,
+    bits: Annotated[
+        Any,
+        option(
+            Scheme,
+            "bits",
+            "--bits",
+            "-w",
+            panel=SCHEME_PANEL,
+            note="; with a point (2.7) a budget for each weight, as --size",
+            parser=options.parse_weight_bits,
+            metavar="BITS",
+        ),
+    ] = str(SCHEME.bits),
+    size: Annotated[
+        Any,
+        option(
+            RunConfig, "size", "--size", panel=SCHEME_PANEL, parser=options.parse_file_size, metavar="1.5MB", note=""
+        ),
+    ] = RUN.size,
+    ratio: Annotated[float | None, option(RunConfig, "ratio", "--ratio", panel=SCHEME_PANEL)] = RUN.ratio,
+    coding: Annotated[
+        Literal["auto", "packed", "ans"] | None, option(RunConfig, "coding", "--coding", panel=SCHEME_PANEL)
+    ] = RUN.coding,
     first_bits: Annotated[
         Any,
         option(
@@ -262,6 +285,9 @@ def run_content(parameters: dict[str, Any]) -> dict[str, Any]:
     scheme |= {name: scheme[name] or None for name in EDGES}  # 0 stands for "same"
     scheme["overrides"] = options.parse_overrides(parameters["override"] or [])
     content = {name: parameters[name] for name in RunConfig.model_fields if name in parameters}
+    if isinstance(scheme.get("bits"), float):  # a budget; the scheme's bits are those of methods that it measures with
+        content["budget_bits"] = scheme["bits"]
+        scheme["bits"] = min(max(math.ceil(scheme["bits"]), MIN_BITS), MAX_BITS)
     content["model_kwargs"] = options.parse_pairs(parameters["model_kwargs"] or [], "--model-kwargs")
     content["options"] = options.parse_pairs(parameters["method_options"] or [], "-o")
     data = {name: parameters[name] for name in DataConfig.model_fields}

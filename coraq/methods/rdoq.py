@@ -68,6 +68,7 @@ class RDOQ:
     needs_data: ClassVar[bool] = True
     scope: ClassVar[Scope] = "network"
     chooses_bits: ClassVar[bool] = True
+    budget_coding: ClassVar[str] = "ans"
 
     class Config(MethodConfig):
         bits_per_weight: float | None = Field(
@@ -146,14 +147,16 @@ class RDOQ:
                 pivots[layer.name] = in_layer_order(problem, factor.curvature)
         sensitivity = _blended(kl, energy, self.config.blend)
         sizes = {layer.name: self._predict(layer, pivots[layer.name], sensitivity[layer.name]) for layer in task.layers}
-        rate = self.config.bits_per_weight or task.scheme.bits
-        budget = rate * sum(weights.values()) / 8
+        total = sum(weights.values())
+        budget = (self.config.bits_per_weight or task.scheme.bits) * total / 8
+        if task.budget_bytes is not None and self.config.bits_per_weight is None:
+            budget = float(task.budget_bytes)
         least = sum(own[-1] for own in sizes.values())
         if budget < least:
             raise UsageError(
-                f"{rate:g} bits a weight are less than scales and tables alone take here: about "
-                f"{8 * least / sum(weights.values()):.2f}",
-                "Give more --bits or -o bits_per_weight.",
+                f"the layers may take {budget:,.0f} bytes, {8 * budget / total:.2f} bits a weight, and their scales "
+                f"and tables alone take {least:,.0f}",
+                f"Give a budget of at least {8 * least / total:.2f} bits a weight, {least - budget:,.0f} bytes more.",
             )
         return {
             "budget": budget,
