@@ -209,7 +209,7 @@ def resolve_auto(scheme: Scheme, method: type[Quantizer], options: MethodConfig)
         UsageError, CoraqError: as `resolve_bases` does.
     """
     used = [ResolvedBase(method, options), *resolve_bases(method, options)]
-    return scheme.resolve_auto(all(_has_column_scales(*one) for one in used))
+    return scheme.resolve_auto(all(_has_column_scales(*one) for one in used), options.edge_bits())
 
 
 def _has_column_scales(method: type[Quantizer], options: MethodConfig) -> bool:

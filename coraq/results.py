@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from coraq.config import RunConfig
+from coraq.migration import upgrade_config
 
 
 class Result(BaseModel):
@@ -166,16 +167,8 @@ class RunResult(Result):
 
     @field_validator("config", mode="before")
     @classmethod
-    def _of_earlier(cls, config: Any) -> Any:
-        """What the command of a result that does not say it had, which is not what a command has now."""
-        earlier: dict[str, dict[str, Any]] = {
-            "scheme": {"zero_point": "whole", "column_scale": "none"},
-            "data": {"calib_early": 0, "calib_precision": "float32"},
-        }
-        if isinstance(config, dict):
-            parts = {key: {**was, **config[key]} for key, was in earlier.items() if isinstance(config.get(key), dict)}
-            return {**config, **parts}
-        return config
+    def _upgrade(cls, config: Any) -> Any:
+        return upgrade_config(config)
 
     @property
     def best_comparison(self) -> Comparison | None:

@@ -2,7 +2,7 @@
 
     python examples/activations.py [--assets ../shared/assets] [--networks a,b] [--methods rtn,comq,brecq,qdrop]
         [--bits 4/8,4/4,2/4] [--placement inputs] [--calib-size 256] [--calib-memory 5G] [--eval-size N]
-        [--mixed values] [--zero-point quarter] [--column-scale none] [-o brecq.iterations=1000]
+        [--allocation memory] [--zero-point-fraction 2] [--column-scale none] [-o brecq.iterations=1000]
 
 Finished cells are reused (same run folder). Results go to examples/results/activations/NETWORK-METHOD-wBaB.json (the
 run's metrics.json; with mixed bits of inputs, another number of calibration images than 256, finer zero points, or
@@ -19,7 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from coraq.migration import upgrade_scheme
 from coraq.report.markdown import table
+from coraq.scheme import Scheme
 
 RESULTS = Path(__file__).parent / "results"
 IMAGENET = ["--split", "imagenet-val", "--calib-split", "imagenet-sample", "--class-map"]
@@ -40,9 +42,9 @@ def command(arguments: argparse.Namespace, network: str, method: str, weights: s
     line += ["--method", method, "--bits", weights, "--calib-size", str(arguments.calib_size)]
     if activations != "32":
         line += ["--act-bits", activations, "--act-placement", arguments.placement]
-        line += [] if arguments.mixed == "none" else ["--act-mixed", arguments.mixed]
-    if arguments.zero_point != "auto":
-        line += ["--zero-point", arguments.zero_point]
+        line += [] if arguments.allocation == "none" else ["--act-allocation", arguments.allocation]
+    if arguments.zero_point_fraction != "auto":
+        line += ["--zero-point-fraction", arguments.zero_point_fraction]
     if arguments.column_scale != "auto":
         line += ["--column-scale", arguments.column_scale]
     if arguments.calib_memory:
@@ -60,7 +62,8 @@ COLUMN_SCALES = {"column scales of inputs": "input", "column scales": "channel"}
 
 def row(network: str, result: dict[str, Any]) -> list[str]:
     """One line of the table."""
-    comparison, scheme = result["comparison"], result["config"]["scheme"]
+    comparison = result["comparison"]
+    scheme = Scheme.model_validate(upgrade_scheme(result["config"]["scheme"])).options()
     top1, difference = comparison["quantized_top1"], comparison["top1_difference"]
     # every layer of a unit carries the unit's numbers: one of each start error counts
     units = {
@@ -72,7 +75,7 @@ def row(network: str, result: dict[str, Any]) -> list[str]:
         network,
         f"{result['method']} {result['method_version']}",
         f"{scheme['bits']}/{scheme['act_bits'] or 32}",
-        scheme.get("zero_point", "whole"),
+        str(scheme["zero_point_fraction"]),
         next((kind for words, kind in COLUMN_SCALES.items() if words in result["scheme_line"]), "none"),
         _placement(scheme),
         f"{comparison['float_top1']['value_pct']:.2f}",
@@ -90,7 +93,7 @@ def row(network: str, result: dict[str, Any]) -> list[str]:
 def _placement(scheme: dict[str, Any]) -> str:
     if not scheme["act_bits"]:
         return "–"
-    mixed = scheme.get("act_mixed", "none")
+    mixed = scheme["act_allocation"]
     return str(scheme["act_placement"]) + ("" if mixed == "none" else f", mixed by {mixed}")
 
 
@@ -101,8 +104,10 @@ def main() -> int:
     parser.add_argument("--methods", default="rtn,comq,brecq,qdrop")
     parser.add_argument("--bits", default="4/32,3/32,2/32,4/8,4/4,2/4", help="weight/activation bits; 32: float")
     parser.add_argument("--placement", default="inputs", choices=["inputs", "integer"])
-    parser.add_argument("--mixed", default="none", choices=["none", "values", "macs", "both"], help="bits of inputs")
-    parser.add_argument("--zero-point", default="auto", choices=["auto", "whole", "half", "quarter", "eighth"])
+    parser.add_argument(
+        "--allocation", default="none", choices=["none", "memory", "bitops", "both"], help="bits of inputs"
+    )
+    parser.add_argument("--zero-point-fraction", default="auto", choices=["auto", "0", "1", "2", "3"])
     parser.add_argument("--column-scale", default="auto", choices=["auto", "none", "channel", "input"])
     parser.add_argument("--calib-size", type=int, default=USUAL)
     parser.add_argument("--calib-memory", default=None, help="of a run, where several run at once")
@@ -124,11 +129,13 @@ def main() -> int:
                 result = json.loads(done.stdout)
                 place = "" if arguments.placement == "inputs" or activations == "32" else "-integer"
                 images = "" if arguments.calib_size == USUAL else f"-{arguments.calib_size}"
-                zero = "" if arguments.zero_point == "auto" else f"-{arguments.zero_point}"
+                zero = "" if arguments.zero_point_fraction == "auto" else f"-{arguments.zero_point_fraction}"
                 columns = {"auto": "", "none": "-no-columns", "channel": "-columns", "input": "-inputs"}[
                     arguments.column_scale
                 ]
-                mixed = "" if arguments.mixed == "none" or activations == "32" else f"-mixed-{arguments.mixed}"
+                mixed = (
+                    "" if "none" in arguments.allocation or activations == "32" else f"-mixed-{arguments.allocation}"
+                )
                 name = f"{network}-{method}-w{weights}a{activations}{place}{mixed}{images}{zero}{columns}.json"
                 (folder / name).write_text(json.dumps(result, indent=1) + "\n")
                 print(*row(network, result), sep=" | ", flush=True)

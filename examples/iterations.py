@@ -37,7 +37,7 @@ def compare(arguments: argparse.Namespace, steps: list[str]) -> dict[str, Any]:
         line += [part.format(assets=arguments.assets) for part in NETWORKS[arguments.network]]
     methods = ["comq", "brecq", *(form.format(count) for count in steps for form in (LEARNED, PAPER))]
     line += ["--calib-size", str(arguments.calib_size), "--bits", str(arguments.bits), "--methods", ",".join(methods)]
-    line += ["--zero-point", "whole"]  # the published grid, for the published form and what it is compared with
+    line += ["--zero-point-fraction", "0"]  # the published grid, for the published form and what it is compared with
     return run(line)
 
 

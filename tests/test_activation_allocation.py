@@ -28,7 +28,7 @@ from coraq.network.fold import fold
 from coraq.pipeline import run
 from coraq.testing.networks import random_images, small_network
 
-MIXED = Scheme(bits=4, act_bits=4, column_scale="input", act_mixed="values")
+MIXED = Scheme.of(bits=4, act_bits=4, column_scale="input", act_allocation="memory")
 
 
 class Forked(nn.Module):
@@ -182,20 +182,20 @@ def task_of(scheme: Scheme, **more: Any) -> CalibrationTask:
     return make_task(model, scheme, list(images.split(8)), found=fold(model, images[:4]), **more)
 
 
-@pytest.mark.parametrize("by", ["values", "macs", "both"])
+@pytest.mark.parametrize("by", ["memory", "bitops", "both"])
 @pytest.mark.parametrize("bits", [3, 4, 6])
 def test_the_average_is_kept_over_what_is_shared_out(by: str, bits: int) -> None:
-    scheme = MIXED.model_copy(update={"act_bits": bits, "act_mixed": by})
+    scheme = MIXED.replace(act_bits=bits, act_allocation=by)
     sink = ListSink()
     task = task_of(scheme, sink=sink)
-    uniform = task_of(scheme.model_copy(update={"act_mixed": "none"}))
+    uniform = task_of(scheme.replace(act_allocation="none"))
     macs = {view.name: view.macs for view in task.all_layers}
     free = [point for point in task.grids.points if point.readers[0] not in ("stem", "head")]
     values = {point.name: point.values for point in free}
     products = {point.name: sum(macs[name] for name in point.readers) for point in free}
     differ = len({point.bits for point in free}) > 1
     assert differ or by == "both"  # which leaves five tensors little to choose
-    for cost in {"values": [values], "macs": [products], "both": [values, products]}[by]:
+    for cost in {"memory": [values], "bitops": [products], "both": [values, products]}[by]:
         assert sum(cost[point.name] * point.bits for point in free) <= bits * sum(cost.values()) * (1 + 1e-9)
     assert {point.bits for point in task.grids.points if point not in free} == {8}
     assert [point.name for point in task.grids.points] == [point.name for point in uniform.grids.points]
@@ -220,18 +220,18 @@ def test_the_values_are_those_that_the_layers_read() -> None:
 def test_overrides_and_edges_keep_their_own() -> None:
     names = ["stem", "hidden", "other", "head"]
     assert MIXED.mixes(names) == {"hidden", "other"}
-    assert MIXED.model_copy(update={"act_first_bits": None}).mixes(names) == {"stem", "hidden", "other"}
+    assert MIXED.replace(act_first_bits=None).mixes(names) == {"stem", "hidden", "other"}
     own = {"hid.*": LayerScheme(bits=4, act_bits=5), "oth.*": LayerScheme(bits=3)}
-    assert MIXED.model_copy(update={"overrides": own}).mixes(names) == {"other"}
-    assert not MIXED.model_copy(update={"act_mixed": "none"}).mixes(names)
-    fixed = task_of(MIXED.model_copy(update={"overrides": {"hidden": LayerScheme(bits=4, act_bits=7)}}))
+    assert MIXED.replace(overrides=own).mixes(names) == {"other"}
+    assert not MIXED.replace(act_allocation="none").mixes(names)
+    fixed = task_of(MIXED.replace(**{"overrides": {"hidden": LayerScheme(bits=4, act_bits=7)}}))
     assert {view.name: view.act_bits for view in fixed.all_layers}["hidden"] == 7
 
 
 @pytest.mark.parametrize("bits", [2, 8])
 def test_where_none_can_pay_or_gain_all_have_the_same(bits: int) -> None:
     sink = ListSink()
-    task = task_of(MIXED.model_copy(update={"act_bits": bits}), sink=sink)
+    task = task_of(MIXED.replace(act_bits=bits), sink=sink)
     assert {point.bits for point in task.grids.points} == {bits, 8}
     assert [event.message for event in sink.events if isinstance(event, Note)] == [
         f"inputs of {bits} bits on average all have {bits} bits: there are only 2 to 8"
@@ -259,7 +259,7 @@ def test_a_resumed_run_that_lost_the_decision_says_so() -> None:
 
 def test_the_file_has_the_bits_and_gives_the_same_outputs(tmp_path: Path) -> None:
     path, x = tmp_path / "mixed.safetensors", random_images(16)
-    scheme = MIXED.model_copy(update={"act_bits": 5})
+    scheme = MIXED.replace(act_bits=5)
     module, result = coraq.quantize(small_network(), "comq", data=random_images(64), scheme=scheme, path=path)
     points = load_checkpoint(path).info.activations
     stored = {name: record.bits for record in points.values() for name in record.readers}
@@ -271,14 +271,14 @@ def test_the_file_has_the_bits_and_gives_the_same_outputs(tmp_path: Path) -> Non
 def test_the_demo_loses_less_by_it_at_the_same_average(tmp_path: Path) -> None:
     """As a user runs it: 3-bit inputs and 8-bit weights, so that inputs are what costs."""
     kl, bits = {}, {}
-    for mixed in ("none", "values"):
-        scheme = Scheme(bits=8, act_bits=3, act_mixed=mixed)
+    for mixed in ("none", "memory"):
+        scheme = Scheme.of(bits=8, act_bits=3, act_allocation=mixed)
         config = RunConfig(model="demo", method="rtn", scheme=scheme, data=DataConfig(calib_size=128))
         result = run(config, runs_dir=tmp_path)
         assert result.comparison is not None
         kl[mixed], bits[mixed] = result.comparison.kl_nats, result.cost.input_bits
-    assert bits["values"] == pytest.approx(bits["none"], abs=0.02)
-    assert kl["values"] < 0.5 * kl["none"]
+    assert bits["memory"] == pytest.approx(bits["none"], abs=0.02)
+    assert kl["memory"] < 0.5 * kl["none"]
 
 
 # -- configuration
@@ -287,22 +287,21 @@ def test_the_demo_loses_less_by_it_at_the_same_average(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"act_mixed": "values"}, "need --act-bits"),
-        ({"act_mixed": "macs", "act_bits": 8, "act_placement": "integer"}, "leave out --act-placement"),
-        ({"act_mixed": "elements", "act_bits": 4}, "act_mixed"),
+        ({"act_allocation": "bitops", "act_bits": 8, "act_placement": "integer"}, "leave out --act-placement"),
+        ({"act_allocation": "elements", "act_bits": 4}, "activations.allocation"),
     ],
 )
 def test_what_has_no_bits_to_share_out_is_refused(values: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
-        Scheme(**values)
+        Scheme.of(**values)
 
 
 def test_it_is_said_in_the_scheme_and_is_part_of_a_run_s_identity() -> None:
     assert "mixed, 4 bits a value on average" in MIXED.describe()
-    assert "mixed, 4 bits a multiplication on average" in MIXED.model_copy(update={"act_mixed": "macs"}).describe()
-    assert "mixed" not in Scheme(act_bits=4).describe()
+    assert "mixed, 4 bits a multiplication on average" in MIXED.replace(act_allocation="bitops").describe()
+    assert "mixed" not in Scheme.of(act_bits=4).describe()
     digests = {
-        RunConfig(model="demo", scheme=MIXED.model_copy(update={"act_mixed": by})).digest()
-        for by in ("none", "values", "macs", "both")
+        RunConfig(model="demo", scheme=MIXED.replace(act_allocation=by)).digest()
+        for by in ("none", "memory", "bitops", "both")
     }
     assert len(digests) == 4

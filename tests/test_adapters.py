@@ -33,7 +33,7 @@ BATCHES = list(random_images(96, seed=1).split(32))
 def task(**arguments: Any) -> CalibrationTask:
     network = small_network()
     found = fold(network, random_images(2))
-    scheme = arguments.pop("scheme", Scheme(bits=3))
+    scheme = arguments.pop("scheme", Scheme.of(bits=3))
     return make_task(network, scheme, BATCHES, found=found, **arguments)
 
 
@@ -74,7 +74,7 @@ def test_qera_with_rank_0_is_its_base_bit_for_bit() -> None:
 def test_qera_at_full_rank_is_the_float_network_but_for_the_adapters_own_codes(base: str) -> None:
     """On any base; layers too small for an adapter are left at 8 bits."""
     small = "depthwise|grouped|pointwise|hidden"
-    one = task(scheme=Scheme(bits=2, overrides={small: LayerScheme(bits=8)}))
+    one = task(scheme=Scheme.of(bits=2, overrides={small: LayerScheme(bits=8)}))
     layers = run(one, QERA, base=base, rank=10**6)
     assert layers["depthwise"].adapter is None
     assert all(layer.adapter is not None for name, layer in layers.items() if name in ("stem", "dense"))
@@ -126,7 +126,7 @@ def test_alternation_is_monotone_and_ends_at_the_best(made: CalibrationTask) -> 
 
 
 def test_a_rank_of_the_scheme_s_own_is_taken() -> None:
-    layers = run(task(scheme=Scheme(bits=3, overrides={"dense": LayerScheme(bits=3, rank=2)})), QERA, rank=1)
+    layers = run(task(scheme=Scheme.of(bits=3, overrides={"dense": LayerScheme(bits=3, rank=2)})), QERA, rank=1)
     assert layers["dense"].adapter is not None
     assert layers["dense"].adapter.rank == 2
 
@@ -252,7 +252,7 @@ def test_a_preview_is_what_a_commit_would_install_and_leaves_the_layer_to_be_com
 def test_codes_of_another_method_are_those_it_would_commit(made: CalibrationTask) -> None:
     codes = made.quantize_with("stem", "comq", {"sweeps": 2}, bits=5)
     assert codes.weight.bits == 5
-    other = task(scheme=Scheme(bits=5, first_bits=5, gain="keep"))
+    other = task(scheme=Scheme.of(bits=5, first_bits=5, scale_correction="off"))
     run_method(other, "comq", {"sweeps": 2})
     assert torch.equal(codes.weight.codes, other.quantized["stem"].weight.codes)
     less = torch.ones_like(made.layers[0].weight)

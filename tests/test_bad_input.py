@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from test_engine import calibration_task
 
 from coraq import pipeline
-from coraq.calibration import lockstep as engine
+from coraq.calibration import spill
 from coraq.cli.app import run
 from coraq.errors import CoraqError, disk_error
 from coraq.events import JsonLinesSink, Note
@@ -92,6 +92,31 @@ def test_a_damaged_model_configuration_has_a_way_out(
     fails(["quantize", network], capsys, 1, "config.json is not a timm configuration", wrong, hint="architecture")
 
 
+def test_the_number_of_classes_cannot_replace_a_trained_classifier(
+    network: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (["--num-classes", "7"], ["--model-kwargs", "num_classes=7"]):
+        fails(["quantize", network, *arguments], capsys, 2, "trained for 10 classes, not 7", hint="--checkpoint")
+    weights = "network/model.safetensors"
+    command = ["quantize", "test_resnet", "--checkpoint", weights, "--num-classes"]
+    fails([*command, "7"], capsys, 1, "(fc) has 10 classes, the network has 7", hint="--num-classes 10")
+    assert run([*command, "10", "--method", "rtn", "--calib-size", "4", "--img-size", "32", "-q"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong", "hint"),
+    [
+        (["--crop-pct", "87.5"], "--crop-pct", "2"),
+        (["--mean", "127.5,127.5,127.5"], "--mean", "0.5, 0.5, 0.5"),
+        (["--std", "63.75,127.5,127.5"], "--std", "0.25, 0.5, 0.5"),
+    ],
+)
+def test_percentages_and_statistics_of_pixels_to_255_are_errors(
+    arguments: list[str], wrong: str, hint: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails([*DEMO, *arguments], capsys, 2, wrong, hint=hint)
+
+
 def test_a_class_map_that_is_no_text_is_refused(network: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["quantize", network, "--data-dir", "images", "--class-map"]
     Path("map.txt").write_bytes(bytes(range(256)))
@@ -122,8 +147,8 @@ def test_pictures_cannot_be_normalised_by_nothing(
 
 
 def test_a_symmetric_grid_has_no_finer_zero_point(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [*DEMO, "--symmetric", "--zero-point", "half"]
-    fails(command, capsys, 2, "--zero-point 'half' is not allowed", hint="leave out --symmetric")
+    command = [*DEMO, "--symmetric", "--zero-point-fraction", "1"]
+    fails(command, capsys, 2, "--zero-point-fraction 1 is not allowed", hint="leave out --symmetric")
 
 
 def test_an_override_that_is_no_expression_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +177,7 @@ def test_no_room_for_activations_is_said_with_a_way_out(tmp_path: Path, monkeypa
     def full(file: object, data: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(engine, "_write", full)
+    monkeypatch.setattr(spill, "_write", full)
     task = calibration_task(memory_bytes=1 << 12, folder=tmp_path)
     with pytest.raises(CoraqError, match=r"cannot be kept in .*No space left.*\n.*TMPDIR"):
         task.stats(task.layers[-1].name)

@@ -169,7 +169,7 @@ def network_and_images(
 def task_of(name: str = "mobilenetv2_050", **more: Any) -> CalibrationTask:
     network, batches = network_and_images(name)
     found = fold(network, batches[0])
-    return make_task(network, Scheme(bits=3), batches, found=found, **more)
+    return make_task(network, Scheme.of(bits=3), batches, found=found, **more)
 
 
 def test_what_waits_takes_half_of_the_memory() -> None:
@@ -241,7 +241,12 @@ def test_the_precision_is_part_of_the_run() -> None:
 @pytest.mark.parametrize("has", [True, False])
 @pytest.mark.parametrize(
     ("scheme", "coarse"),
-    [(Scheme(bits=4), True), (Scheme(bits=2), True), (Scheme(bits=5), False), (Scheme(bits=4, act_bits=4), False)],
+    [
+        (Scheme.of(bits=4), True),
+        (Scheme.of(bits=2), True),
+        (Scheme.of(bits=5), False),
+        (Scheme.of(bits=4, act_bits=4), False),
+    ],
 )
 def test_auto_is_bfloat16_for_few_bits_where_the_processor_has_it(
     monkeypatch: pytest.MonkeyPatch, scheme: Scheme, coarse: bool, has: bool

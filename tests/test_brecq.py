@@ -207,7 +207,7 @@ def test_a_block_never_ends_worse_than_its_start_and_one_pass_does(
     method: Any, learn: str, act_bits: int | None
 ) -> None:
     options = {"iterations": 60, "initial_codes": "nearest", "batch": 16, "learn": learn}
-    task = solved(method, Scheme(bits=2, act_bits=act_bits), resnet(), **options)
+    task = solved(method, Scheme.of(bits=2, act_bits=act_bits), resnet(), **options)
     start, end = metrics(task, "block_start_error"), metrics(task, "block_error")
     assert all(end[name] <= start[name] for name in start)
     assert any(end[name] < 0.98 * start[name] for name in start)
@@ -217,7 +217,7 @@ def test_a_block_never_ends_worse_than_its_start_and_one_pass_does(
 @pytest.mark.parametrize("learn", ["none", "steps", "all"])
 def test_the_committed_student_has_the_block_error_that_was_reported(learn: str) -> None:
     """What is measured on the cached data is what the engine's own student does."""
-    scheme = Scheme(bits=3, act_bits=4)
+    scheme = Scheme.of(bits=3, act_bits=4)
     task = solved(BRECQ, scheme, resnet(), iterations=20, learn=learn, bias_lr=1e-3, correction=1.0, holdout=0.0)
     outputs = []
     for network in (task.teacher, task.student):
@@ -236,7 +236,7 @@ def test_the_committed_student_has_the_block_error_that_was_reported(learn: str)
 @pytest.mark.parametrize(("name", "gain"), [("comq", "float"), ("rtn", "keep")])
 def test_a_unit_s_start_is_what_the_method_itself_makes_of_the_network(name: str, gain: Any) -> None:
     """Roundings that do not move leave the codes of a plain run, layer after layer, unit after unit."""
-    scheme = Scheme(bits=2, gain=gain)
+    scheme = Scheme.of(bits=2, gain=gain)
     plain = solved(registry.load(name), scheme, resnet())
     task = solved(BRECQ, scheme, resnet(), initial_codes=name, rounds=0, learn="all", iterations=2, lr=1e-9)
     for layer, mine in task.quantized.items():
@@ -251,17 +251,17 @@ def test_a_unit_s_start_is_what_the_method_itself_makes_of_the_network(name: str
 
 def test_layers_that_read_one_tensor_get_one_learned_grid() -> None:
     options = {"iterations": 30, "guard": False, "rounds": 0, "learn": "steps"}
-    task = solved(BRECQ, Scheme(bits=4, act_bits=4), resnet(), act_lr=0.05, **options)
+    task = solved(BRECQ, Scheme.of(bits=4, act_bits=4), resnet(), act_lr=0.05, **options)
     first, second = (task.quantized[name].input for name in ("layer2.0.conv1", "layer2.0.downsample.0"))
     assert first is not None
     assert first == second
-    plain = solved(BRECQ, Scheme(bits=4, act_bits=4), resnet(), act_lr=0, **options)
+    plain = solved(BRECQ, Scheme.of(bits=4, act_bits=4), resnet(), act_lr=0, **options)
     assert plain.quantized["layer2.0.conv1"].input != first
 
 
 def test_searched_steps_are_of_the_calibrated_ones_and_lower_the_error() -> None:
     """At 2 bits the step of least error in the tensor is not that of least error in the unit's output."""
-    scheme = Scheme(bits=8, act_bits=2, act_first_bits=2, act_last_bits=2)
+    scheme = Scheme.of(bits=8, act_bits=2, act_first_bits=2, act_last_bits=2)
     plain = solved(BRECQ, scheme, resnet(), rounds=0, eight_bit_blocks=True)
     task = solved(BRECQ, scheme, resnet(), rounds=1, eight_bit_blocks=True)
     # of the first unit: what later ones read differs
@@ -308,7 +308,7 @@ def test_a_single_linear_layer_is_solved_as_by_enumeration(learn: str, start: st
         model = OneLinear().eval()
         model.layer.weight.data = 0.3 * torch.randn(2, 6, generator=torch.Generator().manual_seed(seed))
         edges = {"first_bits": None, "last_bits": None}
-        scheme = Scheme(bits=2, **edges, bias="keep", gain="keep", zero_point=zero_point)
+        scheme = Scheme.of(bits=2, **edges, bias_correction="off", scale_correction="off", zero_point=zero_point)
         batches = list(random_images(64, 8, seed=3).split(32))
         task = make_task(model, scheme, batches, found=fold(model, random_images(2, 8)), seed=5)
         data = task.block_io(task.partition()[0])
@@ -341,7 +341,7 @@ def test_learning_ends_where_looks_show_no_gain_and_the_best_look_is_the_result(
 
     monkeypatch.setattr(RoundingLearner, "look", watched)
     options = {"iterations": 60, "patience": 5, "eight_bit_blocks": True, "initial_codes": "nearest", "rounds": 0}
-    task = solved(QDrop, Scheme(bits=2, act_bits=4), resnet(), **options)
+    task = solved(QDrop, Scheme.of(bits=2, act_bits=4), resnet(), **options)
     errors, starts, taken = (metrics(task, key) for key in ("block_error", "block_start_error", "iterations"))
     assert len(seen) > 3
     gained = 0
@@ -357,8 +357,8 @@ def test_learning_ends_where_looks_show_no_gain_and_the_best_look_is_the_result(
 
 
 def test_patience_ends_learning_early_and_none_takes_all_steps() -> None:
-    long = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=0, eight_bit_blocks=True, learn="all")
-    short = solved(BRECQ, Scheme(bits=4), resnet(), iterations=200, patience=5, eight_bit_blocks=True, learn="all")
+    long = solved(BRECQ, Scheme.of(bits=4), resnet(), iterations=200, patience=0, eight_bit_blocks=True, learn="all")
+    short = solved(BRECQ, Scheme.of(bits=4), resnet(), iterations=200, patience=5, eight_bit_blocks=True, learn="all")
     assert set(metrics(long, "iterations").values()) == {200}
     taken = metrics(short, "iterations")
     assert max(taken.values()) <= 200
@@ -376,7 +376,7 @@ def test_the_paper_s_preset_is_the_paper_s() -> None:
 def test_products_are_in_bfloat16_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def codes(has: bool, **options: Any) -> list[torch.Tensor]:
         monkeypatch.setattr("coraq.calibration.block_learning.multiplies_bfloat16", lambda device: has)
-        task = solved(BRECQ, Scheme(bits=2), resnet(), iterations=30, guard=False, learn="all", **options)
+        task = solved(BRECQ, Scheme.of(bits=2), resnet(), iterations=30, guard=False, learn="all", **options)
         return [layer.weight.codes for layer in task.quantized.values()]
 
     def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
@@ -411,8 +411,8 @@ def test_fisher_information_is_that_of_the_float_network_and_changes_the_result(
     error = weigh[:, None] - (torch.eye(10)[None] - probability[:, None]).square()
     assert float(error.abs().amax(2).amin(1).max()) < 1e-5
     task.close()
-    plain = solved(BRECQ, Scheme(bits=2), resnet(), iterations=30, guard=False, learn="all")
-    other = solved(BRECQ, Scheme(bits=2), resnet(), iterations=30, guard=False, learn="all", loss="fisher")
+    plain = solved(BRECQ, Scheme.of(bits=2), resnet(), iterations=30, guard=False, learn="all")
+    other = solved(BRECQ, Scheme.of(bits=2), resnet(), iterations=30, guard=False, learn="all", loss="fisher")
     assert any(
         not torch.equal(plain.quantized[name].weight.codes, other.quantized[name].weight.codes)
         for name in plain.quantized
@@ -424,7 +424,7 @@ def test_block_data_past_the_memory_bound_waits_in_files(tmp_path: Any) -> None:
         model = small_network()
         found = fold(model, random_images(2))
         batches = list(random_images(12, seed=3).split(4))
-        task = make_task(model, Scheme(bits=3), batches, found=found, memory_bytes=bound, folder=tmp_path)
+        task = make_task(model, Scheme.of(bits=3), batches, found=found, memory_bytes=bound, folder=tmp_path)
         run_method(task, BRECQ, {"iterations": 5})
         return [layer.weight.codes for layer in task.quantized.values()]
 
@@ -439,7 +439,7 @@ def test_a_units_data_and_the_passes_that_wait_share_the_memory_bound(tmp_path: 
     batches = list(random_images(32, seed=3).split(1))
 
     def widest(bound: int | None) -> int:
-        task = make_task(model, Scheme(bits=3), batches, found=found, memory_bytes=bound, folder=tmp_path)
+        task = make_task(model, Scheme.of(bits=3), batches, found=found, memory_bytes=bound, folder=tmp_path)
         live, alive = LiveStorages([model, task.student], batches), []
         with live:
             for unit in task.partition():

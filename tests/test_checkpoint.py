@@ -94,7 +94,7 @@ class Written:
         self.path = path
         self.student = small_network()
         self.found: Trace = fold(self.student, random_images(2))
-        task = make_task(self.student, Scheme(bits=bits), [], found=self.found)
+        task = make_task(self.student, Scheme.of(bits=bits), [], found=self.found)
         self.layers = {
             view.name: random_layer(view.shape, bits, kind, index) for index, view in enumerate(task.all_layers)
         }
@@ -103,7 +103,7 @@ class Written:
         self.info = CheckpointInfo(
             architecture=ARCHITECTURE,
             structure=self.found.structure,
-            scheme=Scheme(bits=bits, overrides={"head": LayerScheme(bits=7)}),
+            scheme=Scheme.of(bits=bits, overrides={"head": LayerScheme(bits=7)}),
             provenance={"note": "a text with μ and \n in it"},
         )
         self.size = write_checkpoint(path, self.student, self.layers, self.info, dtype)
@@ -364,7 +364,7 @@ def test_quantize_takes_a_module_and_a_loader_and_leaves_the_module_alone(method
 
 
 def test_quantize_takes_a_tensor_a_scheme_and_options() -> None:
-    scheme = Scheme(bits=4, first_bits=None, last_bits=None, symmetric=False)
+    scheme = Scheme.of(bits=4, first_bits=None, last_bits=None, symmetric=False)
     _, result = coraq.quantize(
         small_network(), "comq", data=random_images(6), scheme=scheme, options={"sweeps": 1}, calib_size=4
     )

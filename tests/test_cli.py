@@ -34,6 +34,7 @@ from coraq.errors import CoraqError
 from coraq.events import LayerCommitted, Note, Sink, StageAdvanced, StageFinished, StageStarted, stage
 from coraq.report import write_report
 from coraq.results import RunResult
+from coraq.scheme import Scheme, nested
 
 
 class Plan(BaseModel):
@@ -180,10 +181,10 @@ def test_no_model_means_the_demo(pipeline: FakePipeline) -> None:
     [
         (["--bits", "3"], {"scheme": {"bits": 3}}),
         (["-w", "2"], {"scheme": {"bits": 2}}),
-        (["--first-bits", "4", "--last-bits", "same"], {"scheme": {"first_bits": 4, "last_bits": None}}),
+        (["--first-bits", "4", "--last-bits", "same"], {"scheme": {"first_bits": 4, "last_bits": "same"}}),
         (["--granularity", "tensor"], {"scheme": {"granularity": "tensor"}}),
         (["--symmetric"], {"scheme": {"symmetric": True}}),
-        (["--bias", "keep"], {"scheme": {"bias": "keep"}}),
+        (["--bias-correction", "off"], {"scheme": {"bias_correction": "off"}}),
         (
             ["--override", r"a=b\d=3", "--override", "c.*=8"],
             {"scheme": {"overrides": {r"a=b\d": {"bits": 3}, "c.*": {"bits": 8}}}},
@@ -192,7 +193,7 @@ def test_no_model_means_the_demo(pipeline: FakePipeline) -> None:
             ["--act-bits", "4", "--override", ".*conv_dw=3/8"],
             {"scheme": {"act_bits": 4, "overrides": {".*conv_dw": {"bits": 3, "act_bits": 8}}}},
         ),
-        (["--act-bits", "4", "--act-mixed", "macs"], {"scheme": {"act_bits": 4, "act_mixed": "macs"}}),
+        (["--act-bits", "4", "--act-allocation", "bitops"], {"scheme": {"act_bits": 4, "act_allocation": "bitops"}}),
         (["--method", "rtn"], {"method": "rtn"}),
         (
             ["-o", "sweeps=3", "-o", "order=greedy", "--option", "grid=[1, 2]", "-o", "fast=true", "-o", "x=a=b"],
@@ -221,7 +222,8 @@ def test_each_option_changes_its_own_field_and_no_other(
     pipeline: FakePipeline, arguments: list[str], expected: dict[str, Any]
 ) -> None:
     assert run(["quantize", "m", *arguments]) == 0
-    assert pipeline.config == RunConfig.model_validate({"model": "m", **expected})
+    content = {"model": "m", **expected, "scheme": nested(expected.get("scheme", {}))}
+    assert pipeline.config == RunConfig.model_validate(content)
     assert pipeline.config != RunConfig(model="m")
 
 
@@ -253,10 +255,10 @@ def test_plugin_folders_reach_the_registry(command: list[str], pipeline: FakePip
         (["quantize", "m", "-b", "0"], "--batch-size 0", "greater than or equal to 1"),
         (["quantize", "m", "--crop-pct", "-1"], "--crop-pct -1", "greater than 0"),
         (["quantize", "m", "--granularity", "row"], "'--granularity': 'row' is not one of 'channel'", "--help"),
-        (["quantize", "m", "--act-mixed", "values"], "--act-mixed 'values' is not allowed", "need --act-bits"),
+        (["quantize", "m", "--act-allocation", "memory"], "--act-allocation memory needs --act-bits", "how many bits"),
         (
-            ["quantize", "m", "-a", "4", "--act-placement", "integer", "--act-mixed", "macs"],
-            "--act-mixed 'macs' is not allowed",
+            ["quantize", "m", "-a", "4", "--act-placement", "integer", "--act-allocation", "bitops"],
+            "--act-allocation 'bitops' is not allowed",
             "leave out --act-placement integer",
         ),
         (["quantize", "m", "-o", "sweeps"], "-o 'sweeps' is not KEY=VALUE", "sweeps=VALUE"),
@@ -422,20 +424,20 @@ def test_notes_that_the_result_does_not_hold_reach_the_person_once(
         ({}, False),
         ({"act_bits": 8}, False),
         ({"act_bits": 2}, False),
-        ({"act_bits": 4, "act_mixed": "macs"}, False),
+        ({"act_bits": 4, "act_allocation": "bitops"}, False),
         ({"act_bits": 4, "act_placement": "integer"}, False),
     ],
 )
 def test_few_bits_for_inputs_are_told_of_how_to_share_them_out(
     pipeline: FakePipeline, capsys: pytest.CaptureFixture[str], scheme: dict[str, Any], said: bool
 ) -> None:
-    config = RunConfig.model_validate({"model": "m", "scheme": scheme})
+    config = RunConfig(model="m", scheme=Scheme.of(**scheme))
     pipeline.result = run_result(config=config, command=["coraq", "quantize", "my model"])
     assert run(["quantize", "m"]) == 0
-    assert ("  coraq quantize 'my model' --act-mixed both\n" in capsys.readouterr().out) == said
+    assert ("  coraq quantize 'my model' --act-allocation both\n" in capsys.readouterr().out) == said
     pipeline.result = run_result(config=config, command=[])  # a run from Python has none
     assert run(["quantize", "m"]) == 0
-    assert "--act-mixed both" not in capsys.readouterr().out
+    assert "--act-allocation both" not in capsys.readouterr().out
 
 
 def test_the_next_commands_name_the_plugins_that_the_run_had(

@@ -83,7 +83,7 @@ def test_a_packed_layer_is_recorded_as_before_there_was_a_choice() -> None:
     assert LayerRecord.model_validate_json('{"shape":[1,2,3],"bits":4}').coding == "packed"
 
 
-@pytest.mark.parametrize(("coding", "version"), [("packed", 1), ("ans", 2)])
+@pytest.mark.parametrize(("coding", "version"), [("packed", 2), ("ans", 3)])
 def test_only_files_with_coded_layers_need_the_new_version(tmp_path: Path, coding: Any, version: int) -> None:
     layer = _layer()
     layer = replace(layer, weight=layer.weight.coded(coding))

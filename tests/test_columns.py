@@ -29,7 +29,7 @@ from coraq.methods.rtn import RoundToNearest
 from coraq.results import RunResult
 from coraq.testing import random_images, small_network
 
-CHANNEL = Scheme(bits=2, column_scale="channel")
+CHANNEL = Scheme.of(bits=2, column_scale="channel")
 CHANNELS = {"stem": 3, "grouped": 2, "depthwise": 1, "pointwise": 16, "dense": 16, "hidden": 24, "head": 16}
 METHODS = ["rtn", "comq", "gptq", "npot", "qera", "cora", "brecq"]
 
@@ -112,7 +112,7 @@ def test_a_scaled_problem_is_the_same_problem(blocks: int) -> None:
 
 
 def solved(method: Any, weight: Tensor, taps: int, **scheme: Any) -> OneLayerTask:
-    task = OneLayerTask(squares_of(weight), Scheme(**scheme), taps)
+    task = OneLayerTask(squares_of(weight), Scheme.of(**scheme), taps)
     method(method.Config()).quantize(task)
     return task
 
@@ -140,7 +140,7 @@ def test_codes_are_those_of_the_divided_weight_on_multiplied_inputs() -> None:
     squares, columns = squares_of(weight), column_scales(weight, 1)
     one = OneLayerTask(squares, CHANNEL)
     COMQ(COMQ.Config()).quantize(one)
-    other = OneLayerTask(squares.scaled(columns), Scheme(bits=2))
+    other = OneLayerTask(squares.scaled(columns), Scheme.of(bits=2))
     COMQ(COMQ.Config()).quantize(other)
     assert torch.equal(one.layer.weight.codes, other.layer.weight.codes)
     assert torch.equal(one.layer.dequantize(), other.layer.dequantize() * columns)
@@ -254,7 +254,7 @@ def test_what_is_left_to_the_method_suits_it_and_the_scheme(tmp_path: Path) -> N
 
     def columns(method: str, options: dict[str, Any] | None = None, **scheme: Any) -> bool:
         path = tmp_path / "model.safetensors"
-        chosen = Scheme(bits=3, **scheme)
+        chosen = Scheme.of(bits=3, **scheme)
         found = coraq.quantize(
             small_network(), method, data=random_images(16), scheme=chosen, options=options, path=path
         )
@@ -263,7 +263,9 @@ def test_what_is_left_to_the_method_suits_it_and_the_scheme(tmp_path: Path) -> N
         assert held != {True}  # 8-bit edges have none
         assert ("column scales" in found.result.scheme_line) == (True in held)
         inputs = (chosen.act_bits or 8) <= 4
-        assert checkpoint.info.scheme.column_scale == ("none" if True not in held else "input" if inputs else "channel")
+        assert checkpoint.info.scheme.weights.column_scale == (
+            "none" if True not in held else "input" if inputs else "channel"
+        )
         assert found.result.config.scheme == chosen  # what was asked for
         return True in held
 
@@ -273,14 +275,14 @@ def test_what_is_left_to_the_method_suits_it_and_the_scheme(tmp_path: Path) -> N
     assert not columns("qera", {"base": "comq", "base_options": {"preset": "paper"}})  # which must want them, too
     assert not columns("comq", {"preset": "paper"})
     assert not columns("comq", symmetric=True)
-    assert not columns("comq", granularity="tensor", gain="keep")
+    assert not columns("comq", granularity="tensor", scale_correction="off")
     assert not columns("comq", act_bits=8)
     assert not columns("comq", column_scale="none")
     assert columns("comq", act_bits=8, column_scale="channel")
     assert columns("comq", act_bits=4)
     assert columns("comq", act_bits=4, symmetric=True)
     assert not columns("comq", act_bits=4, act_placement="integer")
-    assert not columns("comq", act_bits=4, granularity="tensor", gain="keep")
+    assert not columns("comq", act_bits=4, granularity="tensor", scale_correction="off")
     assert not columns("comq", {"preset": "paper"}, act_bits=4)
 
 
@@ -297,21 +299,25 @@ def test_left_to_the_method_is_the_same_run_as_said(tmp_path: Path, capsys: pyte
 
 
 def test_a_run_without_them_keeps_its_folder_s_name() -> None:
-    digests = {RunConfig(model="demo", scheme=Scheme(column_scale=kind)).digest() for kind in ("none", "channel")}
+    digests = {RunConfig(model="demo", scheme=Scheme.of(column_scale=kind)).digest() for kind in ("none", "channel")}
     assert len(digests) == 2
     settled = Scheme().resolve_auto(False)
     assert RunConfig(model="demo", scheme=settled).digest() in digests
-    assert settled == Scheme(column_scale="none") != Scheme().resolve_auto(True) == Scheme(column_scale="channel")
+    assert settled == Scheme.of(column_scale="none") != Scheme().resolve_auto(True) == Scheme.of(column_scale="channel")
 
 
 def test_a_result_that_does_not_say_had_none() -> None:
     """Results of before are read as what they were, not as what the same command does now."""
-    path = Path(__file__).parent.parent / "examples/results/accuracy/mobilenetv2_100-comq-w4.json"
+    path = Path(__file__).parent / "data/format_1/comq/metrics.json"
     content = json.loads(path.read_text())
     for key in ("column_scale", "zero_point"):
         content["config"]["scheme"].pop(key, None)
     content["config"]["data"].pop("calib_early", None)
     config = RunResult.model_validate_json(json.dumps(content)).config
-    assert (config.scheme.column_scale, config.scheme.zero_point, config.data.calib_early) == ("none", "whole", 0)
-    assert Scheme().column_scale == "auto"
-    assert DataConfig().calib_early > 0
+    assert (
+        config.scheme.weights.column_scale,
+        config.scheme.weights.zero_point_fraction,
+        config.data.calib_early_images,
+    ) == ("none", 0, 0)
+    assert Scheme().weights.column_scale == "auto"
+    assert DataConfig().calib_early_images > 0

@@ -89,14 +89,14 @@ def test_finished_cells_are_reused_and_are_those_of_single_runs(
     empty: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["quantize", "demo", "--method", "rtn", *SMALL, "-q"]) == 0
-    code, first = compared(capsys, "demo", "--methods", "rtn,rtn:clip=mse", *SMALL)
+    code, first = compared(capsys, "demo", "--methods", "rtn,rtn:clip=minmax", *SMALL)
     assert code == 0
     assert [cell["reused"] for cell in first["cells"]] == [True, False]
     before = {path: path.read_bytes() for path in (empty / "runs").glob("demo-*/*.json")}
     for cell in first["cells"]:  # each cell's own command finds the same folder, finished
         assert run([*cell["command"][1:], "--json", "-q"]) == 0
         assert json.loads(capsys.readouterr().out)["run_dir"] == cell["run_dir"]
-    _, again = compared(capsys, "demo", "--methods", "rtn,rtn:clip=mse", *SMALL)
+    _, again = compared(capsys, "demo", "--methods", "rtn,rtn:clip=minmax", *SMALL)
     assert [cell["reused"] for cell in again["cells"]] == [True, True]
     assert again["folder"] == first["folder"]
     assert {path: path.read_bytes() for path in (empty / "runs").glob("demo-*/*.json")} == before
@@ -106,12 +106,12 @@ def test_without_a_model_the_newest_run_says_what_to_compare(empty: Path, capsys
     scheme = ["--bits", "3", "--first-bits", "same", "--override", "conv_stem=5"]
     assert run(["quantize", "demo", "--method", "rtn", *scheme, *SMALL, "--seed", "3", "-q"]) == 0
     newest = read_result(next((empty / "runs").glob("demo-*"))).config
-    code, result = compared(capsys, "--methods", "rtn,rtn:clip=mse", "--eval-size", "32")
+    code, result = compared(capsys, "--methods", "rtn,rtn:clip=minmax", "--eval-size", "32")
     assert code == 0
     configs = [read_result(Path(cell["run_dir"])).config for cell in result["cells"]]
     assert configs[0] == newest.model_copy(update={"data": newest.data.model_copy(update={"eval_size": 32})})
-    assert configs[1].options == {"clip": "mse"}
-    assert [config.scheme.bits for config in configs] == [3, 3]
+    assert configs[1].options == {"clip": "minmax"}
+    assert [config.scheme.weights.bits for config in configs] == [3, 3]
 
 
 def test_a_flag_may_need_what_only_the_newest_run_has(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +119,7 @@ def test_a_flag_may_need_what_only_the_newest_run_has(empty: Path, capsys: pytes
     code, result = compared(capsys, "--methods", "rtn", "--override", ".*conv_dw=4/8", "--column-scale", "input")
     assert code == 0
     scheme = read_result(Path(result["cells"][0]["run_dir"])).config.scheme
-    assert (scheme.act_bits, scheme.column_scale) == (4, "input")
+    assert (scheme.act_bits, scheme.weights.column_scale) == (4, "input")
     assert scheme.overrides == {".*conv_dw": LayerScheme(bits=4, act_bits=8)}
 
 
@@ -173,7 +173,7 @@ def test_an_interrupt_leaves_finished_cells_usable(
             raise KeyboardInterrupt
         return plain(config, **more)
 
-    given = ["--methods", "rtn,rtn:clip=mse", *SMALL]
+    given = ["--methods", "rtn,rtn:clip=minmax", *SMALL]
     monkeypatch.setattr(pipeline, "run", interrupted)
     assert run(["compare", *given, "-q"]) == 130
     assert "finished cells are kept" in capsys.readouterr().err
@@ -339,13 +339,14 @@ CONFIGS = [
         model_kwargs={"act": "relu", "n": 3, "deep": {"a": [1, 2]}},
         method="rtn",
         options={"clip": "mse", "text": "3"},
-        scheme=Scheme(
+        scheme=Scheme.of(
             bits=3,
             first_bits=None,
             last_bits=5,
             granularity="tensor",
             symmetric=True,
-            bias="keep",
+            bias_correction="off",
+            act_bits=6,
             overrides={r"layer1\..*=x": LayerScheme(bits=2)},
         ),
         data=DataConfig(
@@ -355,7 +356,7 @@ CONFIGS = [
             calib_dir="c",
             calib_split="t",
             calib_size=3,
-            calib_rows=0,
+            calib_rows_per_input=0,
             eval_size=4,
             class_map="m.txt",
             batch_size=5,
@@ -363,7 +364,7 @@ CONFIGS = [
             img_size=64,
             crop_pct=0.9,
             mean=(0.5, 0.25, 1e-3),
-            std=(1.0, 2.0, 3.0),
+            std=(0.25, 0.5, 1.0),
             interpolation="bicubic",
             strict=True,
         ),
@@ -374,8 +375,8 @@ CONFIGS = [
     ),
     RunConfig(  # what the second cannot have: it is symmetric, and all of its activations are quantized
         model="demo",
-        scheme=Scheme(
-            zero_point="quarter", act_bits=4, act_mixed="macs", overrides={"a": LayerScheme(bits=5, act_bits=8)}
+        scheme=Scheme.of(
+            zero_point_fraction=2, act_bits=4, act_allocation="bitops", overrides={"a": LayerScheme(bits=5, act_bits=8)}
         ),
     ),
 ]
@@ -386,7 +387,7 @@ def test_a_cells_command_line_means_its_configuration(
     config: RunConfig, empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if config is CONFIGS[1]:  # fields that have come since, with whatever else they allow
-        config = _with_others(RunConfig, config, CONFIGS[0])
+        config = _with_others(RunConfig, config, RunConfig(model="demo", scheme=Scheme.of(act_bits=6)))
     seen: list[RunConfig] = []
 
     def fake(config: RunConfig, **more: Any) -> Any:
@@ -405,7 +406,7 @@ def _with_others(model: type[Any], full: Any, plain: Any) -> Any:
         value, default = getattr(full, name), getattr(plain, name)
         if isinstance(value, BaseModel):
             content[name] = _with_others(type(value), value, default)
-        elif value == default and name not in ("version", "zero_point", "act_mixed"):
+        elif value == default and name not in ("version", "zero_point_fraction", "allocation"):
             for other in (not default, 3, 0.5, 99.0, "x", *get_args(field.annotation)):
                 try:
                     changed = model.model_validate({**content, name: other})

@@ -143,7 +143,9 @@ def test_rtn_takes_the_range_that_clip_names(granularity: str) -> None:
         results[clip], _ = run(RoundToNearest, task, clip=clip, k=2.0)
         assert not task.posed  # needs no data
     weight = task.layers[0].weight
-    assert torch.equal(results["minmax"], minmax_grid(weight, 3, task.scheme.symmetric, granularity).round(weight))
+    assert torch.equal(
+        results["minmax"], minmax_grid(weight, 3, task.scheme.weights.symmetric, granularity).round(weight)
+    )
     errors = {clip: float((weight - result).square().sum()) for clip, result in results.items()}
     assert errors["mse"] < errors["sigma"]
     assert errors["mse"] < errors["minmax"]

@@ -53,7 +53,7 @@ class Sound:
             task.commit(layer.name, self.layer(task, layer))
 
     def layer(self, task: Any, layer: Any) -> QuantizedLayer:
-        grid = minmax_grid(layer.weight, layer.bits, task.scheme.symmetric, task.scheme.granularity)
+        grid = minmax_grid(layer.weight, layer.bits, task.scheme.weights.symmetric, task.scheme.weights.granularity)
         return QuantizedLayer(grid.pack(grid.codes(layer.weight)))
 
 
@@ -109,7 +109,7 @@ class UsesTwoBitsOfAll(Sound):
     """off by|exceeds that at 2"""
 
     def layer(self, task: Any, layer: Any) -> QuantizedLayer:
-        grid = minmax_grid(layer.weight, 2, task.scheme.symmetric, task.scheme.granularity)
+        grid = minmax_grid(layer.weight, 2, task.scheme.weights.symmetric, task.scheme.weights.granularity)
         wider = replace(grid, bits=layer.bits, zero=grid.zero + (2 ** (layer.bits - 1) - 2))
         return QuantizedLayer(wider.pack(grid.codes(layer.weight) + (2 ** (layer.bits - 1) - 2)))
 
@@ -134,7 +134,7 @@ class IsAlwaysAffine(Sound):
     """a zero point on a symmetric grid"""
 
     def layer(self, task: Any, layer: Any) -> QuantizedLayer:
-        grid = minmax_grid(layer.weight, layer.bits, False, task.scheme.granularity)
+        grid = minmax_grid(layer.weight, layer.bits, False, task.scheme.weights.granularity)
         return QuantizedLayer(grid.pack(grid.codes(layer.weight)))
 
 
@@ -142,7 +142,7 @@ class IsAlwaysPerChannel(Sound):
     """scales where the scheme wants one per tensor"""
 
     def layer(self, task: Any, layer: Any) -> QuantizedLayer:
-        grid = minmax_grid(layer.weight, layer.bits, task.scheme.symmetric, "channel")
+        grid = minmax_grid(layer.weight, layer.bits, task.scheme.weights.symmetric, "channel")
         return QuantizedLayer(grid.pack(grid.codes(layer.weight)))
 
 

@@ -216,6 +216,15 @@ def test_a_class_map_sets_the_labels(folder: Path, tmp_path: Path) -> None:
         assert images.class_names[2] == "ant"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("text", ["cat\ndog\nant\nbee\n", "ant 2\r\nbee 3\r\ncat 0\r\n"])
+def test_a_class_map_with_a_byte_order_mark_is_read(folder: Path, tmp_path: Path, encoding: str, text: str) -> None:
+    file = tmp_path / "map.txt"
+    file.write_bytes(text.encode(encoding))
+    images = evaluation(opened(4, data_dir=folder, calib_dir=write_images(tmp_path / "c", {"": 2}), class_map=file))
+    assert Counter(everything(images)[1].tolist()) == {2: 5, 3: 4, 0: 3}
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
@@ -239,7 +248,7 @@ def test_another_number_of_classes_than_the_networks_is_an_error_that_says_both(
     with pytest.raises(CoraqError, match=r"has 3 classes .*, the network has 10") as caught:
         opened(10, data_dir=folder)
     assert "--class-map" in caught.value.hint
-    assert "--num-classes" in caught.value.hint
+    assert "--num-classes" not in caught.value.hint  # it would replace the classifier by an untrained one
     calibration = opened(10, calib_dir=folder).calibration  # calibration alone needs no classes
     assert not calibration.labelled
     assert set(everything(calibration)[1].tolist()) == {-1}
@@ -249,8 +258,13 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     flat = write_images(tmp_path / "flat", {"": 6})
     sink = ListSink()
     images = opened(10, data_dir=flat, sink=sink)
-    assert not evaluation(images).labelled
-    assert set(everything(evaluation(images))[1].tolist()) == {-1}
+    assert images.evaluation is None  # all are calibrated on: accuracy could not be measured on any
+    assert images.calibration.count == 6
+    few = opened(10, data_dir=flat, calib_size=4, sink=sink)
+    assert few.calibration.count == 4
+    assert evaluation(few).count == 2
+    assert not evaluation(few).labelled
+    assert set(everything(evaluation(few))[1].tolist()) == {-1}
     assert any("no class folders" in event.message for event in sink.events if isinstance(event, Note))
 
 
@@ -285,7 +299,7 @@ def test_nested_and_linked_folders_do_not_overlap(tmp_path: Path) -> None:
         target = link / file.parent.name / f"{file.parent.parent.name}{file.name}"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(file)
-    for calib_dir in (None, tmp_path / "root", link):  # None: no "train" in root, so timm takes all of root
+    for calib_dir in (tmp_path / "root", link):
         sink = ListSink()
         images = opened(2, data_dir=tmp_path / "root", calib_dir=calib_dir, sink=sink)
         assert (images.calibration.count, evaluation(images).count) == (4, 6)
@@ -312,11 +326,11 @@ def test_no_data_gives_synthetic_calibration_and_no_evaluation() -> None:
 def test_wrong_folders_are_two_part_errors(folder: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    (empty / "x.webp").write_bytes(b"")
+    (empty / "x.heic").write_bytes(b"")
     for wrong, message, hint in [
         (folder.with_name("dota"), "does not exist", str(folder)),
         (folder.with_name("dota") / "deeper" / "still", "does not exist", str(folder)),
-        (empty, "holds no images", ".webp"),
+        (empty, "holds no images", ".heic"),
         (folder / "ant" / "0.jpg", "is a file", "folder"),
     ]:
         with pytest.raises(CoraqError, match=message) as caught:

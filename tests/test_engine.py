@@ -243,7 +243,7 @@ def coarse_task(images: int, **more: Any) -> CalibrationTask:
     network = timm.create_model("resnet10t", num_classes=10).eval()
     batches = list(random_images(images, 32).split(2))
     randomise_batchnorm(network, torch.Generator().manual_seed(0), batches[0])
-    return make_task(network, Scheme(bits=3), batches, found=fold(network, batches[0]), **more)
+    return make_task(network, Scheme.of(bits=3), batches, found=fold(network, batches[0]), **more)
 
 
 def test_a_resumed_pass_has_the_images_that_an_undisturbed_one_has() -> None:
@@ -269,7 +269,7 @@ def test_images_that_all_are_there_from_the_start_make_no_other_run() -> None:
     """A run's folder keeps its name where `calib_early` changes nothing."""
 
     def digest(size: int, early: int) -> str:
-        return RunConfig(model="demo", data=DataConfig(calib_size=size, calib_early=early)).digest()
+        return RunConfig(model="demo", data=DataConfig(calib_size=size, calib_early_images=early)).digest()
 
     assert digest(256, 256) == digest(256, 0) == digest(256, 1024)
     assert len({digest(1024, 0), digest(1024, 256), digest(1024, 512)}) == 3
@@ -551,7 +551,7 @@ def calibration_task(**arguments: Any) -> CalibrationTask:
     network = small_network()
     found = fold(network, random_images(2))
     batches = arguments.pop("batches", list(random_images(7, seed=1).split(3)))
-    return make_task(network, arguments.pop("scheme", Scheme(bits=3)), batches, found=found, **arguments)
+    return make_task(network, arguments.pop("scheme", Scheme.of(bits=3)), batches, found=found, **arguments)
 
 
 def rounded(task: CalibrationTask, layer: Any) -> QuantizedLayer:
@@ -586,7 +586,7 @@ def test_bias_correction_makes_every_mean_output_equal_the_float_network_s(task:
 
 
 def test_bias_correction_by_layer_makes_the_mean_that_of_float_weights_on_the_same_inputs() -> None:
-    task = calibration_task(scheme=Scheme(bits=3, bias="layer"))
+    task = calibration_task(scheme=Scheme.of(bits=3, bias_correction="layer"))
     batches = list(task.batches())
     for layer in task.layers:
         task.commit(layer.name, rounded(task, layer))
@@ -615,7 +615,7 @@ def test_the_gain_makes_every_channel_vary_as_in_the_float_network(task: Calibra
 
 
 def test_gain_keep_leaves_every_scale_alone() -> None:
-    task = calibration_task(scheme=Scheme(bits=3, gain="keep"))
+    task = calibration_task(scheme=Scheme.of(bits=3, scale_correction="off"))
     for layer in task.layers:
         own = rounded(task, layer)
         task.commit(layer.name, own)
@@ -624,7 +624,7 @@ def test_gain_keep_leaves_every_scale_alone() -> None:
 
 
 def test_bias_keep_leaves_every_bias_alone() -> None:
-    task = calibration_task(scheme=Scheme(bits=3, bias="keep"))
+    task = calibration_task(scheme=Scheme.of(bits=3, bias_correction="off"))
     for layer in task.layers:
         task.commit(layer.name, rounded(task, layer))
         committed = task.committed[layer.name][0].bias
@@ -642,7 +642,7 @@ def test_a_bias_that_the_method_gives_is_taken_as_it_is(task: CalibrationTask) -
 @pytest.mark.parametrize("bias", ["float", "layer", "keep"])
 def test_the_least_squares_error_is_the_true_output_error_of_every_kind_of_layer(bias: str) -> None:
     """`Σ δHδᵀ` against the convolution itself, in float64: grouped, depthwise, strided, "same"-padded, 1×1, Linear."""
-    task = calibration_task(scheme=Scheme(bits=3, bias=bias))
+    task = calibration_task(scheme=Scheme.of(bits=3, bias=bias))
     batches = list(task.batches())
     for layer in task.layers:
         squares = task.least_squares(layer.name, 0.0)
@@ -675,7 +675,7 @@ def test_a_transposed_gram_would_be_noticed() -> None:
 
 
 def test_the_float_target_is_the_weight_that_best_gives_the_float_outputs_on_the_student_s_inputs() -> None:
-    task = calibration_task(scheme=Scheme(bits=2), batches=list(random_images(64, seed=1).split(16)))
+    task = calibration_task(scheme=Scheme.of(bits=2), batches=list(random_images(64, seed=1).split(16)))
     batches = list(task.batches())
     checked = 0
     for layer in task.layers:
@@ -719,7 +719,7 @@ def test_an_input_that_hardly_varies_has_no_variance_rather_than_a_negative_one(
         network[0].bias.mul_(1000)  # type: ignore[union-attr,operator]
     batches = list(random_images(8, seed=1).split(4))
     for rows in (0, 1):
-        task = make_task(network, Scheme(bits=4), batches, found=fold(network, batches[0]), rows_per_input=rows)
+        task = make_task(network, Scheme.of(bits=4), batches, found=fold(network, batches[0]), rows_per_input=rows)
         for layer in task.layers:
             squares = task.least_squares(layer.name, 0.0)
             moments = task.stats(layer.name)._student.student
@@ -806,7 +806,7 @@ def test_a_wrong_shape_or_name_is_refused_with_the_layer_s_name(task: Calibratio
 
 
 def test_layers_are_views_of_the_folded_weights_with_their_own_bits() -> None:
-    scheme = Scheme(bits=3, last_bits=None, overrides={})
+    scheme = Scheme.of(bits=3, last_bits=None, overrides={})
     task = calibration_task(scheme=scheme)
     assert [layer.bits for layer in task.layers] == [8, 3, 3, 3, 3, 3, 3]
     kinds = {layer.name: layer.kind for layer in task.layers}

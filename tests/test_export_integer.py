@@ -192,7 +192,7 @@ def test_adapters_between_grids_become_int8_at_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["cast", "packed"])
 def test_column_scales_between_grids_become_int8_at_load(tmp_path: Path, form: Form) -> None:
     """And their codes stay as narrow as they are, with zero points between them."""
-    checkpoint = checkpoint_of(tmp_path, 2, column_scale="channel", zero_point="quarter")
+    checkpoint = checkpoint_of(tmp_path, 2, column_scale="channel", zero_point_fraction=2)
     observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND))
     export = build_onnx(checkpoint, form)
     found = check(checkpoint, export)
@@ -238,7 +238,7 @@ def test_a_dead_channels_scale_is_raised_until_its_bias_fits() -> None:
 
 def test_a_convolution_before_a_silu_gets_the_grid_that_it_needs(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path)
-    scheme = checkpoint.info.scheme.model_copy(update={"act_bits": 8, "act_placement": "integer"})
+    scheme = checkpoint.info.scheme.replace(act_bits=8, act_placement="integer")
     checkpoint = dataclasses.replace(checkpoint, info=checkpoint.info.model_copy(update={"scheme": scheme}))
     observe(checkpoint.module, ("stem", "grouped", "pointwise", "dense", *BEHIND))  # `depthwise` goes into a SiLU
     bare = check(checkpoint, build_onnx(checkpoint))
@@ -252,7 +252,7 @@ def test_a_convolution_before_a_silu_gets_the_grid_that_it_needs(tmp_path: Path)
 
 def test_a_silu_between_grids_is_computed_on_codes(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path)
-    scheme = checkpoint.info.scheme.model_copy(update={"act_bits": 8, "act_placement": "integer"})
+    scheme = checkpoint.info.scheme.replace(act_bits=8, act_placement="integer")
     checkpoint = dataclasses.replace(checkpoint, info=checkpoint.info.model_copy(update={"scheme": scheme}))
     observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND))
     export = build_onnx(checkpoint)
@@ -400,7 +400,7 @@ def test_linear_layers_within_blocks_run_on_integer_kernels_and_put_out_float(tm
     """ConvNeXt's: LayerNorm, Linear, GELU, Linear. The runtime's product of codes is exact, so no grid is needed."""
     torch.manual_seed(0)
     network = timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 16, 24), num_classes=10).eval()
-    scheme = Scheme(bits=4, symmetric=symmetric, act_bits=8, act_placement="integer")
+    scheme = Scheme.of(bits=4, symmetric=symmetric, act_bits=8, act_placement="integer")
     found = exported(tmp_path / "model.safetensors", network, scheme)
     assert found.failures == []
     assert found.codes_exact
@@ -420,7 +420,7 @@ def test_every_convolution_of_awkward_networks_runs_on_integer_kernels(
 ) -> None:
     torch.manual_seed(0)
     network = timm.create_model(name, num_classes=10).eval()
-    scheme = Scheme(bits=4, act_bits=8, act_placement="integer")
+    scheme = Scheme.of(bits=4, act_bits=8, act_placement="integer")
     found = exported(tmp_path / "model.safetensors", network, scheme)
     assert found.failures == []
     assert found.codes_exact

@@ -43,11 +43,11 @@ def checkpoint_of(
         "bits": bits,
         "symmetric": symmetric,
         "bias": "keep",
-        "zero_point": "whole",
+        "zero_point_fraction": 0,
         "column_scale": "none",
         **scheme_,
     }
-    scheme = Scheme(first_bits=8, last_bits=5, **scheme_)
+    scheme = Scheme.of(first_bits=8, last_bits=5, **scheme_)
     network = small_network(awkward=awkward)
     coraq.quantize(network, "rtn", data=random_images(8), scheme=scheme, path=path)
     return load_checkpoint(path)

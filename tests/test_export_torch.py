@@ -36,7 +36,7 @@ def test_a_pt2_file_unpacks_its_codes_to_the_checkpoints_outputs(tmp_path: Path,
 
 
 def test_a_pt2_file_holds_zero_points_between_codes(tmp_path: Path) -> None:
-    checkpoint = checkpoint_of(tmp_path, 2, zero_point="eighth")
+    checkpoint = checkpoint_of(tmp_path, 2, zero_point_fraction=3)
     result = export_checkpoint(checkpoint, Request(format="pt2"), tensor_images(random_images(8)))
     assert result.verified
     assert result.label == "2- to 8-bit on disk, float in memory"

@@ -191,9 +191,9 @@ def test_zero_points_lie_between_codes_at_two_bits_unless_told_otherwise() -> No
     """Two bits and quarters are the 4 bits that a code has in other tools' files at the least."""
     assert [Scheme().fraction(bits) for bits in range(2, 9)] == [2, 0, 0, 0, 0, 0, 0]
     assert {Scheme().fraction(bits, searched=False) for bits in range(2, 9)} == {0}
-    assert Scheme(zero_point="half").fraction(2, searched=False) == 1
-    assert {Scheme(symmetric=True).fraction(bits) for bits in range(2, 9)} == {0}
-    assert [Scheme(zero_point="eighth").fraction(bits) for bits in range(2, 9)] == [3, 3, 3, 3, 2, 1, 0]
+    assert Scheme.of(zero_point_fraction=1).fraction(2, searched=False) == 1
+    assert {Scheme.of(symmetric=True).fraction(bits) for bits in range(2, 9)} == {0}
+    assert [Scheme.of(zero_point_fraction=3).fraction(bits) for bits in range(2, 9)] == [3, 3, 3, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("make", [minmax_grid, sigma_grid])

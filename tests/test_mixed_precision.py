@@ -30,7 +30,7 @@ BATCHES = list(random_images(96, seed=1).split(32))
 
 
 def task(**arguments: Any) -> CalibrationTask:
-    return make_task(small_network(), arguments.pop("scheme", Scheme(bits=3)), BATCHES, **arguments)
+    return make_task(small_network(), arguments.pop("scheme", Scheme.of(bits=3)), BATCHES, **arguments)
 
 
 def run(one: CalibrationTask, method: Any, **options: Any) -> dict[str, QuantizedLayer]:
@@ -64,7 +64,7 @@ def test_a_method_that_works_block_by_block_is_a_base() -> None:
     bits = {name: layer.weight.bits for name, layer in layers.items()}
     assert len(set(bits.values())) > 1
     overrides = {name.replace(".", "[.]"): LayerScheme(bits=own) for name, own in bits.items()}
-    alone = run(task(scheme=Scheme(bits=3, overrides=overrides)), "brecq")
+    alone = run(task(scheme=Scheme.of(bits=3, overrides=overrides)), "brecq")
     last = list(layers)[-1]  # its zero point lies at a code
     for name, layer in layers.items():
         assert torch.equal(layer.weight.codes, alone[name].weight.codes) or name == last, name
@@ -111,7 +111,7 @@ def test_shares_of_bits_come_from_what_the_base_leaves_but_where_rows_are_few(mo
     views = {view.name: view for view in one.all_layers}
     for name in ("hidden", "head"):  # behind the mean over an image
         weight = views[name].weight
-        nearest = weight - mse_grid(weight, 8, one.scheme.symmetric).round(weight)
+        nearest = weight - mse_grid(weight, 8, one.scheme.weights.symmetric).round(weight)
         assert torch.equal(seen[name], nearest), name
     dense = float(seen["dense"].square().sum())
     assert dense == pytest.approx(float((views["dense"].weight - alone["dense"].dequantize()).square().sum()), rel=0.5)
@@ -139,7 +139,7 @@ def test_a_classifier_that_a_plan_gives_two_bits_keeps_its_zero_point_at_a_code(
     last_bits: int, zero_point: Any, fraction: int
 ) -> None:
     """Unless the user says where it lies; a classifier that has two bits anyway is the base's."""
-    one = task(scheme=Scheme(bits=2, last_bits=last_bits, zero_point=zero_point))
+    one = task(scheme=Scheme.of(bits=2, last_bits=last_bits, zero_point=zero_point))
     last = one.layers[-1].name
     one.commits.decide_once("bits of layers", lambda: {layer.name: 2 for layer in one.layers})
     found = {name: layer.weight.fraction for name, layer in run(one, Mixed).items()}

@@ -149,7 +149,9 @@ class Judged(CalibrationTask):
         nearest = self.quantize_with(name, "rtn", bits=layer.weight.bits)
         if self.own_grid:
             bits, scheme = layer.weight.bits, self.scheme
-            grid = minmax_grid(squares.weight, bits, scheme.symmetric, fraction=scheme.fraction(bits, searched=False))
+            grid = minmax_grid(
+                squares.weight, bits, scheme.weights.symmetric, fraction=scheme.fraction(bits, searched=False)
+            )
             nearest = QuantizedLayer(grid.pack(grid.codes(squares.weight)))
         errors = [float(squares.error(one.dequantize()).sum()) for one in (layer, nearest)]
         scale = float(squares.energy())
@@ -179,7 +181,7 @@ def assert_finite(task: CalibrationTask) -> None:
 @pytest.mark.parametrize("case", NETWORKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_awkward_networks_give_finite_layers(method: str, case: str) -> None:
-    task, worse = judged(method, network(NETWORKS[case]), IMAGES["six"], Scheme(bits=2, zero_point="whole"))
+    task, worse = judged(method, network(NETWORKS[case]), IMAGES["six"], Scheme.of(bits=2, zero_point_fraction=0))
     assert_finite(task)
     if method in LAYERWISE:
         assert not worse, worse
@@ -188,7 +190,7 @@ def test_awkward_networks_give_finite_layers(method: str, case: str) -> None:
 @pytest.mark.parametrize("case", NETWORKS)
 def test_awkward_networks_take_zero_points_between_codes(case: str) -> None:
     """Judged by the shrunk Gram, which comq goes by."""
-    task, worse = judged("comq", network(NETWORKS[case]), IMAGES["six"], Scheme(bits=2), shrinkage=1.0)
+    task, worse = judged("comq", network(NETWORKS[case]), IMAGES["six"], Scheme.of(bits=2), shrinkage=1.0)
     assert_finite(task)
     assert not worse, worse
 
@@ -196,7 +198,7 @@ def test_awkward_networks_take_zero_points_between_codes(case: str) -> None:
 @pytest.mark.parametrize("case", [name for name in IMAGES if name != "six"])
 @pytest.mark.parametrize("method", METHODS)
 def test_awkward_images_give_finite_layers(method: str, case: str) -> None:
-    task, worse = judged(method, small_network(), IMAGES[case], Scheme(bits=3, symmetric=True))
+    task, worse = judged(method, small_network(), IMAGES[case], Scheme.of(bits=3, symmetric=True))
     assert_finite(task)
     if method in LAYERWISE:
         assert not worse, worse
@@ -205,7 +207,7 @@ def test_awkward_images_give_finite_layers(method: str, case: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_channels_of_size_one_are_quantized(method: str) -> None:
     torch.manual_seed(0)
-    task, worse = judged(method, Thin().eval(), IMAGES["six"], Scheme(bits=2, first_bits=None, last_bits=None))
+    task, worse = judged(method, Thin().eval(), IMAGES["six"], Scheme.of(bits=2, first_bits=None, last_bits=None))
     assert_finite(task)
     if method in LAYERWISE:
         assert not worse, worse
@@ -214,7 +216,7 @@ def test_channels_of_size_one_are_quantized(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_activation_grids_stay_finite_on_dead_and_constant_tensors(method: str) -> None:
     model = network(lambda net: (zero_and_constant_channels(net), dead(net))[0])
-    task, _ = judged(method, model, IMAGES["six"], Scheme(bits=4, act_bits=2, act_placement="integer"))
+    task, _ = judged(method, model, IMAGES["six"], Scheme.of(bits=4, act_bits=2, act_placement="integer"))
     assert_finite(task)
     assert all(record.scale > 0 for record in task.activations.values())
 

@@ -24,7 +24,7 @@ def demo(**more: Any) -> RunConfig:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
 def test_a_dry_run_s_estimate_is_the_size_of_what_is_written(symmetric: bool, granularity: str, tmp_path: Path) -> None:
-    scheme = Scheme(bits=3, symmetric=symmetric, granularity=granularity)  # type: ignore[arg-type]
+    scheme = Scheme.of(bits=3, symmetric=symmetric, granularity=granularity)  # type: ignore[arg-type]
     plan = pipeline.plan(demo(scheme=scheme), runs_dir=tmp_path)
     result = pipeline.run(demo(scheme=scheme), runs_dir=tmp_path)
     assert plan.run_dir == result.run_dir

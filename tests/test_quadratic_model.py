@@ -44,7 +44,7 @@ def unit() -> BlockData:
     """The chain, its first weight off by a known amount."""
     model = Head().eval()
     batches = list(random_images(48, 8, seed=3).split(16))
-    task = make_task(model, Scheme(bits=3), batches, found=fold(model, random_images(2, 8)))
+    task = make_task(model, Scheme.of(bits=3), batches, found=fold(model, random_images(2, 8)))
     blocks = {block.module: block for block in task.partition("block", "chain")}
     data = task.block_io(blocks["chain"])
     torch.manual_seed(5)

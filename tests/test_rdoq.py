@@ -27,7 +27,7 @@ BATCHES = list(random_images(96, seed=1).split(32))
 
 
 def task(**arguments: Any) -> CalibrationTask:
-    return make_task(small_network(), arguments.pop("scheme", Scheme(bits=3)), BATCHES, **arguments)
+    return make_task(small_network(), arguments.pop("scheme", Scheme.of(bits=3)), BATCHES, **arguments)
 
 
 def bits_of(one: CalibrationTask) -> float:
@@ -56,7 +56,7 @@ def test_more_bytes_lose_less() -> None:
 
 
 def test_at_equal_bytes_less_is_lost_than_by_any_fixed_width() -> None:
-    base = run_method(task(scheme=Scheme(bits=3, first_bits=None, last_bits=None)), registry.load("comq"))
+    base = run_method(task(scheme=Scheme.of(bits=3)), registry.load("comq"))
     one = run_method(task(), RDOQ, {"bits_per_weight": bits_of(base)})
     assert bits_of(one) <= bits_of(base)
     assert error_of(one) < 0.6 * error_of(base)

@@ -45,7 +45,7 @@ class NAME_CLASS:
     def quantize(self, task) -> None:
         for layer in task.layers:
             weight = layer.weight * self.config.shrink
-            grid = minmax_grid(weight, layer.bits, task.scheme.symmetric, task.scheme.granularity)
+            grid = minmax_grid(weight, layer.bits, task.scheme.weights.symmetric, task.scheme.weights.granularity)
             task.commit(layer.name, QuantizedLayer(grid.pack(grid.codes(layer.weight))))
 
 METHODS = [NAME_CLASS]

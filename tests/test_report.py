@@ -78,7 +78,7 @@ def run_result(**changes: Any) -> RunResult:
         "seed": 7,
         "config": RunConfig(
             model="resnet18",
-            scheme=Scheme(bits=4, overrides={"a|b": LayerScheme(bits=3)}),
+            scheme=Scheme.of(bits=4, overrides={"a|b": LayerScheme(bits=3)}),
             data=DataConfig(calib_size=64),
         ),
         "method": "comq",

@@ -38,7 +38,7 @@ def found(result: RunResult) -> dict[str, Any]:
 
 def configs(base: RunConfig = DEMO) -> list[RunConfig]:
     return [
-        base.model_copy(update={"method": method, "scheme": Scheme(bits=bits), "seed": seed})
+        base.model_copy(update={"method": method, "scheme": Scheme.of(bits=bits), "seed": seed})
         for method, bits, seed in (("rtn", 4, 0), ("comq", 3, 0), ("rtn", 4, 1))
     ]
 

@@ -55,8 +55,8 @@ def test_a_method_that_asks_for_what_its_scope_lacks_is_told_both() -> None:
 
 def test_a_layer_method_is_a_pure_function_of_its_problem() -> None:
     """The codes of a run are those of `quantize_layer` on the problems that a task poses, asked twice."""
-    done = run_method(make_task(small_network(), Scheme(bits=3), [random_images(16)]), COMQ)
-    task, method = make_task(small_network(), Scheme(bits=3), [random_images(16)]), COMQ(COMQ.Config())
+    done = run_method(make_task(small_network(), Scheme.of(bits=3), [random_images(16)]), COMQ)
+    task, method = make_task(small_network(), Scheme.of(bits=3), [random_images(16)]), COMQ(COMQ.Config())
     for layer in task.layers:
         problem = task.problem(layer.name)
         first, second = (problem.restore(method.quantize_layer(problem)) for _ in range(2))
@@ -83,10 +83,10 @@ class Doubled(LayerMethod):
 
 
 def test_column_scales_are_applied_for_a_layer_method() -> None:
-    scheme = Scheme(bits=3, column_scale="channel")
+    scheme = Scheme.of(bits=3, column_scale="channel")
     layers = run_method(make_task(small_network(), scheme, [random_images(16)]), Doubled).quantized
     assert layers["dense"].weight.columns is not None
-    whole = run_method(make_task(small_network(), Scheme(bits=3), [random_images(16)]), Doubled).quantized
+    whole = run_method(make_task(small_network(), Scheme.of(bits=3), [random_images(16)]), Doubled).quantized
     assert not torch.equal(layers["dense"].weight.codes, whole["dense"].weight.codes)
 
 

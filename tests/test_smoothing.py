@@ -29,7 +29,7 @@ from coraq.methods.rtn import RoundToNearest
 from coraq.network.fold import fold
 from coraq.testing.networks import random_images, small_network
 
-W4A4 = Scheme(bits=4, act_bits=4, column_scale="input")
+W4A4 = Scheme.of(bits=4, act_bits=4, column_scale="input")
 
 
 def uneven(channels: int = 6, count: int = 4000, signed: bool = False) -> Tensor:
@@ -132,7 +132,7 @@ def stretched() -> nn.Module:
 
 
 def quantized(method: str, kind: str, path: Path | None = None, model: nn.Module | None = None, **more: Any) -> Any:
-    scheme = Scheme(bits=4, act_bits=4, column_scale=kind, **more)  # type: ignore[arg-type]
+    scheme = Scheme.of(bits=4, act_bits=4, column_scale=kind, **more)  # type: ignore[arg-type]
     return coraq.quantize(model or small_network(), method, data=random_images(32), scheme=scheme, path=path)
 
 
@@ -248,7 +248,7 @@ def test_other_scales_than_the_input_s_are_refused(monkeypatch: pytest.MonkeyPat
 )
 def test_there_must_be_inputs_to_scale(given: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValueError, match=f"{fault}\n.*column scales of inputs need --act-bits"):
-        Scheme(column_scale="input", **given)
+        Scheme.of(column_scale="input", **given)
 
 
 def test_a_record_without_its_column_scales_is_refused(tmp_path: Path) -> None:

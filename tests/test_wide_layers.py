@@ -95,7 +95,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("narrow")
 def test_the_engine_s_blocks_are_the_diagonal_blocks_of_the_whole_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = calibration_task(scheme=Scheme(bits=3))
+    task = calibration_task(scheme=Scheme.of(bits=3))
     divided = 0
     for layer in task.layers:
         squares = task.least_squares(layer.name, 0.0)
@@ -107,7 +107,7 @@ def test_the_engine_s_blocks_are_the_diagonal_blocks_of_the_whole_problem(monkey
         if squares.blocks > 1:
             divided += 1
             monkeypatch.setattr(sampling, "GRAM_ENTRIES", 2**26)
-            whole = calibration_task(scheme=Scheme(bits=3))
+            whole = calibration_task(scheme=Scheme.of(bits=3))
             for name, (committed, _) in task.committed.items():
                 whole.commit(name, committed)
             reference = whole.least_squares(layer.name, 0.0)
@@ -125,7 +125,7 @@ def test_the_engine_s_blocks_are_the_diagonal_blocks_of_the_whole_problem(monkey
 @pytest.mark.parametrize("name", ["comq", "gptq", "npot", "rtn"])
 def test_every_method_works_on_wide_layers_and_the_run_says_so(name: str) -> None:
     sink = ListSink()
-    task = calibration_task(scheme=Scheme(bits=3), sink=sink)
+    task = calibration_task(scheme=Scheme.of(bits=3), sink=sink)
     method: type[Quantizer] = load(name)
     method(method.Config()).quantize(task)
     task.finish(name)
@@ -165,12 +165,12 @@ def test_comq_on_blocks_is_never_worse_than_nearest_rounding_by_the_whole_gram()
         baseline = QuantizedLayer(grid.pack(grid.codes(layer.weight)))
         true = LeastSquares(layer.weight, whole)
         limit = true.error(baseline.dequantize())
-        kept, metrics = run(COMQ, OneLayerTask(squares, Scheme(bits=3)))
+        kept, metrics = run(COMQ, OneLayerTask(squares, Scheme.of(bits=3)))
         assert bool((true.error(kept) <= limit * (1 + 1e-4)).all()), seed
         assert metrics["error"] <= metrics["rtn_error"]
         energy = true.error(torch.zeros_like(layer.weight)).sum()
         assert metrics["error"] == pytest.approx(float(true.error(kept).sum() / energy), rel=1e-3)
-        blind, _ = run(COMQ, OneLayerTask(replace(squares, rows=None), Scheme(bits=3)))
+        blind, _ = run(COMQ, OneLayerTask(replace(squares, rows=None), Scheme.of(bits=3)))
         worse_without_rows += bool((true.error(blind) > limit * 1.01).any())
     assert worse_without_rows > 5  # or the rows would not be needed
 
@@ -179,7 +179,7 @@ def test_comq_on_blocks_is_never_worse_than_nearest_rounding_by_the_whole_gram()
 def test_a_spilled_wide_layer_gives_the_same_bits(tmp_path: Path) -> None:
     results = []
     for bound in (None, 1 << 12):
-        task = calibration_task(scheme=Scheme(bits=3), memory_bytes=bound, folder=tmp_path)
+        task = calibration_task(scheme=Scheme.of(bits=3), memory_bytes=bound, folder=tmp_path)
         COMQ(COMQ.Config()).quantize(task)
         task.finish("comq")
         results.append({name: layer.dequantize() for name, layer in task.quantized.items()})

@@ -93,14 +93,15 @@ def tried_grids(values: Tensor, scheme: Scheme, factors: Tensor | None) -> dict[
     Args:
         factors: its input scales, in a shape that spreads over it, if it has any where its bits are few.
     """
-    assert scheme.act_bits is not None
+    activations = scheme.activations
+    assert activations is not None
     grids = {}
-    for bits in range(max(MIN_BITS, scheme.act_bits - WIDER), min(MAX_BITS, scheme.act_bits + WIDER) + 1):
+    for bits in range(max(MIN_BITS, activations.bits - WIDER), min(MAX_BITS, activations.bits + WIDER) + 1):
         own = factors if scheme.scales_inputs(bits) else None
         scaled = (values if own is None else values * own.reshape(-1, 1)).reshape(-1)
         few = scaled[:: -(-len(scaled) // GRID_SAMPLE)].cpu()
         low, high = min(0.0, float(scaled.min())), max(0.0, float(scaled.max()))
-        grid = activation_grid(few, low, high, bits, scheme.act_range, scheme.act_percentile)
+        grid = activation_grid(few, low, high, bits, activations.range, activations.percentile)
         grids[bits] = replace(grid, factors=own)
     return grids
 

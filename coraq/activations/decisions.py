@@ -89,6 +89,8 @@ class InputDecisions:
         self, points: Sequence[QuantizationPoint], samples: Mapping[str, Tensor], columns: Mapping[str, Tensor]
     ) -> dict[str, int]:
         """The bits of each of these points, `act_bits` on average."""
+        activations = self.scheme.activations
+        assert activations is not None
         grids: dict[str, dict[int, ActivationGrid]] = {}
         for point in points:
             self.report(f"grids of {point.name}")
@@ -101,7 +103,7 @@ class InputDecisions:
             self.teacher,
             grids,
             {point.name: point.readers for point in points},
-            {"values": [values], "macs": [macs], "both": [values, macs]}[self.scheme.act_mixed],
+            {"memory": [values], "bitops": [macs], "both": [values, macs]}[activations.allocation],
             points[0].bits,
             image_subset(self.batches, FISHER_IMAGES),
             torch.Generator().manual_seed(self.seed),

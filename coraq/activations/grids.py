@@ -128,7 +128,9 @@ class ActivationGrids:
         sample = RangeSample(count, self._factors.get(point.name))
         for x in inputs:
             sample.add(x)
-        return sample.grid(point.bits, self._scheme.act_range, self._scheme.act_percentile)
+        scheme = self._scheme.activations
+        assert scheme is not None  # or there would be no point
+        return sample.grid(point.bits, scheme.range, scheme.percentile)
 
     def _at(self, stop: str) -> QuantizationPoint | None:
         for point in self.points:

@@ -69,7 +69,7 @@ def find_quantization_points(
     Raises:
         CoraqError: activations are to be quantized, and no forward pass was watched.
     """
-    if scheme.act_bits is None:
+    if scheme.activations is None:
         return [], []
     if flow is None:
         raise CoraqError("the network's dataflow was not watched", "Take the Trace from coraq.network.fold.fold.")
@@ -79,7 +79,7 @@ def find_quantization_points(
 class _Finder:
     def __init__(self, model: nn.Module, order: Sequence[str], flow: Dataflow, scheme: Scheme) -> None:
         self.model, self.order, self.flow, self.scheme = model, list(order), flow, scheme
-        self.integer = scheme.act_placement == "integer"
+        self.integer = scheme.activations is not None and scheme.activations.placement == "integer"
         self.bits = {name: own.act_bits for name, own in scheme.resolve(self.order).items()}
         self.calls = {name: flow.calls_of(name) for name in self.order}
         self.made_by = {tensor: op for op in flow.ops for tensor in op.outputs}

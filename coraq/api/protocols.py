@@ -75,6 +75,10 @@ class MethodConfig(Frozen):
         """
         return None
 
+    def edge_bits(self) -> int | None:
+        """Bits of the first and last layer where the user says none; None: as all others. Papers keep 8."""
+        return 8 if getattr(self, "preset", None) == "paper" else None
+
     def bases(self) -> Sequence[Base]:
         """Other methods that these options use; their versions and options are part of the run's identity."""
         return ()

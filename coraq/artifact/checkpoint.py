@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from coraq.artifact.files import write_atomic
 from coraq.config import Frozen, Scheme
 from coraq.core.tensors import Coding, QTensor, QuantizedLayer
 from coraq.errors import CoraqError
+from coraq.migration import upgrade_checkpoint
 from coraq.network.fold import Structure, restructure
 from coraq.network.layers import install
 from coraq.network.load import SPARE_TENSORS, SPARE_VALUES, Size, build, check_finite, refuse_pickle
@@ -31,7 +32,7 @@ from coraq.network.load import SPARE_TENSORS, SPARE_VALUES, Size, build, check_f
 class CheckpointInfo(Frozen):
     """What the metadata says: enough to rebuild the network and to know how it was made."""
 
-    format_version: Literal[1, 2] = Field(default=1, description="2: some layers are entropy-coded")
+    format_version: Literal[2, 3] = Field(default=2, description="3: some layers are entropy-coded")
     architecture: str = Field(description="timm's function name")
     model_args: dict[str, Any] = Field(default_factory=dict, description="go with it to timm.create_model")
     pretrained_cfg: dict[str, Any] = Field(default_factory=dict, description="timm's data configuration and labels")
@@ -45,6 +46,11 @@ class CheckpointInfo(Frozen):
     provenance: dict[str, Any] = Field(
         default_factory=dict, description="command, versions, method, options, seed, data"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, content: Any) -> Any:
+        return upgrade_checkpoint(content)
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ def _content(
             tensors[key] = value.detach().cpu().contiguous()
     tensors = {key: _rest(key, value, float_dtype) for key, value in tensors.items()}
     coded = any(record.coding != "packed" for record in records.values())
-    text = info.model_copy(update={"layers": records, "format_version": 2 if coded else 1}).model_dump_json()
+    text = info.model_copy(update={"layers": records, "format_version": 3 if coded else 2}).model_dump_json()
     return serialise(tensors, {"coraq": text, "sha256": content_digest(tensors, text)})
 
 

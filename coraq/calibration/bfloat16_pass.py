@@ -33,7 +33,7 @@ def resolve_precision(asked: Literal["auto", "float32", "bfloat16"], scheme: Sch
     """
     if asked != "auto":
         return asked
-    coarse = scheme.bits <= COARSE and scheme.act_bits is None
+    coarse = scheme.weights.bits <= COARSE and scheme.act_bits is None
     return "bfloat16" if coarse and device.type == "cpu" and multiplies_bfloat16(device) else "float32"
 
 

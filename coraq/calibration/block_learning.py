@@ -18,6 +18,7 @@ from torch.nn.functional import mse_loss
 from coraq.calibration.block_options import BlockSolverConfig, Precision
 from coraq.calibration.block_state import BlockState
 from coraq.core.bfloat16 import multiplies_bfloat16
+from coraq.core.draws import uniform_like
 from coraq.core.soft_rounding import beta_at, squared_error
 
 TRAVEL = 20.0  # learning rate times steps, as published
@@ -113,10 +114,10 @@ class RoundingLearner:
     def step(self, adam: torch.optim.Optimizer, weights: bool, beta: float | None, weigh: Tensor | None) -> float:
         """One step on a fresh batch, with the regulariser if `beta` is given; returns the loss without it."""
         config, data = self.config, self.state.data
-        rows = torch.randperm(self.learned_on, generator=self.rng)[: self.batch]
+        rows = torch.randperm(self.learned_on, generator=self.rng)[: self.batch].to(data.student_input.device)
         x, wanted = data.student_input[rows], data.teacher_output[rows]
         if config.drop:
-            keep = torch.empty_like(x).uniform_(generator=self.rng) < config.drop
+            keep = uniform_like(x, self.rng) < config.drop
             x = torch.where(keep, data.teacher_input[rows], x)
         half = uses_bfloat16(config.precision, x.device)
         x = x.to(torch.bfloat16) if half else x  # or what is added to it would be made float32 again

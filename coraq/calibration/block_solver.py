@@ -87,7 +87,7 @@ class BlockSolver:
         base = self._nearest() if config.initial_codes == "nearest" else self._from_method()
         for view in self.views:
             grid, codes, bias = base[view.name]
-            learned = self.task.scheme.bias != "keep" and config.bias_lr > 0
+            learned = self.task.scheme.corrections.bias != "off" and config.bias_lr > 0
             self.state.layers[view.name] = LayerState(
                 view,
                 SoftRounding(view.weight, grid, codes, config.trust),
@@ -110,7 +110,7 @@ class BlockSolver:
         Each is tried at several dampings, and stays if it lowers the error on the images that judge.
         """
         config, data, taken = self.config, self.data, 0
-        centred = self.task.scheme.bias != "keep"
+        centred = self.task.scheme.corrections.bias != "off"
         for number in range(config.rounds):
             moves, error = self._search_steps(error)
             taken += moves
@@ -165,7 +165,7 @@ class BlockSolver:
             grid = view.grid_spec(scheme).mse(divided(view.weight, columns), NORM)
             grid = replace(grid, columns=columns)
             codes, bias = grid.codes(view.weight), _bias_of(view)
-            if scheme.bias != "keep":
+            if scheme.corrections.bias != "off":
                 rest = (view.weight - grid.values(codes)).double()
                 bias += torch.einsum("goi,gi->go", rest, moments[view.name].mean).reshape(-1).float()
             found[view.name] = grid, codes, bias
@@ -187,7 +187,7 @@ class BlockSolver:
 
     def _result(self) -> dict[str, QuantizedLayer]:
         # biases that were not learned are set as the scheme says, and the scales with them, behind the layers before
-        given = self.task.scheme.bias != "keep" and self.config.bias_lr > 0
+        given = self.task.scheme.corrections.bias != "off" and self.config.bias_lr > 0
         inputs = {reader: self.state.grids[point.name] for point in self.data.points for reader in point.readers}
         layers = {}
         for name, (codes, bias) in self.state.final.items():

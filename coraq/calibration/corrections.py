@@ -37,7 +37,7 @@ def apply_corrections(layer_pass: LayerPass, scheme: Scheme, view: LayerView, la
         layer, outputs = correct_scale(layer, view, layer_pass.stats(view.name))
     layer = replace(layer, weight=layer.weight.with_stored_scale())
     if layer.bias is None:
-        corrected = known and scheme.bias != "keep"
+        corrected = known and scheme.corrections.bias != "off"
         bias = correct_bias(layer, view, layer_pass.stats(view.name), scheme) if corrected else view.bias
         layer = replace(layer, bias=bias)
     check_finite(view.name, layer.weight.scale, *(() if layer.bias is None else (layer.bias,)))
@@ -51,7 +51,9 @@ def apply_corrections(layer_pass: LayerPass, scheme: Scheme, view: LayerView, la
 
 
 def _has_scale_correction(scheme: Scheme, layer: QuantizedLayer) -> bool:
-    return scheme.gain != "keep" and scheme.granularity != "tensor" and layer.weight.scale.numel() > 1
+    return (
+        scheme.corrections.scale != "off" and scheme.weights.granularity != "tensor" and layer.weight.scale.numel() > 1
+    )
 
 
 def correct_scale(layer: QuantizedLayer, view: LayerView, stats: LayerStats) -> Corrected:
@@ -73,7 +75,7 @@ def correct_bias(layer: QuantizedLayer, view: LayerView, stats: LayerStats, sche
     """The bias, float32 [groups · out], that makes the layer's mean output what the scheme says."""
     weight, effective = view.weight.double(), layer.dequantize().double()
     mean = stats.mean
-    wanted = stats.teacher_mean if scheme.bias == "float" else mean
+    wanted = stats.teacher_mean if scheme.corrections.bias == "network" else mean
     shift = torch.einsum("goi,gi->go", weight, wanted) - torch.einsum("goi,gi->go", effective, mean)
     bias = shift.reshape(-1) if view.bias is None else view.bias.double() + shift.reshape(-1)
     return bias.float()

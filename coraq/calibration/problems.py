@@ -40,7 +40,7 @@ def least_squares(layer_pass: LayerPass, scheme: Scheme, name: str, correction: 
     """
     stats = layer_pass.stats(name)
     if correction not in stats.posed:
-        stats.posed[correction] = _pose(layer_pass.views[name], stats, scheme.bias != "keep", correction)
+        stats.posed[correction] = _pose(layer_pass.views[name], stats, scheme.corrections.bias != "off", correction)
     return stats.posed[correction]
 
 

@@ -105,7 +105,7 @@ class Spill:
                 slot = _Slot(StorageWeakRef(storage), self._room(size), size)
                 try:
                     self._file.seek(slot.offset)
-                    _write(self._file, memoryview(_bytes_of(storage)).cast("B"))
+                    _write(self._file, memoryview(_bytes_of(storage.cpu())).cast("B"))
                 except OSError as error:
                     raise _no_spill(self._folder, error) from error
                 self._slots[key] = slot
@@ -127,7 +127,12 @@ class Spill:
                 storage = _storage_of(slot)
                 storage.resize_(slot.size)
                 self._file.seek(slot.offset)
-                _read(self._file, memoryview(_bytes_of(storage)).cast("B"))
+                if storage.device.type == "cpu":
+                    _read(self._file, memoryview(_bytes_of(storage)).cast("B"))
+                else:
+                    host = torch.UntypedStorage(slot.size)
+                    _read(self._file, memoryview(_bytes_of(host)).cast("B"))
+                    storage.copy_(host)
 
     def drop(self) -> None:
         """Free them again after `load`; the file still holds what they were (nobody writes while parked)."""
@@ -151,6 +156,9 @@ def _no_spill(folder: Path, error: OSError) -> CoraqError:
 
 
 def _bytes_of(storage: Any) -> Any:
+    # the address of another device's memory means nothing to the file's system calls, or ends the process
+    if storage.device.type != "cpu":
+        raise ValueError(f"the bytes of a storage on {storage.device} cannot be read from the host")
     # not through numpy(): that would pin the storage, which could then no longer be emptied
     return (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
 

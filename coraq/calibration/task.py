@@ -183,7 +183,7 @@ class CalibrationTask:
         if given is None and replace(view, bits=layer.weight.bits).has_columns(self.scheme):
             raise CoraqError(
                 f"{self.method} knows no column scales",
-                f"Leave out --column-scale {self.scheme.column_scale}, or take a method that has them, such as comq.",
+                f"Leave out --column-scale {self.scheme.weights.column_scale}, or take a method that has them: comq.",
             )
         if given is not None and asked is not None and not torch.equal(given.cpu(), asked.cpu()):
             raise MethodError(f"{self.method}: the column scales of layer {name} are not those of its input")
@@ -212,8 +212,8 @@ class CalibrationTask:
         """See `coraq.api.LayerTask.bytes_of`."""
         view = self._view(name)
         view = view if bits is None else replace(view, bits=bits)
-        scales = view.shape[0] * view.shape[1] if self.scheme.granularity == "channel" else 1
-        codes = stored_bytes(view.shape, view.bits, scales, 0 if self.scheme.symmetric else 1)
+        scales = view.shape[0] * view.shape[1] if self.scheme.weights.granularity == "channel" else 1
+        codes = stored_bytes(view.shape, view.bits, scales, 0 if self.scheme.weights.symmetric else 1)
         return codes + (view.column_bytes + TENSOR_HEADER_BYTES if view.has_columns(self.scheme) else 0)
 
     # -- scope `block`

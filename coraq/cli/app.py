@@ -17,6 +17,7 @@ import typer
 
 from coraq import __version__
 from coraq.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, CoraqError, exception_text
+from coraq.former_names import FORMER_NAMES, present
 from coraq.runtime.memory import reuse_freed_memory
 from coraq.runtime.processors import share_processors
 from coraq.runtime.safe_files import append_traceback
@@ -90,6 +91,8 @@ def run(arguments: list[str]) -> int:
     except CoraqError as error:
         return _fail(error.message, error.hint, error.exit_code)
     except _ParseError as error:
+        if (renamed := renamed_option(arguments)) is not None:
+            return _fail(*renamed, EXIT_USAGE)
         known = [name for name in arguments[:1] if name in COMMANDS]
         hint = f"see {shlex.join(['coraq', *known, '--help'])}"
         message = error.format_message().replace("Value error, ", "")  # type: ignore[attr-defined]  # pydantic's
@@ -116,6 +119,21 @@ def run(arguments: list[str]) -> int:
             "interrupted", f"the same command starts again: {shlex.join(['coraq', *arguments])}", EXIT_INTERRUPTED
         )
     return code if isinstance(code, int) else 0
+
+
+def renamed_option(arguments: list[str]) -> tuple[str, str] | None:
+    """Message and hint where a command line has an option, or an option's value, by a name that it had before."""
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        typed, _, value = word.partition("=")
+        value = value or following
+        former = typed.removeprefix("--").replace("-", "_")
+        name, now = present(former, value)
+        option = f"--{name.replace('_', '-')}"
+        if typed.startswith("--") and former in FORMER_NAMES:
+            return f"{typed} is now called {option}", f"write {option} {now if now != '' else 'VALUE'}"
+        if typed.startswith("--") and now != value:
+            return f"{option} {value} is now called {now}", f"write {option} {now}"
+    return None
 
 
 def main() -> None:

@@ -6,14 +6,15 @@ import inspect
 import json
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Any
 
 import typer
-from typer.models import OptionInfo
 
 from coraq.cli import options
-from coraq.cli.quantize import quantize, run_content
-from coraq.config import DataConfig, RunConfig, Scheme
+from coraq.cli.parameters import BY_NAME
+from coraq.cli.quantize import config_of, run_content
+from coraq.config import DataConfig, RunConfig
+from coraq.scheme import SCHEME_OPTIONS
 
 
 def given_names(context: typer.Context) -> set[str]:
@@ -28,35 +29,34 @@ def overlaid(config: RunConfig, parameters: dict[str, Any], given: Collection[st
     Raises:
         UsageError: a value that the configuration does not allow.
     """
-    fresh = run_content(parameters)  # not valid by itself, perhaps: a flag may need what `config` has
-    content = config.model_dump()
+    fresh = run_content(parameters)  # not valid by itself, perhaps: an option may need what `config` has
+    content = {**config.model_dump(), "scheme": config.scheme.options()}
     for name in given:
         key = options.FIELDS.get(name, name)
-        for part, fields in (
-            ("scheme", Scheme.model_fields),
-            ("data", DataConfig.model_fields),
-            (None, RunConfig.model_fields),
-        ):
-            if key in fields and key not in ("scheme", "data", "version"):
-                target, source = (content[part], fresh[part]) if part else (content, fresh)
-                target[key] = source[key]
-                break
-    return options.validated(RunConfig, content)
+        if key in SCHEME_OPTIONS:
+            content["scheme"][key] = fresh["scheme"][key]
+        elif key in DataConfig.model_fields:
+            content["data"][key] = fresh["data"][key]
+        elif key in RunConfig.model_fields:
+            content[key] = fresh[key]
+    return config_of(content)
 
 
 def command_line(config: RunConfig, runs_dir: Path, plugins_dirs: Iterable[Path] = ()) -> list[str]:
     """The `coraq quantize` line that makes this run: only what differs from the defaults."""
     default = RunConfig(model=config.model)
     line = ["coraq", "quantize", config.model]
-    flags = _flags()
 
     def add(parameter: str, *values: str) -> None:
-        line.extend((flags[parameter][0], *values))
+        line.extend((BY_NAME[parameter].names[0], *values))
 
-    for part, standard in ((config, default), (config.scheme, default.scheme), (config.data, default.data)):
-        for name in type(part).model_fields:
-            value = getattr(part, name)
-            if name in ("model", "scheme", "data", "version") or value == getattr(standard, name):
+    for values, standard in (
+        (vars(config), vars(default)),
+        (config.scheme.options(), default.scheme.options()),
+        (vars(config.data), vars(default.data)),
+    ):
+        for name, value in values.items():
+            if name in ("model", "scheme", "data", "version") or value == standard[name]:
                 continue
             if name in ("options", "model_kwargs"):
                 for key, content in value.items():
@@ -65,8 +65,8 @@ def command_line(config: RunConfig, runs_dir: Path, plugins_dirs: Iterable[Path]
                 for pattern, own in value.items():
                     add("override", f"{pattern}={own}")
             elif isinstance(value, bool):
-                line.append(flags[name][0 if value else 1])
-            elif name in ("first_bits", "last_bits"):
+                line.append(BY_NAME[name].names[0].split("/")[0 if value else 1])
+            elif name.endswith(("first_bits", "last_bits")):
                 add(name, str(value or "same"))
             elif isinstance(value, tuple):
                 add(name, ",".join(map(str, value)))
@@ -81,19 +81,6 @@ def command_line(config: RunConfig, runs_dir: Path, plugins_dirs: Iterable[Path]
 def _text(value: Any) -> str:
     """What `options.parse_value` reads back as `value`."""
     return value if isinstance(value, str) and options.parse_value(value) == value else json.dumps(value)
-
-
-def _flags() -> dict[str, tuple[str, ...]]:
-    """Of each option of `quantize`: its long name, and for a switch the name that turns it off."""
-    found = {}
-    for name, parameter in inspect.signature(quantize, eval_str=True).parameters.items():
-        if get_origin(parameter.annotation) is Annotated:
-            info = get_args(parameter.annotation)[1]
-            if isinstance(info, OptionInfo):
-                # in an Annotated, typer keeps the first name as the default
-                names = [info.default, *(info.param_decls or ())]
-                found[name] = tuple(str(names[0]).split("/"))
-    return found
 
 
 def with_parameters_of(command: Callable[..., None], without: Collection[str]) -> Callable[[Any], Any]:

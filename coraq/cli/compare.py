@@ -12,7 +12,8 @@ import typer
 from coraq.cli import options
 from coraq.cli.commandline import command_line, given_names, overlaid, with_parameters_of
 from coraq.cli.loading import load_networks
-from coraq.cli.options import METHOD_PANEL, RUN_PANEL, SCHEME_PANEL
+from coraq.cli.options import METHOD_PANEL, RUN_PANEL
+from coraq.cli.parameters import WEIGHTS
 from coraq.cli.quantize import quantize, run_config
 from coraq.config import MAX_BITS, MIN_BITS, RunConfig
 from coraq.errors import EXIT_FAILURE, EXIT_INTERRUPTED, CoraqError, UsageError
@@ -43,7 +44,7 @@ def compare(
             "-w",
             metavar="4,3,2",
             help="bits of a weight code, 2 to 8 (default: the newest run's, or 4)",
-            rich_help_panel=SCHEME_PANEL,
+            rich_help_panel=WEIGHTS,
         ),
     ] = None,
     seeds: Annotated[
@@ -92,7 +93,7 @@ def compare(
     load_networks(parameters["quiet"])
     newest = None if models else newest_run(output)
     base = base_config(context, models[0] if models else "demo", newest)
-    widths = parse_numbers(bits, "--bits", MIN_BITS, MAX_BITS) or [base.scheme.bits]
+    widths = parse_numbers(bits, "--bits", MIN_BITS, MAX_BITS) or [base.scheme.weights.bits]
     numbers = parse_numbers(seeds, "--seeds", 0) or [base.seed]
 
     from coraq import registry
@@ -102,7 +103,7 @@ def compare(
     from coraq.compare import compare as run_grid
     from coraq.report import write_comparison
 
-    variants = parse_variants(methods or ",".join(registry.BUILT_IN), options.parse_value)
+    variants = parse_variants(",".join(registry.BUILT_IN) if methods is None else methods, options.parse_value)
     cells = expand(base, dict.fromkeys(models or [base.model]), variants, widths, numbers)
     chosen: Engine = LocalEngine()
     if engine == "ray":
@@ -172,7 +173,7 @@ def _filled(parameters: dict[str, Any], model: str) -> dict[str, Any]:
         "model": model,
         "method": default.method,
         "method_options": None,
-        "bits": default.scheme.bits,
+        "bits": default.scheme.weights.bits,
         "seed": default.seed,
     }
 

@@ -62,7 +62,7 @@ def show_result(
 def _show_accuracy(console: Console, result: RunResult) -> None:
     comparison = result.comparison
     if comparison is None or not comparison.labelled:
-        console.print(Text(f"accuracy: {summary.NOT_MEASURED}", style="yellow"), soft_wrap=True)
+        console.print(Text(f"accuracy: {summary.not_measured(result)}", style="yellow"), soft_wrap=True)
         console.print()
         return
     console.print(_accuracy_table(comparison))
@@ -117,10 +117,10 @@ def _show_next(console: Console, result: RunResult, commands: Collection[str], p
     if result.comparison is None:
         lines.append(("evaluate", ["coraq", "evaluate", run, "--data-dir", "FOLDER", *plugins]))
     lines += [("compare", ["coraq", "compare", *plugins]), ("export", ["coraq", "export", run, *plugins])]
-    scheme = result.config.scheme
-    few = MIN_BITS < (scheme.act_bits or 0) <= FEW_BITS
-    if few and scheme.act_mixed == "none" and scheme.act_placement == "inputs" and result.command:
-        lines.append(("quantize", [*result.command, "--act-mixed", "both"]))
+    activations = result.config.scheme.activations
+    few = activations is not None and MIN_BITS < activations.bits <= FEW_BITS and activations.placement == "inputs"
+    if few and activations is not None and activations.allocation == "none" and result.command:
+        lines.append(("quantize", [*result.command, "--act-allocation", "both"]))
     console.print(Text("next:", style="dim"))
     for command, line in lines:
         if command in commands:

@@ -9,35 +9,31 @@ import typer
 
 from coraq.cli import options
 from coraq.cli.loading import load_networks
+from coraq.cli.parameters import IMAGE_NAMES, with_options
 from coraq.config import DataConfig
 from coraq.errors import EXIT_BELOW_THRESHOLD, CoraqError, UsageError
 
+CHECKPOINT, METRICS = "model.safetensors", "metrics.json"  # of a run folder
 
+
+@with_options(IMAGE_NAMES, unset=True)
 def evaluate(
     context: typer.Context,
     run: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN]", help="run folder, its name within --output, or FILE.onnx; default: the newest"),
+        typer.Argument(
+            metavar="[RUN]",
+            help="run folder, its name within --output, FILE.onnx or FILE.safetensors; default: the newest",
+        ),
     ] = None,
-    data_dir: options.DataDir = None,
-    dataset: options.Dataset = None,
-    split: options.Split = None,
-    eval_size: options.EvalSize = None,
-    class_map: options.ClassMap = None,
-    batch_size: options.BatchSize = None,
-    workers: options.Workers = None,
-    img_size: options.ImgSize = None,
-    crop_pct: options.CropPct = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    interpolation: options.Interpolation = None,
-    strict: options.Strict = None,
+    *,
     plugins_dir: options.PluginsDir = None,
     output: options.RunsDir = options.DEFAULT_RUNS_DIR,
     fail_under: options.FailUnder = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
+    **parameters: Any,
 ) -> None:
     """Measure a run again from the files it wrote, or an exported file through its runtime.
 
@@ -46,8 +42,11 @@ def evaluate(
     options.check_fail_under(fail_under)
     options.use_plugins(plugins_dir or [])
     given = {name: value for name in DataConfig.model_fields if (value := context.params.get(name)) is not None}
-    if run is not None and ".onnx" in Path(run).suffixes:
-        evaluate_exported(Path(run), given, fail_under, as_json, quiet, verbose)
+    file = Path(run or "")
+    if file.name == CHECKPOINT and (file.parent / METRICS).is_file():
+        run = str(file.parent)  # the run's own checkpoint
+    elif {".onnx", ".safetensors"} & set(file.suffixes):
+        evaluate_exported(file, given, fail_under, as_json, quiet, verbose)
         return
     folder = options.find_run(run, output, quiet)
 
@@ -71,21 +70,25 @@ def evaluate(
 def evaluate_exported(
     file: Path, given: dict[str, Any], fail_under: float | None, as_json: bool, quiet: bool, verbose: bool
 ) -> None:
-    """Accuracy of an ONNX file, printed.
+    """Accuracy of an ONNX file or of a checkpoint without its run folder, printed.
 
     Raises:
         UsageError: there is no such file, or no labelled image.
         CoraqError: below `fail_under`.
     """
     if not file.is_file():
-        raise UsageError(f"there is no file {file}", "coraq export writes one")
+        raise UsageError(f"there is no file {file}", "coraq quantize writes model.safetensors, coraq export FILE.onnx")
     load_networks(quiet)
 
     from coraq import pipeline
     from coraq.cli.display import facts_table, stdout
     from coraq.cli.progress import progress
 
-    data = options.validated(DataConfig, given) if given else None
+    data = None
+    if given:  # options that are not given are those of the run that the file lies in, as for the run itself
+        run = pipeline.run_of(file)
+        before = {} if run is None else run.data.model_dump()
+        data = options.validated(DataConfig, {**before, **given})
     with progress(quiet, verbose) as sink:
         result = pipeline.evaluate_file(file, data, sink=sink)
     accuracy, top1 = result.accuracy, result.accuracy.top1

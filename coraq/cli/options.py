@@ -18,14 +18,14 @@ from pydantic import BaseModel, ValidationError
 from typer.core import TyperGroup
 
 from coraq.cli.loading import load_networks
-from coraq.config import MAX_BITS, MIN_BITS, DataConfig
+from coraq.config import MAX_BITS, MIN_BITS
 from coraq.errors import EXIT_BELOW_THRESHOLD, CoraqError, UsageError
+from coraq.scheme import SCHEME_OPTIONS
 
 if TYPE_CHECKING:
     from coraq.results import RunResult
 
-MODEL_PANEL, METHOD_PANEL, SCHEME_PANEL = "Model", "Method", "What is quantized, and how finely"
-DATA_PANEL, CALIBRATION_PANEL, RUN_PANEL, OUTPUT_PANEL = "Images", "Calibration", "The run", "Output"
+METHOD_PANEL, RUN_PANEL, OUTPUT_PANEL = "Method", "The run", "Output"
 
 # parameters of `quantize` that the configuration has by another name
 FIELDS = {"override": "overrides", "method_options": "options"}
@@ -34,14 +34,6 @@ M = TypeVar("M", bound=BaseModel)
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _EXPONENT = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-
-
-def option(
-    model: type[BaseModel], field: str, *names: str, panel: str, note: str = "", **settings: Any
-) -> Any:  # typer.Option's own return type
-    """A typer option whose help is the description of `model`'s `field`."""
-    help_text = (model.model_fields[field].description or "") + note
-    return typer.Option(*names, help=help_text, rich_help_panel=panel, **settings)
 
 
 # ---------------------------------------------------------------- texts to values
@@ -84,14 +76,14 @@ def parse_file_size(text: str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** _EXPONENT[match[2].upper()])
 
 
-def parse_edge_bits(text: str) -> int:  # typer calls it with the default, too
-    """Bits of the first or last layer; 0 where it is "same" or empty: as all others.
+def parse_edge_bits(text: str) -> int | str:  # Typer calls it with the default, too
+    """Bits of the first or last layer, or "same" where they have as many as all others.
 
     Raises:
         typer.BadParameter: anything but "same" and 2 to 8.
     """
     if text in ("", "same"):
-        return 0
+        return "same"
     if not text.isdecimal() or not MIN_BITS <= int(text) <= MAX_BITS:
         raise typer.BadParameter(f"{text!r} is neither {MIN_BITS} to {MAX_BITS} nor 'same'")
     return int(text)
@@ -182,8 +174,14 @@ def validated(model: type[M], content: dict[str, Any]) -> M:
 def usage_error(error: ValidationError) -> UsageError:
     """The first complaint of a pydantic error as a message with option and value, and a hint with what is allowed."""
     complaint = error.errors(include_url=False)[0]
-    place = [str(part) for part in complaint["loc"] if part not in ("scheme", "data")]
+    place = [str(part) for part in complaint["loc"] if part not in ("scheme", "data", "int", "literal['same']")]
+    given = complaint["input"]
     name = "the configuration"
+    if place == ["activations"]:  # what is wrong is what the option of weights asks of them
+        place, given = ["weights", "column_scale"], "input"
+    flat = {(part or "", field): option for option, (part, field) in SCHEME_OPTIONS.items()}
+    if tuple(place[:2]) in flat:
+        place = [flat[place[0], place[1]], *place[2:]]
     if place:
         named = {field: parameter for parameter, field in FIELDS.items()}
         name = f"--{named.get(place[0], place[0]).replace('_', '-')}"
@@ -192,7 +190,7 @@ def usage_error(error: ValidationError) -> UsageError:
     more = error.error_count() - 1
     hint = complaint["msg"].removeprefix("Value error, ")  # what our own validators say comes with it
     hint = hint[:1].lower() + hint[1:]
-    return UsageError(f"{name} {complaint['input']!r} is not allowed", hint + (f"; and {more} more" if more else ""))
+    return UsageError(f"{name} {given!r} is not allowed", hint + (f"; and {more} more" if more else ""))
 
 
 def use_plugins(folders: Iterable[Path]) -> None:
@@ -277,22 +275,6 @@ def check_fail_under(threshold: float | None) -> None:
 
 
 # ---------------------------------------------------------------- shared options
-# A command declares its own default: the configuration's in `quantize`, None (as the run had it) in `evaluate`.
-
-DataDir = Annotated[str | None, option(DataConfig, "data_dir", "--data-dir", panel=DATA_PANEL, metavar="FOLDER")]
-Dataset = Annotated[str | None, option(DataConfig, "dataset", "--dataset", panel=DATA_PANEL)]
-Split = Annotated[str | None, option(DataConfig, "split", "--split", panel=DATA_PANEL)]
-EvalSize = Annotated[int | None, option(DataConfig, "eval_size", "--eval-size", panel=DATA_PANEL)]
-ClassMap = Annotated[str | None, option(DataConfig, "class_map", "--class-map", panel=DATA_PANEL, metavar="FILE")]
-BatchSize = Annotated[int | None, option(DataConfig, "batch_size", "--batch-size", "-b", panel=DATA_PANEL)]
-Workers = Annotated[int | None, option(DataConfig, "workers", "--workers", "-j", panel=DATA_PANEL)]
-ImgSize = Annotated[int | None, option(DataConfig, "img_size", "--img-size", panel=DATA_PANEL)]
-CropPct = Annotated[float | None, option(DataConfig, "crop_pct", "--crop-pct", panel=DATA_PANEL)]
-Mean = Annotated[Any, option(DataConfig, "mean", "--mean", panel=DATA_PANEL, parser=parse_channels, metavar="R,G,B")]
-Std = Annotated[Any, option(DataConfig, "std", "--std", panel=DATA_PANEL, parser=parse_channels, metavar="R,G,B")]
-Interpolation = Annotated[str | None, option(DataConfig, "interpolation", "--interpolation", panel=DATA_PANEL)]
-Strict = Annotated[bool | None, option(DataConfig, "strict", "--strict/--no-strict", panel=DATA_PANEL)]
-
 PluginsDir = Annotated[
     list[Path] | None,
     typer.Option(

@@ -34,9 +34,8 @@ class Cell:
     @property
     def name(self) -> str:
         """What a person calls it: "resnet18 comq W4 seed 0"."""
-        return (
-            f"{model_name(self.config.model)} {self.variant.label} W{self.config.scheme.bits} seed {self.config.seed}"
-        )
+        config = self.config
+        return f"{model_name(config.model)} {self.variant.label} W{config.scheme.weights.bits} seed {config.seed}"
 
 
 def model_name(model: str) -> str:
@@ -89,7 +88,7 @@ def expand(
                     "model": model,
                     "method": variant.method,
                     "options": variant.options,
-                    "scheme": base.scheme.model_copy(update={"bits": width}),
+                    "scheme": base.scheme.replace(bits=width),
                     "seed": seed,
                 }
             ),

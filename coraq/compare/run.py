@@ -106,7 +106,7 @@ def _row(cell: Cell, outcome: Outcome, command: list[str]) -> CellResult:
     about = CellResult(
         model=cell.config.model,
         label=cell.variant.label,
-        bits=cell.config.scheme.bits,
+        bits=cell.config.scheme.weights.bits,
         seed=cell.config.seed,
         command=command,
         reason=outcome.reason,

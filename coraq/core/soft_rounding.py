@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coraq.core.draws import uniform_like
 from coraq.core.fake_quantize import fake_quantize
 from coraq.core.grid import Grid
 from coraq.core.tensors import ActivationGrid
@@ -83,7 +84,7 @@ class LearnedGrid:
         rounded = rounded if factors is None else rounded / factors
         if not self.drop:
             return rounded
-        keep = torch.empty_like(x).uniform_(generator=self.generator) < self.drop
+        keep = uniform_like(x, self.generator) < self.drop
         return torch.where(keep, x, rounded)
 
     def result(self) -> ActivationGrid:

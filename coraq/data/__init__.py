@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coraq.data.demo import demo_images, run_images
-from coraq.data.images import open_images
+from coraq.data.images import open_evaluation, open_images
 from coraq.data.imageset import Batch, Images, ImageSet, tensor_images
 from coraq.data.preprocess import Preprocess
 from coraq.data.synthetic import synthetic_images
@@ -14,6 +14,7 @@ __all__ = [
     "Images",
     "Preprocess",
     "demo_images",
+    "open_evaluation",
     "open_images",
     "run_images",
     "synthetic_images",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def read_class_map(path: str, num_classes: int | None) -> dict[str, int]:
             raise CoraqError(f"class map {path} cannot be read: {error}", "pickle a dict of name to index") from error
     else:
         try:
-            text = file.read_text(encoding="utf-8")
+            content = file.read_bytes()
+            marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            text = content.decode("utf-16" if marked else "utf-8-sig")  # both without their byte-order mark
         except (OSError, UnicodeDecodeError) as error:
             raise CoraqError(
                 f"class map {path} cannot be read: {error}", "give a text file (UTF-8) with one class name a line"
@@ -61,7 +64,7 @@ def _check_size(path: str, mapping: ClassMap, numbered: bool, num_classes: int) 
     if beyond:
         raise CoraqError(
             f"class map {path} has {len(mapping)} classes, the network has {num_classes}: {_examples(beyond)}",
-            "use the map of the network's own data set, or give the checkpoint's --num-classes",
+            "use the map of the data set that the network was trained for",
         )
     if not numbered and len(mapping) != num_classes:
         raise CoraqError(
@@ -70,10 +73,17 @@ def _check_size(path: str, mapping: ClassMap, numbered: bool, num_classes: int) 
         )
 
 
-def class_numbers(found: Sequence[str], class_map: ClassMap | None, num_classes: int | None, where: str) -> list[int]:
+def class_numbers(
+    found: Sequence[str],
+    class_map: ClassMap | None,
+    num_classes: int | None,
+    where: str,
+    label_names: Sequence[str] = (),
+) -> list[int]:
     """The network's number of each class in `found` (names in the data's own order).
 
-    Without a class map the data's order is the network's, which can be true only if their numbers agree.
+    The class map says it, or else the network's own `label_names`, where they hold every name of the data once.
+    Without either the data's order is the network's, which can be true only if their numbers agree.
 
     Raises:
         CoraqError: names that the class map misses, or another number of classes than the network has.
@@ -86,11 +96,13 @@ def class_numbers(found: Sequence[str], class_map: ClassMap | None, num_classes:
                 "add them to the --class-map, or remove their folders",
             )
         return [class_map[name] for name in found]
+    if found and all(label_names.count(name) == 1 for name in found):
+        return [label_names.index(name) for name in found]
     if num_classes is not None and len(found) != num_classes:
         named = [repr(name or "(files beside the class folders)") for name in found]
         raise CoraqError(
             f"{where} has {len(found)} classes ({_examples(named)}), the network has {num_classes}",
-            "give a --class-map with the network's class names in order, or the --num-classes of its checkpoint",
+            "give a --class-map with the network's class names in order, or the data that the network was trained for",
         )
     return list(range(len(found)))
 

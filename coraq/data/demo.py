@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files
 
 import numpy as np
@@ -27,12 +28,18 @@ class DigitSource(Source):
         return f"demo {self.part} digit {index}"
 
 
-def run_images(config: RunConfig, preprocess: Preprocess, num_classes: int | None, sink: Sink = null_sink) -> Images:
+def run_images(
+    config: RunConfig,
+    preprocess: Preprocess,
+    num_classes: int | None,
+    sink: Sink = null_sink,
+    label_names: Sequence[str] | None = None,
+) -> Images:
     """The images of a run: what its configuration names, or the demo's own digits for the demo without any."""
     data = config.data
     if config.model == "demo" and data.data_dir is None and data.calib_dir is None and not data.dataset:
         return demo_images(preprocess, data, config.seed, sink)
-    return open_images(data, preprocess, num_classes, config.seed, sink)
+    return open_images(data, preprocess, num_classes, config.seed, sink, label_names or ())
 
 
 def demo_images(preprocess: Preprocess, data: DataConfig, seed: int, sink: Sink = null_sink) -> Images:

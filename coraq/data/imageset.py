@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from coraq.data.pictures import as_shown
 from coraq.data.preprocess import Preprocess
 from coraq.errors import CoraqError
 from coraq.events import Note, Sink, null_sink
@@ -89,6 +90,11 @@ class ImageSet(ABC):
     def __len__(self) -> int:
         return self.count
 
+    def counted(self) -> str:
+        """The description, and how many of the images could not be read: known after they have been read."""
+        unreadable = f", {len(self.skipped)} of them unreadable" if self.skipped else ""
+        return self.description + unreadable
+
     def batches(self, batch_size: int | None = None) -> Iterator[Batch]:
         """Normalised float32 [n, channels, height, width] and int64 labels [n], n at most `batch_size`."""
         return self._read(batch_size or self.batch_size)
@@ -142,7 +148,7 @@ class _Decoding(Dataset[Sample]):
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with self.source.open(index) as picture:
-                    image = self.transform(picture.convert(self.image_mode))
+                    image = self.transform(as_shown(picture, self.image_mode))
         except UNREADABLE as error:
             return Corrupt(self.source.name(index), str(error) or type(error).__name__)
         return image, self.labels[position]
@@ -157,7 +163,7 @@ class _Streaming(IterableDataset[Sample]):
 
     def __iter__(self) -> Iterator[Sample]:
         for picture, label in islice(self.stream, self.start, self.stop):
-            yield self.transform(picture.convert(self.image_mode)), UNLABELLED if label is None else int(label)
+            yield self.transform(as_shown(picture, self.image_mode)), UNLABELLED if label is None else int(label)
 
 
 def _collate(samples: list[Sample]) -> tuple[Tensor | None, Tensor, list[Corrupt]]:
@@ -266,7 +272,7 @@ class DecodedImages(ImageSet):
         if self._num_classes is not None and len(labels) and int(labels.max()) >= self._num_classes:
             raise CoraqError(
                 f"a label of {self.description} is {int(labels.max())}, the network has {self._num_classes} classes",
-                "give --class-map, or the --num-classes of the network's checkpoint",
+                "give a --class-map with the network's class names in order, or the data that it was trained for",
             )
 
 

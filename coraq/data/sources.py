@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data import IterableImageDataset, create_dataset, get_img_extensions
+from timm.data import IterableImageDataset, create_dataset
 
 from coraq.data.classes import ClassMap
 from coraq.data.imageset import Source
+from coraq.data.pictures import EXTENSIONS, UNSUPPORTED, picture_extensions
+from coraq.data.splits import check_torch_split, split_folder
 from coraq.errors import CoraqError, UsageError
 from coraq.runtime.hub import go_offline_if_unreachable
 
@@ -90,6 +92,7 @@ class Pool:
         class_names: names of these classes; empty where the data has no classes.
         stream: a data set that can be read from its beginning only.
         places: where each picture lies, to find pictures that two pools share.
+        left_out: paths of pictures in formats that are not read.
     """
 
     where: str
@@ -98,16 +101,19 @@ class Pool:
     class_names: list[str]
     stream: Iterable[tuple[Any, Any]] | None = None
     places: list[Hashable] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.groups)
 
 
-def open_folder(root: str, split: str | None, option: str) -> Pool:
-    """Images of a folder or tar file; with `split`, of its sub-folder of that name (or timm's synonyms) if it has one.
+def open_folder(root: str, split: str | None, option: str, split_option: str = "--split") -> Pool:
+    """Images of a folder or tar file; with `split`, of its sub-folder of that name or one of timm's synonyms.
+
+    A folder without sub-folders for splits is taken whole where `split` is what it is by default.
 
     Raises:
-        CoraqError: it does not exist, cannot be read, or holds no images.
+        CoraqError: it does not exist, cannot be read, holds no images, or has no such split.
     """
     if not os.path.exists(root):
         raise CoraqError(f"{option} {root} does not exist", _nearest(Path(root)))
@@ -117,8 +123,11 @@ def open_folder(root: str, split: str | None, option: str) -> Pool:
         )
     if not os.access(root, os.R_OK | (os.X_OK if os.path.isdir(root) else 0)):
         raise CoraqError(f"{option} {root} cannot be read", "check its permissions")
+    if split is not None:
+        root = split_folder(root, split, split_option)
     try:
-        dataset = create_dataset("", root=root, split=split or "", search_split=split is not None)
+        with picture_extensions():
+            dataset = create_dataset("", root=root, split="", search_split=False)
     except RuntimeError as error:
         raise CoraqError(f"{option} {root} holds no images", _other_files(root)) from error
     reader = dataset.reader
@@ -136,7 +145,18 @@ def open_folder(root: str, split: str | None, option: str) -> Pool:
         groups = np.fromiter((label for _, label in reader.samples), np.int64, len(reader.samples))
         places = source.places()
     flat = names in ([""], ["."])
-    return Pool(_shown(reader.root), source, groups, [] if flat else names, places=places)
+    left_out = [] if os.path.isfile(root) else _files_of(root, UNSUPPORTED)
+    return Pool(_shown(reader.root), source, groups, [] if flat else names, places=places, left_out=left_out)
+
+
+def _files_of(root: str, extensions: Iterable[str]) -> list[str]:
+    wanted = tuple(extensions)
+    return sorted(
+        os.path.join(folder, name)
+        for folder, _, files in os.walk(root, followlinks=True)
+        for name in files
+        if name.lower().endswith(wanted)
+    )
 
 
 def open_spec(spec: str, root: str | None, split: str, option: str, class_map: ClassMap | None) -> Pool:
@@ -160,7 +180,12 @@ def open_spec(spec: str, root: str | None, split: str, option: str, class_map: C
         with contextlib.redirect_stdout(sys.stderr):  # timm's readers print; stdout is for results
             streaming = prefix in ("hfids", "tfds", "wds")
             mapped: Any = _by_label(class_map) if class_map and streaming else None
-            dataset = create_dataset(spec, root=root, split=split, class_map=mapped)
+            # Streams would convert pictures to 8 bits themselves, and wrongly those of 16: they shall hand them on.
+            undecoded: dict[str, Any] = {"input_img_mode": ""} if prefix in ("hfids", "wds") else {}
+            if prefix == "torch":
+                root = check_torch_split(spec, root, split, option)
+            with picture_extensions():
+                dataset = create_dataset(spec, root=root, split=split, class_map=mapped, **undecoded)
     except ImportError as error:
         package = PACKAGES.get(prefix, str(error.name or error))
         raise CoraqError(f"--dataset {spec} needs the package {package}", f"pip install {package}") from error
@@ -232,8 +257,8 @@ def _nearest(path: Path) -> str:
 
 
 def _other_files(root: str) -> str:
-    known = sorted(get_img_extensions())
-    hint = f"timm reads {', '.join(known)}"
+    known = EXTENSIONS
+    hint = f"coraq reads {', '.join(known)}"
     if os.path.isfile(root):
         return hint
     found = {Path(name).suffix.lower() for _, _, files in os.walk(root, followlinks=True) for name in files}

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from coraq.errors import CoraqError
+from coraq.evaluate.chance import two_classes
 from coraq.evaluate.intervals import mcnemar_p, paired_difference, wilson
-from coraq.events import Sink, null_sink, stage
+from coraq.events import Note, Sink, null_sink, stage
 from coraq.results import Accuracy, Comparison, PairedDifference, Proportion
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 UNLABELLED = -1
+ONE_LOGIT = "the network has one logit: it is read as the log-odds of class 1 against class 0"
 TOP5_FROM_CLASSES = 6  # with 5 classes or fewer every answer is in the top 5
 
 
@@ -98,10 +100,11 @@ class _Pairs:
 
     def add(self, expected: Tensor, actual: Tensor, labels: Tensor) -> None:
         """Add one batch: logits of the float and of the quantized network [n, classes], labels [n]."""
-        self.agreeing += int((hits(actual, expected.topk(1, dim=1).indices[:, 0], 1)).sum())
-        self.kl += float(kl_divergence(expected, actual).sum())
         self.signal += float(expected.double().square().sum())
         self.noise += float((expected.double() - actual.double()).square().sum())
+        expected, actual = two_classes(expected), two_classes(actual)
+        self.agreeing += int((hits(actual, expected.topk(1, dim=1).indices[:, 0], 1)).sum())
+        self.kl += float(kl_divergence(expected, actual).sum())
         known = labels != UNLABELLED
         if known.any():
             float_right = self.float_hits.add(expected[known], labels[known])
@@ -143,7 +146,7 @@ def _logits(network: nn.Module, images: Tensor, who: str) -> tuple[Tensor, float
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise CoraqError(
             f"the {who} network answers {shape} to {images.shape[0]} images, not [images, classes]",
-            "accuracy needs a classifier: check --num-classes and --model-kwargs",
+            "accuracy needs a classifier: check --model-kwargs",
         )
     output = output.float().cpu()
     finite = output.isfinite()
@@ -169,7 +172,7 @@ def _check_labels(labels: Tensor, classes: int) -> Tensor:
     if wrong.any():
         raise CoraqError(
             f"label {int(labels[wrong][0])} with a network of {classes} classes",
-            "check --class-map, --num-classes, and that the data's class folders are those of the network",
+            "check --class-map, and that the data's class folders are those of the network",
         )
     return labels
 
@@ -212,7 +215,8 @@ def compare_networks(
         sink: takes the events of a stage named `stage_name`, which advances image by image.
         total: number of images, for progress; 0 where not known.
         known: the teacher's logits on the same batches, if an earlier comparison has filled it; else filled here.
-        on_batch: gets float logits [n, classes], quantized logits and labels [n] of every batch.
+        on_batch: gets float logits [n, classes], quantized logits and labels [n] of every batch. One logit is
+            given, and counted, as the two of its sigmoid: (0, logit).
 
     Raises:
         CoraqError: no images, logits that are not finite or not [n, classes], a label out of range.
@@ -232,13 +236,17 @@ def compare_networks(
             measured.append(expected if known is not None else expected[:0])
             actual, time_s = _logits(student, images, "quantized")
             quantized_s += time_s
-            classes = expected.shape[1]
             if actual.shape != expected.shape:
-                raise CoraqError(f"the quantized network has {actual.shape[1]} classes and the float one {classes}")
+                raise CoraqError(
+                    f"the quantized network has {actual.shape[1]} classes and the float one {expected.shape[1]}"
+                )
+            if expected.shape[1] == 1 and count == 0:
+                sink(Note(ONE_LOGIT))
+            classes = max(expected.shape[1], 2)
             labels = _check_labels(labels, classes)
             pairs.add(expected, actual, labels)
             if on_batch is not None:
-                on_batch(expected, actual, labels)
+                on_batch(two_classes(expected), two_classes(actual), labels)
             count += len(labels)
             labelled += int((labels != UNLABELLED).sum())
             current.advance(count)
@@ -285,6 +293,7 @@ def evaluate_network(
                 model, images.to(device).contiguous(memory_format=torch.channels_last), "evaluated"
             )
             seconds += time_s
+            logits = two_classes(logits)
             classes = logits.shape[1]
             labels = _check_labels(labels, classes)
             known = labels != UNLABELLED

@@ -31,7 +31,7 @@ OPSETS: dict[Form, int] = {"cast": 21, "dq": 21, "packed": 18}
 TWO_BIT_OPSET = 25
 WIDER = (
     "have zero points between codes, which integer kernels and DequantizeLinear do not know: their codes are stored "
-    "wider, for the same weights to the bit (quantize with --zero-point whole to avoid it)"
+    "wider, for the same weights to the bit (quantize with --zero-point-fraction 0 to avoid it)"
 )
 PREFIX = "coraq."  # of all our metadata keys
 
@@ -95,8 +95,11 @@ def build_onnx(
     layers, notes = checkpoint.layers, []
     opset = OPSETS[form]
     graph = export_float(checkpoint.module, layers, example_images(checkpoint), opset)
-    wants_integer = getattr(checkpoint.info.scheme, "act_placement", "inputs") == "integer" and any(
-        node.op_type == "QuantizeLinear" for node in graph.model.graph.node
+    activations = checkpoint.info.scheme.activations
+    wants_integer = (
+        activations is not None
+        and activations.placement == "integer"
+        and any(node.op_type == "QuantizeLinear" for node in graph.model.graph.node)
     )
     if wants_integer:
         grid_pieces(graph.model)
@@ -285,7 +288,7 @@ def finish(model: Any, checkpoint: Checkpoint, opset: int, label: str, form: For
         "preprocess": info.preprocess,
         "labels": names,
         "scheme": info.scheme.model_dump(mode="json"),
-        "scheme_line": info.scheme.describe(),
+        "scheme_line": info.scheme.describe({name: layer.weight.bits for name, layer in checkpoint.layers.items()}),
         "provenance": info.provenance,
         "layers": {
             name: {"bits": layer.weight.bits, "rank": layer.adapter.rank if layer.adapter else None}

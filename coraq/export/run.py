@@ -29,7 +29,7 @@ from coraq.export.requirements import require
 from coraq.export.timm_folder import weights_on_grid, write_timm_folder
 from coraq.export.verify import check_onnx, check_openvino, check_torch, refused
 from coraq.export.weights import Form
-from coraq.network.load import open_folder
+from coraq.network.load import names_of, open_folder
 from coraq.runtime.safe_files import append_traceback, read_plain
 from coraq.version import __version__
 
@@ -190,7 +190,7 @@ def _export_onnx(
             require("openvino")
     with stage(sink, "export to ONNX"):
         pixels = None
-        if calibration is not None and getattr(checkpoint.info.scheme, "act_bits", None) is not None:
+        if calibration is not None and checkpoint.info.scheme.activations is not None:
             pixels = next(iter(calibration.batches(CALIBRATION_IMAGES)))[0].contiguous().numpy()
         export = build_onnx(checkpoint, request.form, images.class_names if images else None, pixels)
     path = checkpoint.path.with_name(f"{checkpoint.path.stem}{SUFFIX[request.form]}.onnx")
@@ -279,7 +279,9 @@ def _open(checkpoint: Checkpoint, config: RunConfig | None, request: Request, si
     if config is not None:
         classes = int(getattr(checkpoint.module, "num_classes", 0)) or None
         try:
-            return run_images(config, preprocess, classes, null_sink)
+            return run_images(
+                config, preprocess, classes, null_sink, names_of(checkpoint.info.pretrained_cfg, classes or 0)
+            )
         except CoraqError as error:
             sink(Note(f"verified on synthetic images, the run's own cannot be read: {error.message}", "warning"))
     return Images(synthetic_images(request.images, preprocess, 0), None)

@@ -19,6 +19,7 @@ from coraq.artifact import Checkpoint
 from coraq.artifact.files import write_atomic
 from coraq.errors import CoraqError
 from coraq.network.load import build
+from coraq.scheme import span
 
 
 def unfolded_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -57,7 +58,7 @@ def unfolded_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
         if folded_state[lost[0]].abs().max() > 0:
             raise CoraqError(
                 f"{info.architecture} has no parameter {lost[0]}: bias correction gave {layer} a bias",
-                "Quantize with --bias keep, or export to ONNX or pt2.",
+                "Quantize with --bias-correction off, or export to ONNX or pt2.",
             )
     return {key: value.contiguous() for key, value in state.items()}
 
@@ -121,7 +122,8 @@ def model_card(checkpoint: Checkpoint, size_bytes: int) -> str:
     """README.md for the hub: what this is, and that it is not small."""
     info = checkpoint.info
     method, model = info.provenance.get("method", "?"), info.provenance.get("model", info.architecture)
-    bits = sorted({layer.weight.bits for layer in checkpoint.layers.values()})
+    layer_bits = {name: layer.weight.bits for name, layer in checkpoint.layers.items()}
+    bits = sorted(set(layer_bits.values()))
     return f"""---
 library_name: timm
 tags:
@@ -129,10 +131,10 @@ tags:
 - timm
 - quantized
 ---
-# {info.architecture}, weights on a {info.scheme.bits}-bit grid
+# {info.architecture}, weights of {span(layer_bits.values())} bits
 
 Made from `{model}` by [coraq](https://pypi.org/project/coraq/) {info.provenance.get("coraq", "")}, method `{method}`:
-{info.scheme.describe()}.
+{info.scheme.describe(layer_bits)}.
 
 **These are float32 weights**: {size_bytes / 1e6:.1f} MB, as large as the float network, and as fast. Every value lies
 on the grid of its channel ({", ".join(map(str, bits))}-bit codes), so that timm alone, without coraq, shows what the

@@ -174,7 +174,11 @@ class CoRa:
     def _codes(self, task: NetworkTask, layer: LayerView, bits: int, subtract: Tensor | None = None) -> QuantizedLayer:
         config = self.config
         # a zero point of the last layer lies at a code where the plan has changed its bits: see coraq.methods.mixed
-        whole = bits != layer.bits and layer.name == task.layers[-1].name and task.scheme.zero_point == "auto"
+        whole = (
+            bits != layer.bits
+            and layer.name == task.layers[-1].name
+            and task.scheme.weights.zero_point_fraction == "auto"
+        )
         return task.quantize_with(
             layer.name,
             config.base,
@@ -241,7 +245,7 @@ class CoRa:
         pairs, options, uniform = [], [], 0.0
         for s in seen:
             # what 8-bit codes leave says nothing of what fewer would, but for its size
-            layer, own = s.layer, s.found if s.layer.bits == task.scheme.bits else None
+            layer, own = s.layer, s.found if s.layer.bits == task.scheme.weights.bits else None
             widths = self._widths(layer, task.scheme)
             fall = error_by_bits(task, layer, widths, s.error_bits)
             uniform += kl[layer.name] * fall[layer.bits]
@@ -272,10 +276,10 @@ class CoRa:
     def _widths(self, layer: LayerView, scheme: Scheme) -> Sequence[int]:
         """The bits that a layer may get: from one below the scheme's, so that some can pay for others, up to 8."""
         own = layer.bits
-        keeps = scheme.overrides_layer(layer.name) or (own != scheme.bits and self.config.first_last == "keep")
+        keeps = scheme.overrides_layer(layer.name) or (own != scheme.weights.bits and self.config.first_last == "keep")
         if self.config.widths == "fixed" or keeps:
             return [own]
-        return range(max(2, min(own, scheme.bits) - 1), MAX_BITS + 1)
+        return range(max(2, min(own, scheme.weights.bits) - 1), MAX_BITS + 1)
 
     def _search(self, task: NetworkTask, seen: Sequence[_Seen], plan: dict[str, list[int]]) -> dict[str, list[int]]:
         """The paper's search, from cutoffs of the plan's ranks or 0.9."""

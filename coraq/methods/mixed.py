@@ -85,7 +85,9 @@ class Mixed:
         )
         # Zero points between codes lower the last layer's squared error but not its KL, which large logits decide: a
         # zero point at a code leaves one level more to one side.
-        last = [name for name in names[-1:] if task.scheme.zero_point == "auto" and bits[name] != own[name]]
+        last = [
+            name for name in names[-1:] if task.scheme.weights.zero_point_fraction == "auto" and bits[name] != own[name]
+        ]
         task.delegate(self.config.base, self.config.base_options, bits=bits, whole_zero_points=last)
 
     def _plan(self, task: NetworkTask) -> dict[str, int]:
@@ -145,9 +147,9 @@ class Mixed:
         Under a budget that the user names, from 2.
         """
         own, scheme = layer.bits, task.scheme
-        if scheme.overrides_layer(layer.name) or (own != scheme.bits and self.config.first_last == "keep"):
+        if scheme.overrides_layer(layer.name) or (own != scheme.weights.bits and self.config.first_last == "keep"):
             return [own]
-        least = 2 if task.budget_bytes is not None else max(2, min(own, scheme.bits) - 1)
+        least = 2 if task.budget_bytes is not None else max(2, min(own, scheme.weights.bits) - 1)
         return range(least, MAX_BITS + 1)
 
 

@@ -148,7 +148,7 @@ class RDOQ:
         sensitivity = _blended(kl, energy, self.config.blend)
         sizes = {layer.name: self._predict(layer, pivots[layer.name], sensitivity[layer.name]) for layer in task.layers}
         total = sum(weights.values())
-        budget = (self.config.bits_per_weight or task.scheme.bits) * total / 8
+        budget = (self.config.bits_per_weight or task.scheme.weights.bits) * total / 8
         if task.budget_bytes is not None and self.config.bits_per_weight is None:
             budget = float(task.budget_bytes)
         least = sum(own[-1] for own in sizes.values())

@@ -78,7 +78,7 @@ class LayerView:
         """What the grid of its weight must be like."""
         own, bits = self.zero_point_fraction, self.bits
         fractions = [scheme.fraction(bits, searched) if own is None else own for searched in (True, False)]
-        return GridSpec(bits, scheme.symmetric, scheme.granularity, *fractions)
+        return GridSpec(bits, scheme.weights.symmetric, scheme.weights.granularity, *fractions)
 
     def summary(self) -> dict[str, Any]:
         """The layer as plain values, without its tensors."""

@@ -52,6 +52,11 @@ class FloatModel:
     def num_classes(self) -> int:
         return int(getattr(self.module, "num_classes", 0))
 
+    @property
+    def label_names(self) -> list[str]:
+        """The network's own names of its classes in order; empty if it has none, or not one a class."""
+        return names_of(self.pretrained_cfg, self.num_classes)
+
 
 def load_model(config: RunConfig) -> FloatModel:
     """The float network that `config` names, with pretrained weights, or those of `config.checkpoint`.
@@ -77,11 +82,36 @@ def load_model(config: RunConfig) -> FloatModel:
         raise _creation_error(config, error) from error
     if config.checkpoint is not None:
         _load_checkpoint(module, Path(config.checkpoint))
+    else:
+        _check_classifier(module, arguments, config.model)
     if getattr(module, "num_classes", None):
         arguments["num_classes"] = int(module.num_classes)  # type: ignore[arg-type]
     model = FloatModel(module.eval().float(), architecture, {**file_args, **arguments}, _portable(module), config.model)
     check_finite(module, f"the weights of {config.model}")
     return model
+
+
+def names_of(pretrained_cfg: Mapping[str, Any], num_classes: int) -> list[str]:
+    """The `label_names` of a timm configuration; empty unless they are `num_classes` strings."""
+    names = pretrained_cfg.get("label_names")
+    if not isinstance(names, list) or len(names) != num_classes:
+        return []
+    return names if all(isinstance(name, str) for name in names) else []
+
+
+def _check_classifier(module: nn.Module, arguments: Mapping[str, Any], name: str) -> None:
+    """Raise unless the classifier is the trained one: timm replaces one of another size by an untrained one.
+
+    Raises:
+        UsageError: `arguments` ask for another number of classes than the weights were trained for.
+    """
+    asked = arguments.get("num_classes")
+    trained = (getattr(module, "pretrained_cfg", None) or {}).get("num_classes")
+    if asked and isinstance(trained, int) and asked != trained:
+        raise UsageError(
+            f"--num-classes {asked}: the classifier of {name} is trained for {trained} classes, not {asked}",
+            "leave --num-classes out; for a network of your own with that many, give its weights: --checkpoint FILE",
+        )
 
 
 def build(
@@ -362,11 +392,24 @@ def _load_checkpoint(module: nn.Module, path: Path) -> None:
         )
     for key, value in state.items():
         if value.shape != own[key].shape:
-            raise CoraqError(
-                f"{path}: {key} has shape {list(value.shape)}, the network wants {list(own[key].shape)}",
-                "If it is the classifier, give --num-classes.",
-            )
+            raise _other_shape(module, path, key, value, own[key])
     module.load_state_dict(state, strict=False)
+
+
+def _other_shape(module: nn.Module, path: Path, key: str, found: torch.Tensor, wanted: torch.Tensor) -> CoraqError:
+    """The error for a tensor of a file that has another shape than the network's."""
+    names = (getattr(module, "pretrained_cfg", None) or {}).get("classifier") or ()
+    heads = (names,) if isinstance(names, str) else tuple(names)
+    head = key.rpartition(".")[0]
+    if head in heads and found.shape[1:] == wanted.shape[1:]:
+        return CoraqError(
+            f"the classifier in {path} ({head}) has {len(found)} classes, the network has {len(wanted)}",
+            f"--num-classes {len(found)} builds the network that the file is of",
+        )
+    return CoraqError(
+        f"{path}: {key} has shape {list(found.shape)}, the network wants {list(wanted.shape)}",
+        "Name the architecture, with its --model-kwargs, that the file was saved from.",
+    )
 
 
 def _nearest(architecture: str) -> str:

@@ -32,7 +32,7 @@ def layers_budget(prepared: Prepared, task: CalibrationTask) -> int | None:
         checkpoint_info(prepared, task),
         getattr(torch, config.float_dtype),
         coding,
-        zero_points=coding == "packed" and not prepared.scheme.symmetric,
+        zero_points=coding == "packed" and not prepared.scheme.weights.symmetric,
     )
     rest += BYTES_OF_AN_ACTIVATION * len(task.grids.points)
     if whole <= rest:

@@ -43,9 +43,9 @@ def calibrate(
             _with_progress(sink, quantizing),
             CommitLog(done, save, decisions),
             PassSettings(
-                memory_bytes=config.calib_memory or default_memory_bound(),
-                rows_per_input=config.data.calib_rows,
-                early_images=config.data.calib_early,
+                memory_bytes=config.calib_memory or default_memory_bound(prepared.device),
+                rows_per_input=config.data.calib_rows_per_input,
+                early_images=config.data.calib_early_images,
                 bfloat16=config.data.calib_precision == "bfloat16",
             ),
             registry.make,

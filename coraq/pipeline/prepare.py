@@ -60,10 +60,23 @@ class Prepared:
         config = self.config.model_copy(update={"scheme": self.scheme})
         calibration = self.images.calibration
         bases = registry.resolve_bases(self.method, self.options)
-        versions = {f"{base.method.name}_version": base.method.version for base in bases}
-        digest = config.digest(calibration=calibration.fingerprint, method_version=self.method.version, **versions)
+        digest = config.digest(
+            self.options.model_dump(mode="json"),
+            [
+                {
+                    "method": base.method.name,
+                    "version": base.method.version,
+                    "options": base.options.model_dump(mode="json"),
+                }
+                for base in bases
+            ],
+            calibration=calibration.fingerprint,
+            method_version=self.method.version,
+        )
         name = re.sub(r"[^A-Za-z0-9._]+", "-", Path(config.model.split(":")[-1]).name or config.model)
-        bits = f"w{config.scheme.bits}" + (f"a{config.scheme.act_bits}" if config.scheme.act_bits else "")
+        bits = f"w{config.scheme.weights.bits}" + (
+            "" if config.scheme.act_bits is None else f"a{config.scheme.act_bits}"
+        )
         return RunFolder(runs_dir / f"{name}-{config.method}-{bits}-{digest}")
 
 
@@ -170,7 +183,7 @@ def _load_network(config: RunConfig, device: torch.device) -> Network:
 
 def open_images(config: RunConfig, preprocess: Preprocess, float_model: FloatModel, sink: Sink) -> Images:
     """The run's calibration and evaluation images, for a network of so many classes."""
-    return run_images(config, preprocess, float_model.num_classes or None, sink)
+    return run_images(config, preprocess, float_model.num_classes or None, sink, float_model.label_names)
 
 
 def _example(preprocess: Preprocess, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -74,7 +75,7 @@ def quantize(
         model=model if isinstance(model, str) else type(model).__name__,
         method=method,
         options=options or {},
-        scheme=scheme or Scheme(bits=bits),
+        scheme=scheme or Scheme.of(bits=bits),
         seed=seed,
         data=DataConfig(calib_size=calib_size),
     )
@@ -89,7 +90,10 @@ def quantize(
     teacher = float_model.module.to(memory_format=torch.channels_last)
     preprocess = Preprocess.resolve(teacher, config.data)
     images = Images(tensor_images(data, limit=calib_size), None) if data is not None else None
-    if images is None:
+    if images is not None:
+        shape = next(images.calibration.batches(1))[0].shape[1:]
+        preprocess = dataclasses.replace(preprocess, input_size=(int(shape[0]), int(shape[1]), int(shape[2])))
+    else:
         images = Images(open_images(config, preprocess, float_model, sink).calibration, None)
     example = next(images.calibration.batches(2))[0].to(next(teacher.parameters()).device)
     found = fold(teacher, example.contiguous(memory_format=torch.channels_last))

@@ -80,7 +80,7 @@ def _write_html(result: RunResult, folder: Path) -> Path:
 def _accuracy(result: RunResult) -> str:
     comparison = result.comparison
     if comparison is None or not comparison.labelled:
-        return f"## Accuracy\n\nAccuracy: {summary.NOT_MEASURED}."
+        return f"## Accuracy\n\nAccuracy: {summary.not_measured(result)}."
     rows = table(["", "float", "quantized", "difference in points"], summary.accuracy_rows(comparison))
     return f"## Accuracy\n\n{rows}\n\n{summary.accuracy_note(comparison)}. Intervals are 95 %."
 

@@ -11,8 +11,16 @@ import shlex
 from collections.abc import Iterable
 
 from coraq.results import Comparison, LayerResult, PairedDifference, Proportion, RunResult
+from coraq.scheme import chosen_bits
 
 NOT_MEASURED = "not measured (no images given; --data-dir FOLDER)"
+UNLABELLED = "not measured (the images have no labels: --data-dir FOLDER with a sub-folder for each class)"
+
+
+def not_measured(result: RunResult) -> str:
+    """Why a result has no accuracy."""
+    given = result.comparison is not None or result.config.data.data_dir or result.config.data.dataset
+    return UNLABELLED if given else NOT_MEASURED
 
 
 def bytes_text(count: float) -> str:
@@ -70,7 +78,12 @@ def number_text(value: float | int | str | None) -> str:
 
 
 def title(result: RunResult) -> str:
-    return f"{result.config.model} at {result.config.scheme.bits} bits by {result.method}"
+    """ "resnet18 at 4 bits by comq", or with the budget and the range where a method chose the bits of layers."""
+    scheme = result.config.scheme
+    layer_bits = {layer.name: layer.bits for layer in result.layers}
+    if scheme.overrides or not layer_bits or not chosen_bits(scheme, layer_bits):
+        return f"{result.config.model} at {scheme.weights.bits} bits by {result.method}"
+    return f"{result.config.model} by {result.method}: {chosen_bits(scheme, layer_bits)}"
 
 
 def command_line(result: RunResult) -> str:

@@ -23,8 +23,14 @@ CGROUP_MEMORY = (
 )
 
 
-def default_memory_bound() -> int:
-    """Half of the memory that is free, in bytes; a container's limit and the process's own (ulimit -v) count."""
+def default_memory_bound(device: torch.device | str = "cpu") -> int:
+    """Half of the memory that is free, in bytes: a CUDA device's own, else the host's.
+
+    Of the host's, a container's limit and the process's own (ulimit -v) count.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return max(int(torch.cuda.mem_get_info(device)[0]) // 2, 64 << 20)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -331,8 +331,10 @@ def _check_grid(bench: _Bench, bits: int, symmetric: bool, granularity: Granular
     The outputs' mean is taken out: bias correction makes it right whatever the weights are.
     """
     # zero points between codes at some widths: a method may leave them at codes
-    zero: Literal["whole", "quarter"] = "quarter" if bits < 4 and not symmetric else "whole"
-    asked = Scheme(bits=bits, symmetric=symmetric, granularity=granularity, gain="keep", zero_point=zero)
+    zero = 2 if bits < 4 and not symmetric else 0
+    asked = Scheme.of(
+        bits=bits, symmetric=symmetric, granularity=granularity, scale_correction="off", zero_point_fraction=zero
+    )
     scheme = resolve_auto(asked, bench.method, configure(bench.method, bench.options))  # as a command has it
     case = _describe(bits, symmetric, granularity)
     outcome = bench.run(scheme, bench.batches(), case)
@@ -390,14 +392,14 @@ def _check_layer(view: LayerView, layer: QuantizedLayer, scheme: Scheme, where: 
         "Take them from layer.bits, or declare `chooses_bits = True` if the method shares out bits by itself.",
     )
     _require(
-        not (scheme.symmetric and weight.zero_point is not None),
+        not (scheme.weights.symmetric and weight.zero_point is not None),
         f"{where}: a zero point on a symmetric grid",
-        "Pass task.scheme.symmetric on to the grid.",
+        "Pass task.scheme.weights.symmetric on to the grid.",
     )
     _require(
-        scheme.granularity == "channel" or weight.scale.numel() == 1,
+        scheme.weights.granularity == "channel" or weight.scale.numel() == 1,
         f"{where}: {weight.scale.numel()} scales where the scheme wants one per tensor",
-        "Pass task.scheme.granularity on to the grid.",
+        "Pass task.scheme.weights.granularity on to the grid.",
     )
     _require(
         weight.zero_point is None or float(weight.zero.max()) < 2**weight.bits,
@@ -410,7 +412,7 @@ def _check_activations(bench: _Bench) -> None:
     """Quantized activations, at layer inputs and everywhere: written, read back, and resumed after a kill."""
     placements: tuple[Literal["inputs", "integer"], ...] = ("inputs", "integer")
     for placement in placements:
-        asked = Scheme(bits=4, act_bits=4, act_placement=placement)
+        asked = Scheme.of(bits=4, act_bits=4, act_placement=placement)
         scheme = resolve_auto(asked, bench.method, configure(bench.method, bench.options))  # as a command has it
         case = f"activations at 4 bits ({placement})"
         outcome = bench.run(scheme, bench.batches(), case)
@@ -441,7 +443,7 @@ def _check_activations(bench: _Bench) -> None:
 def _check_repeatable(bench: _Bench) -> None:
     """One seed gives one file, whatever the global random state is."""
     written = []
-    scheme = Scheme(bits=3)
+    scheme = Scheme.of(bits=3)
     for seed in (1, 2):
         with _global_seed(seed), tempfile.TemporaryDirectory(prefix="coraq-conforms-") as folder:
             outcome = bench.run(scheme, bench.batches(), "run twice")
@@ -469,7 +471,7 @@ class _global_seed:
 
 def _check_resume(bench: _Bench) -> None:
     """A run that is killed after k layers and started again ends as if nothing had happened."""
-    scheme = Scheme(bits=3, symmetric=False)
+    scheme = Scheme.of(bits=3, symmetric=False)
     total = len(bench.found.order)
     with tempfile.TemporaryDirectory(prefix="coraq-conforms-") as temporary:
         straight = bench.write(
@@ -500,7 +502,7 @@ def _check_awkward(method: type[Quantizer], options: dict[str, Any]) -> None:
     bench = _Bench(method, options, *_folded(small_network(seed=3, awkward=True)))
     for symmetric, granularity in _GRIDS:
         for bits in (2, 4):
-            scheme = Scheme(bits=bits, symmetric=symmetric, granularity=granularity, gain="keep")
+            scheme = Scheme.of(bits=bits, symmetric=symmetric, granularity=granularity, scale_correction="off")
             case = f"network with dead and constant channels, {_describe(bits, symmetric, granularity)}"
             outcome = bench.run(scheme, bench.batches(), case)
             _check_commits(bench, scheme, outcome, case)
@@ -517,7 +519,7 @@ def _check_wide(bench: _Bench) -> None:
     sampling.GRAM_ENTRIES = 200
     try:
         for granularity in ("channel", "tensor"):
-            scheme = Scheme(bits=4, granularity=granularity)
+            scheme = Scheme.of(bits=4, granularity=granularity)
             case = f"Grams in blocks, per {granularity} (LeastSquares.gram is [groups · blocks, in/blocks, in/blocks])"
             _check_commits(bench, scheme, bench.run(scheme, bench.batches(), case), case)
     finally:
@@ -527,15 +529,15 @@ def _check_wide(bench: _Bench) -> None:
 def _check_images(bench: _Bench) -> None:
     """A single calibration image (Grams of rank one), every kind of bias, and no image at all."""
     for bias in ("float", "layer", "keep"):
-        scheme = Scheme(bits=4, bias=bias)
+        scheme = Scheme.of(bits=4, bias=bias)
         case = f"one calibration image, bias {bias}"
         outcome = bench.run(scheme, [random_images(1, seed=5)], case)
         _check_commits(bench, scheme, outcome, case)
     if not bench.method.needs_data:
-        bench.run(Scheme(bits=4), [], "no calibration images (needs_data is False)")
+        bench.run(Scheme.of(bits=4), [], "no calibration images (needs_data is False)")
         return
     try:
-        bench.run(Scheme(bits=4), [], "no calibration images")
+        bench.run(Scheme.of(bits=4), [], "no calibration images")
     except AssertionError as error:
         _require(
             isinstance(error.__cause__, CoraqError),

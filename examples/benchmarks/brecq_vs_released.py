@@ -79,7 +79,9 @@ def ours(
         layer: Any = module.get_submodule(name)
         weight = layer.weight.detach().reshape(1, layer.out_channels, -1).clone()
         views.append(LayerView(f"block.{name}", weight, layer.bias, bits, None, "conv", (3, 3), 0))
-    task: Any = SimpleNamespace(scheme=Scheme(bits=bits, bias="keep"), rng=torch.Generator().manual_seed(0))
+    task: Any = SimpleNamespace(
+        scheme=Scheme.of(bits=bits, bias_correction="off"), rng=torch.Generator().manual_seed(0)
+    )
     options = {"batch": batch, "start": "nearest", "precision": precision, "learn": "all", "holdout": 0, "positions": 0}
     config: Any = configure(BRECQ, options)
     reconstruction = Unit(config, task, data, views)

@@ -89,7 +89,7 @@ def run_coraq(weight: Tensor, maps: Tensor, bits: int, **options: Any) -> Tensor
         accumulator.add(batch)
     view = LayerView("layer", weight.unsqueeze(0), None, bits, None, "conv", (3, 3), 0)
     squares = LeastSquares(view.weight, accumulator.result().gram)
-    layer, _ = COMQ(COMQ.Config(**options)).solve(view, squares, Scheme(bits=bits, symmetric=False))
+    layer, _ = COMQ(COMQ.Config(**options)).solve(view, squares, Scheme.of(bits=bits, symmetric=False))
     return layer.dequantize()[0]
 
 

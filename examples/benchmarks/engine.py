@@ -43,7 +43,7 @@ def main() -> None:
     registry.import_plugins()
 
     data = DataConfig(calib_dir=arguments.calib_dir, calib_size=arguments.count, batch_size=arguments.batch_size)
-    config = RunConfig(model=arguments.model, data=data, scheme=Scheme(bits=arguments.bits))
+    config = RunConfig(model=arguments.model, data=data, scheme=Scheme.of(bits=arguments.bits))
     if arguments.random_weights:
         import timm
 
@@ -82,7 +82,7 @@ def main() -> None:
                 scheme,
                 batches,
                 memory_bytes=bound,
-                early_images=data.calib_early,
+                early_images=data.calib_early_images,
                 half=precision == "bfloat16",
             )
             start = time.perf_counter()

@@ -39,7 +39,7 @@ def main() -> None:
     size = Preprocess.resolve(model, DataConfig()).input_size
     images = torch.randn(arguments.batch, *size, generator=torch.Generator().manual_seed(0))
     images = images.contiguous(memory_format=torch.channels_last)
-    task = CalibrationTask(model, fold(model, images[:2]), Scheme(bits=3), [images[:8]], find_method=registry.make)
+    task = CalibrationTask(model, fold(model, images[:2]), Scheme.of(bits=3), [images[:8]], find_method=registry.make)
     layers: dict[str, SearchLayer] = {}
     total = sum(layer.weight.numel() for layer in task.layers)
     for layer in task.layers:

@@ -270,7 +270,7 @@ class Bench:
             small_network(),
             "comq",
             data=random_images(4),
-            scheme=Scheme(bits=3, act_bits=8),
+            scheme=Scheme.of(bits=3, act_bits=8),
             path=folder / "model.safetensors",
         )
         self.state = made.module.state_dict()
@@ -281,7 +281,7 @@ class Bench:
                 update={
                     "model": "demo",
                     "method": "rtn",
-                    "scheme": Scheme(bits=3),
+                    "scheme": Scheme.of(bits=3),
                     "data": made.result.config.data.model_copy(update={"calib_size": 4, "eval_size": 4}),
                 }
             ),

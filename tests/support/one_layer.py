@@ -18,7 +18,7 @@ class OneLayerTask:
 
     def __init__(self, squares: LeastSquares, scheme: Scheme, taps: int = 1) -> None:
         self.squares, self.scheme = squares, scheme
-        self.layers = [LayerView("layer", squares.weight, None, scheme.bits, None, "conv", (1, taps), 0)]
+        self.layers = [LayerView("layer", squares.weight, None, scheme.weights.bits, None, "conv", (1, taps), 0)]
         self.has_data = True
         self.posed: list[float] = []  # with which correction the problem was posed, each time
         self.committed: dict[str, tuple[QuantizedLayer, dict[str, Any]]] = {}
@@ -31,7 +31,7 @@ class OneLayerTask:
         mix = torch.randn(groups, inputs, inputs, generator=generator).double() / inputs**0.5
         x = (torch.randn(groups, 400, inputs, generator=generator).double() @ mix).relu()
         x -= x.mean(1, keepdim=True)
-        return cls(LeastSquares(weight, x.mT @ x / 400), Scheme(bits=bits, **scheme))
+        return cls(LeastSquares(weight, x.mT @ x / 400), Scheme.of(bits=bits, **scheme))
 
     def problem(self, name: str, correction: float = 0.5) -> LayerProblem:
         def pose() -> LeastSquares:
