@@ -14,10 +14,11 @@ from coraq.artifact import load_checkpoint
 from coraq.calibration.task import CalibrationTask
 from coraq.cli.options import parse_file_size, parse_weight_bits
 from coraq.config import DataConfig, RunConfig, Scheme
+from coraq.core import sensitivity
 from coraq.core.sensitivity import kl_of_errors, kl_of_errors_by_channel
 from coraq.errors import UsageError
 from coraq.events import ListSink
-from coraq.methods.rdoq import RDOQ
+from coraq.methods.rdoq import RDOQ, _blended
 from coraq.pipeline import run
 from coraq.pipeline.cache import RunCache
 from coraq.pipeline.prepare import prepare
@@ -86,7 +87,8 @@ def test_a_killed_run_goes_on_to_the_same_codes() -> None:
         assert torch.equal(layer.weight.codes, again.quantized[name].weight.codes)
 
 
-def test_the_kl_of_single_channels_is_that_of_errors_in_them_alone() -> None:
+def test_the_kl_of_single_channels_is_that_of_errors_in_them_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "_by_probability", sensitivity._by_slope)  # the same labels for both
     one = task()
     layer = one.layers[1]
     generator = torch.Generator().manual_seed(0)
@@ -102,6 +104,17 @@ def test_the_kl_of_single_channels_is_that_of_errors_in_them_alone() -> None:
         alone[channel] = error.flatten(0, 1)[channel]
         kl = kl_of_errors(one.teacher, {layer.name: alone.reshape(layer.shape)}, BATCHES, drawn())[layer.name]
         assert float(found[channel]) == pytest.approx(kl, rel=1e-4)
+
+
+@pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
+def test_channels_together_cost_what_was_measured_of_their_layer(blend: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    kl = {"conv": torch.rand(1, 30, generator=generator).double() ** 8, "dead": torch.zeros(1, 4).double()}
+    energy = {"conv": torch.rand(1, 30, generator=generator).double(), "dead": torch.zeros(1, 4).double()}
+    kl["conv"][0, 3] = 0.0
+    found = _blended(kl, energy, blend)
+    assert float((found["conv"] * energy["conv"]).sum()) == pytest.approx(float(kl["conv"].sum()))
+    assert all(bool((own > 0).all()) and bool(torch.isfinite(own).all()) for own in found.values())
 
 
 def _config(method: str = "rdoq", **more: Any) -> RunConfig:

@@ -46,15 +46,19 @@ def kl_of_errors(
     Raises:
         ValueError: the network overflows on these images; names the first layer where that shows.
     """
-    found = _of_errors(network, deltas, batches, generator, _Products)
+    found = _of_errors(network, deltas, batches, generator, _Products, _by_probability)
     return {name: products.mean_square() / 2 for name, products in found.items()}
 
 
 def kl_of_errors_by_channel(
     network: nn.Module, deltas: Mapping[str, Tensor], batches: Iterable[Tensor], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """As `kl_of_errors`, but of the error of each output channel alone: float64 [channels] by layer name."""
-    found = _of_errors(network, deltas, batches, generator, _ChannelProducts)
+    """As `kl_of_errors`, but of the error of each output channel alone: float64 [channels] by layer name.
+
+    Labels are drawn as those of tensors are, by probability times slope: by probability alone, most channels of a
+    classifier would never see their own class.
+    """
+    found = _of_errors(network, deltas, batches, generator, _ChannelProducts, _by_slope)
     channels = {name: len(delta.flatten(0, -2)) if delta.dim() == 3 else len(delta) for name, delta in deltas.items()}
     zeros = {name: torch.zeros(count, dtype=torch.float64) for name, count in channels.items()}
     return {name: zeros[name] if (own := found[name].mean_squares()) is None else own / 2 for name in deltas}
@@ -66,6 +70,7 @@ def _of_errors(
     batches: Iterable[Tensor],
     generator: torch.Generator,
     kind: type[P],
+    draw: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]],
 ) -> dict[str, P]:
     """What each layer's weight error does to the log-probabilities of all images; see `kl_of_errors`."""
     shadows: dict[str, Any] = {}
@@ -89,7 +94,7 @@ def _of_errors(
 
     handles = [network.get_submodule(name).register_forward_hook(watch(name)) for name in deltas]
     total: dict[Any, P] = {name: kind() for name in deltas}
-    _measure(network, total, batches, partial(_by_probability, generator=generator), seen, handles)
+    _measure(network, total, batches, lambda log_p: draw(log_p, generator), seen, handles)
     return total
 
 

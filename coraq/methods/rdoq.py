@@ -6,7 +6,8 @@ against distortion (`coraq.core.rate_distortion`). So bits a weight follow, laye
 
 1. What a unit of squared output error of a channel costs in nats of KL: the Fisher information along the error of 4-bit
    nearest rounding, over that error under the Gram of the layer's inputs. Single channels are measured noisily, so
-   each is taken half-way, geometrically, between its own and its layer's.
+   each is taken half-way, geometrically, between its own and its layer's, and all of a layer's such that together they
+   cost what was measured.
 2. A pass over the float network finds how many bytes each layer takes for every c.
 3. A second pass rounds layer by layer on what is quantized so far. c is such that the bytes left and the prediction
    for the layers left agree; the last layer's is searched on its real bytes, so that the budget is met.
@@ -268,7 +269,10 @@ def _blended(kl: Mapping[str, Tensor], energy: Mapping[str, Tensor], blend: floa
         ratio = kl[name] / energy[name].to(kl[name]).clamp(min=1e-300) / cost
         known = (kl[name] > 0) & (energy[name].to(kl[name]) > 0) & torch.isfinite(ratio)
         ratio = torch.where(known, ratio, 1.0).clamp(1 / MOST_RATIO, MOST_RATIO)
-        found[name] = cost * ratio**blend
+        blended = cost * ratio**blend
+        # a geometric mean of noisy costs is too low, by more the noisier they are: the layer's sum is what is known
+        together = float((blended * energy[name]).sum())
+        found[name] = blended * (cost * float(energy[name].sum()) / together if together > 0 else 1.0)
     return found
 
 
