@@ -20,7 +20,8 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from test_engine import calibration_task
+from support.commands import fails
+from support.tasks import small_task
 
 from coraq import pipeline
 from coraq.calibration import spill
@@ -53,19 +54,6 @@ def network(here: Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
     return "local-dir:network"
-
-
-def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int, *parts: str, hint: str = "") -> None:
-    capsys.readouterr()
-    assert run(arguments) == code
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert "Traceback" not in "\n".join(lines)
-    assert lines[-2].startswith("error: "), lines
-    assert lines[-1].startswith("hint: "), lines
-    assert "this should not happen" not in lines[-1], lines
-    for part in parts:
-        assert part in lines[-2], lines
-    assert hint in lines[-1], lines
 
 
 # ---------------------------------------------------------------- files that are not what they should be
@@ -178,12 +166,12 @@ def test_no_room_for_activations_is_said_with_a_way_out(tmp_path: Path, monkeypa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(spill, "_write", full)
-    task = calibration_task(memory_bytes=1 << 12, folder=tmp_path)
+    task = small_task(memory_bytes=1 << 12, folder=tmp_path)
     with pytest.raises(CoraqError, match=r"cannot be kept in .*No space left.*\n.*TMPDIR"):
         task.stats(task.layers[-1].name)
     task.close()
     assert not list(tmp_path.iterdir())
-    task = calibration_task(memory_bytes=1 << 12, folder=tmp_path / "missing")
+    task = small_task(memory_bytes=1 << 12, folder=tmp_path / "missing")
     with pytest.raises(CoraqError, match=r"cannot be kept in .*\n.*TMPDIR"):
         task.stats(task.layers[0].name)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from examples_folder import example
+from support.examples_folder import example
 from torch import Tensor, nn
 
 from coraq.calibration.block_data import cut_out

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_evaluate import Lookup, batches_of, one_hot_table
+from support.answers import Lookup, batches_of, one_hot_table
+from support.pictures import evaluation, opened, write_digits, write_images
 from torch import Tensor
 
-import coraq
 from coraq.cli.app import run
 from coraq.evaluate import compare_networks, evaluate_network
 from coraq.evaluate.accuracy import proportion
@@ -73,26 +73,13 @@ def test_a_reversed_class_map_gives_one_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    digits(tmp_path / "digits", 8)
+    write_digits(tmp_path / "digits", 8)
     (tmp_path / "map.txt").write_text("".join(f"{9 - digit}\n" for digit in range(10)))
     command = ["quantize", "demo", "--method", "rtn", "--bits", "8", "--calib-size", "8", "--data-dir", "digits"]
     assert run(command) == 0
     assert "chance" not in notes_of(capsys)
     assert run([*command, "--class-map", "map.txt"]) == 0
     assert notes_of(capsys).count("is that of chance (10 % with 10 classes)") == 1
-
-
-def digits(folder: Path, each: int) -> None:
-    """The demo's digits as files: `each` of every class."""
-    import numpy as np
-    from PIL import Image
-
-    with np.load(Path(coraq.__file__).parent / "demo" / "digits.npz") as archive:
-        images, labels = archive["test_images"], archive["test_labels"]
-    for digit in range(10):
-        (folder / str(digit)).mkdir(parents=True)
-        for index in np.flatnonzero(labels == digit)[:each]:
-            Image.fromarray(images[index]).save(folder / str(digit) / f"{index}.png")
 
 
 # --- one logit
@@ -118,7 +105,5 @@ def test_one_logit_is_counted_as_the_two_of_its_sigmoid() -> None:
 
 
 def test_images_of_two_classes_fit_a_network_of_one_logit(tmp_path: Path) -> None:
-    from test_data import evaluation, opened, write_images
-
     images = opened(1, data_dir=write_images(tmp_path, {"no": 4, "yes": 4}), calib_size=2)
     assert sorted({int(label) for _, labels in evaluation(images).batches() for label in labels}) == [0, 1]

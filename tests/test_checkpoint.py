@@ -15,46 +15,19 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.tasks import make_task
+from support.checkpoints import Written, random_layer, with_info
 from torch import Tensor, nn
 
 import coraq
-from coraq.api import LowRank, QTensor, QuantizedLayer, minmax_grid
+from coraq.api import QTensor, QuantizedLayer
 from coraq.artifact import RunFolder, load_checkpoint, write_checkpoint
-from coraq.artifact.checkpoint import CheckpointInfo
 from coraq.artifact.codec import content_digest, decode, encode
 from coraq.artifact.files import write_atomic
-from coraq.config import LayerScheme, Scheme
+from coraq.config import Scheme
 from coraq.errors import CoraqError
-from coraq.network.fold import Trace, fold
 from coraq.network.layers import install
 from coraq.testing import random_images, small_network
 from coraq.testing.networks import ARCHITECTURE
-
-
-def random_layer(shape: tuple[int, int, int], bits: int, kind: str, seed: int = 0) -> QuantizedLayer:
-    """Codes that use the whole range, on every kind of grid that a method can return."""
-    g = torch.Generator().manual_seed(seed)
-    groups, out, inputs = shape
-    codes = torch.randint(0, 2**bits, shape, generator=g).to(torch.uint8)
-    scales = (1, 1, 1) if kind == "tensor" else (groups, out, 1)
-    scale = torch.rand(scales, generator=g) * 0.1 + 1e-3
-    zero = torch.randint(0, 2**bits, scales, generator=g).to(torch.uint8) if kind == "affine" else None
-    codebook = torch.randn(2**bits, generator=g) if kind == "codebook" else None
-    fraction = min(3, 8 - bits) if kind == "finer" else 0
-    if kind == "finer":
-        zero = torch.randint(0, 2 ** (bits + fraction), scales, generator=g).to(torch.uint8)
-    adapter = None
-    if kind == "adapter":
-        b = minmax_grid(torch.randn(groups, out, 3, generator=g), 8)
-        a = minmax_grid(torch.randn(groups, 3, inputs, generator=g), 4)
-        adapter = LowRank(
-            b.pack(torch.randint(0, 256, (groups, out, 3), generator=g)),
-            a.pack(torch.randint(0, 16, (groups, 3, inputs), generator=g)),
-        )
-    bias = torch.randn(groups * out, generator=g)
-    return QuantizedLayer(QTensor(codes, scale, bits, zero, codebook, fraction), adapter, bias)
-
 
 KINDS = ["symmetric", "affine", "finer", "tensor", "codebook", "adapter"]
 
@@ -85,33 +58,6 @@ def test_a_layer_comes_back_from_its_encoding_bit_for_bit(kind: str, bits: int, 
         assert again.adapter is not None
         assert same(again.adapter.a, layer.adapter.a)
         assert same(again.adapter.b, layer.adapter.b)
-
-
-class Written:
-    """A quantized small network, and the checkpoint that it was written to."""
-
-    def __init__(self, path: Path, bits: int = 4, kind: str = "symmetric", dtype: torch.dtype = torch.float32) -> None:
-        self.path = path
-        self.student = small_network()
-        self.found: Trace = fold(self.student, random_images(2))
-        task = make_task(self.student, Scheme.of(bits=bits), [], found=self.found)
-        self.layers = {
-            view.name: random_layer(view.shape, bits, kind, index) for index, view in enumerate(task.all_layers)
-        }
-        for name, layer in self.layers.items():
-            install(self.student.get_submodule(name), layer.dequantize(), layer.bias)
-        self.info = CheckpointInfo(
-            architecture=ARCHITECTURE,
-            structure=self.found.structure,
-            scheme=Scheme.of(bits=bits, overrides={"head": LayerScheme(bits=7)}),
-            provenance={"note": "a text with μ and \n in it"},
-        )
-        self.size = write_checkpoint(path, self.student, self.layers, self.info, dtype)
-
-
-@pytest.fixture
-def written(tmp_path: Path) -> Written:
-    return Written(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -237,25 +183,19 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "nowhere")
 
 
-def rewritten(made: Written, **update: Any) -> Path:
-    info = made.info.model_copy(update=update)
-    write_checkpoint(made.path, made.student, made.layers, info)
-    return made.path
-
-
 def test_another_architecture_is_refused(written: Written) -> None:
     with pytest.raises(CoraqError, match=r"no module|of another architecture"):
-        load_checkpoint(rewritten(written, architecture="resnet10t"))
+        load_checkpoint(with_info(written, architecture="resnet10t"))
 
 
 def test_another_size_of_the_same_architecture_is_refused(written: Written) -> None:
     with pytest.raises(CoraqError, match=r"another shape|of another architecture"):
-        load_checkpoint(rewritten(written, model_args={"num_classes": 11}))
+        load_checkpoint(with_info(written, model_args={"num_classes": 11}))
 
 
 def test_an_architecture_that_timm_does_not_know_is_refused_with_a_way_out(written: Written) -> None:
     with pytest.raises(CoraqError, match="no architecture 'resnet9000'") as caught:
-        load_checkpoint(rewritten(written, architecture="resnet9000"))
+        load_checkpoint(with_info(written, architecture="resnet9000"))
     assert "--plugins-dir" in caught.value.hint
 
 

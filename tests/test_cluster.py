@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_run_cache import found
+from support.results import without_times
 
 from coraq import pipeline
 from coraq.artifact import read_result
@@ -65,7 +65,7 @@ def test_a_machine_that_does_not_see_the_folder_sends_the_finished_run(tmp_path:
     assert outcome.result is not None
     sent, own = Path(outcome.result.run_dir), Path(alone.run_dir)
     assert sent == tmp_path / "driver" / own.name
-    assert found(read_result(sent)) == found(alone)
+    assert without_times(read_result(sent)) == without_times(alone)
     assert read_result(sent).run_dir == str(sent)
     assert {path.name for path in sent.iterdir()} == {p.name for p in own.iterdir()} - {"layers", ".lock"}
     for name in ("model.safetensors", "predictions.safetensors", "config.json"):
@@ -117,7 +117,9 @@ def test_two_workers_write_what_one_process_writes(cluster: Any, tmp_path: Path)
     assert far.failed == []
     for one, other in zip(far.cells, near.cells, strict=True):
         assert Path(one.run_dir or "").name == Path(other.run_dir or "").name
-        assert found(read_result(Path(one.run_dir or ""))) == found(read_result(Path(other.run_dir or "")))
+        assert without_times(read_result(Path(one.run_dir or ""))) == without_times(
+            read_result(Path(other.run_dir or ""))
+        )
         a, b = (Path(row.run_dir or "") / "model.safetensors" for row in (one, other))
         assert a.read_bytes() == b.read_bytes()
     processes = {

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from pydantic import BaseModel, ValidationError
-from test_report import comparison
+from support.results import cell_result, compare_result, comparison
 
 from coraq import pipeline
 from coraq.artifact import Predictions, read_result, write_predictions
@@ -23,7 +23,6 @@ from coraq.compare.ranking import groups_of, reference_bytes
 from coraq.config import DataConfig, LayerScheme, RunConfig, Scheme
 from coraq.errors import UsageError
 from coraq.evaluate.intervals import mcnemar_p
-from coraq.results import CellResult
 
 SMALL = ["--calib-size", "16", "--eval-size", "48"]
 
@@ -197,35 +196,14 @@ def test_a_comparisons_report_is_rendered_again_from_its_json(empty: Path, capsy
 # ---------------------------------------------------------------- ranking
 
 
-def cell(label: str, seed: int, top1: float, size: int, run_dir: Path | None = None, **changes: Any) -> CellResult:
-    measured = comparison()
-    assert measured.quantized_top1 is not None
-    share = measured.quantized_top1.model_copy(update={"value_pct": top1})
-    content: dict[str, Any] = {
-        "model": "net",
-        "label": label,
-        "bits": 4,
-        "seed": seed,
-        "run_dir": None if run_dir is None else str(run_dir),
-        "file_bytes": size,
-        "float_bytes": 8 * size,
-        "effective_bits": 4.1,
-        "comparison": measured.model_copy(update={"quantized_top1": share}),
-        "labelled": True,
-        "total_s": 2.0,
-        "peak_memory_bytes": 1000,
-    }
-    return CellResult(**{**content, **changes})
-
-
 def test_methods_are_ranked_at_equal_bytes_and_others_are_marked() -> None:
     cells = [
-        cell("large", 0, 90.0, 1100),
-        cell("a", 0, 70.0, 1000),
-        cell("b", 0, 72.0, 1009),
-        cell("a", 1, 76.0, 1000),
-        cell("b", 1, 72.5, 1009),
-        cell("broken", 0, 0.0, 1000, reason="no"),
+        cell_result("large", 0, 90.0, 1100),
+        cell_result("a", 0, 70.0, 1000),
+        cell_result("b", 0, 72.0, 1009),
+        cell_result("a", 1, 76.0, 1000),
+        cell_result("b", 1, 72.5, 1009),
+        cell_result("broken", 0, 0.0, 1000, reason="no"),
     ]
     (group,) = groups_of(cells)
     assert [(method.label, method.rank) for method in group.methods] == [
@@ -255,8 +233,8 @@ def test_the_reference_size_is_the_one_that_most_share() -> None:
 def test_without_labels_fidelity_ranks() -> None:
     near, far = comparison(labelled=False), comparison(labelled=False).model_copy(update={"kl_nats": 1.0})
     cells = [
-        cell("far", 0, 0, 1000, comparison=far, labelled=False),
-        cell("near", 0, 0, 1000, comparison=near, labelled=False),
+        cell_result("far", 0, 0, 1000, comparison=far, labelled=False),
+        cell_result("near", 0, 0, 1000, comparison=near, labelled=False),
     ]
     (group,) = groups_of(cells)
     assert group.measure == "kl_nats"
@@ -276,7 +254,7 @@ def test_pairs_are_counted_image_by_image_and_every_seed_must_agree(tmp_path: Pa
         kept[label, seed] = choice
         if label != "old":
             write_predictions(folder, Predictions(labels, choice, labels, "other" if label == "other" else "same"))
-    cells = [cell(label, seed, 50.0, 1000, tmp_path / f"{label}{seed}") for label, seed in kept]
+    cells = [cell_result(label, seed, 50.0, 1000, tmp_path / f"{label}{seed}") for label, seed in kept]
     pairs = {(pair.first, pair.second): pair for pair in groups_of(cells)[0].pairs}
     counted = []
     for seed in (0, 1):
@@ -295,11 +273,9 @@ def test_pairs_are_counted_image_by_image_and_every_seed_must_agree(tmp_path: Pa
 def test_of_many_methods_the_best_is_compared_with_each_other(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, count: int, lines: int
 ) -> None:
-    from test_html import compare_result  # which imports this module
-
     monkeypatch.setenv("COLUMNS", "66")  # memory and time make room for the options
     labels = ["cora:budget=0.05:spend=ranks", "brecq:precision=bfloat16", *"abcdef"][:count]
-    result = compare_result(groups=groups_of([cell(label, 0, 70.0 + i, 1000) for i, label in enumerate(labels)]))
+    result = compare_result(groups=groups_of([cell_result(label, 0, 70.0 + i, 1000) for i, label in enumerate(labels)]))
     show_comparison(result, Path("report.html"))
     out = capsys.readouterr().out
     pairs = [line for line in out.splitlines() if " against " in line]

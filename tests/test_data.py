@@ -15,51 +15,20 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from support.pictures import evaluation, everything, opened, write_images
 from timm.data import IterableImageDataset, create_dataset, create_transform, resolve_data_config
 
 from coraq.config import DataConfig
-from coraq.data import Images, ImageSet, Preprocess, open_images, tensor_images
+from coraq.data import ImageSet, Preprocess, open_images, tensor_images
 from coraq.data.images import balanced
 from coraq.errors import CoraqError, UsageError
 from coraq.events import ListSink, Note
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
-PREPROCESS = Preprocess((3, 32, 32), "bicubic", 0.875, "center", (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
-
-
-def write_images(folder: Path, classes: dict[str, int], seed: int = 0) -> Path:
-    """A folder of small noise images, `classes[name]` of them in each sub-folder ("" for none)."""
-    rng = np.random.default_rng(seed)
-    for name, count in classes.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for index in range(count):
-            size = rng.integers(33, 60, 2)
-            pixels = rng.integers(0, 256, (size[0], size[1], 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{index}.{'png' if index % 2 else 'jpg'}")
-    return folder
-
-
-def opened(num_classes: int | None = None, seed: int = 0, sink: Any = None, **options: Any) -> Images:
-    options = {"workers": 0, "batch_size": 4, **{key: _text(value) for key, value in options.items()}}
-    return open_images(DataConfig(**options), PREPROCESS, num_classes, seed, sink or ListSink())
-
-
-def _text(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
-def everything(images: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
-    batches = list(images.batches())
-    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
 
 def rows(images: ImageSet) -> set[bytes]:
     return {image.numpy().tobytes() for image in everything(images)[0]}
-
-
-def evaluation(images: Images) -> ImageSet:
-    assert images.evaluation is not None
-    return images.evaluation
 
 
 @pytest.fixture

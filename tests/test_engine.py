@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support.tasks import make_task
+from support.tasks import make_task, rounded, small_task
 from torch import Tensor, nn
 
-from coraq.api import QuantizedLayer, minmax_grid
+from coraq.api import QuantizedLayer
 from coraq.calibration.lockstep import LockStep, live_bytes
 from coraq.calibration.releasable import releasable_inputs
 from coraq.calibration.schedule import Schedule
@@ -255,7 +255,7 @@ def test_a_resumed_pass_has_the_images_that_an_undisturbed_one_has() -> None:
         for index, layer in enumerate(task.layers):
             squares = task.least_squares(layer.name)
             grams[-1][layer.name] = squares.gram
-            task.commit(layer.name, rounded(task, layer))
+            task.commit(layer.name, rounded(layer))
             if len(grams) == 1 and index < 4:
                 done[layer.name] = task.committed[layer.name]
         task.close()
@@ -542,21 +542,9 @@ def test_an_error_in_the_network_reaches_the_caller() -> None:
 
 @pytest.fixture
 def task() -> Iterator[CalibrationTask]:
-    made = calibration_task()
+    made = small_task()
     yield made
     made.close()
-
-
-def calibration_task(**arguments: Any) -> CalibrationTask:
-    network = small_network()
-    found = fold(network, random_images(2))
-    batches = arguments.pop("batches", list(random_images(7, seed=1).split(3)))
-    return make_task(network, arguments.pop("scheme", Scheme.of(bits=3)), batches, found=found, **arguments)
-
-
-def rounded(task: CalibrationTask, layer: Any) -> QuantizedLayer:
-    grid = minmax_grid(layer.weight, layer.bits)
-    return QuantizedLayer(grid.pack(grid.codes(layer.weight)))
 
 
 @torch.no_grad()
@@ -578,7 +566,7 @@ def mean_close(a: Tensor, b: Tensor) -> bool:
 def test_bias_correction_makes_every_mean_output_equal_the_float_network_s(task: CalibrationTask) -> None:
     batches = list(task.batches())
     for layer in task.layers:
-        task.commit(layer.name, rounded(task, layer))
+        task.commit(layer.name, rounded(layer))
         of_float = outputs_by_channel(task.teacher, layer.name, batches, task.teacher)
         of_student = outputs_by_channel(task.student, layer.name, batches, task.student)
         assert mean_close(of_student, of_float), layer.name
@@ -586,10 +574,10 @@ def test_bias_correction_makes_every_mean_output_equal_the_float_network_s(task:
 
 
 def test_bias_correction_by_layer_makes_the_mean_that_of_float_weights_on_the_same_inputs() -> None:
-    task = calibration_task(scheme=Scheme.of(bits=3, bias_correction="layer"))
+    task = small_task(scheme=Scheme.of(bits=3, bias_correction="layer"))
     batches = list(task.batches())
     for layer in task.layers:
-        task.commit(layer.name, rounded(task, layer))
+        task.commit(layer.name, rounded(layer))
         of_float = outputs_by_channel(task.teacher, layer.name, batches, task.student)
         of_student = outputs_by_channel(task.student, layer.name, batches, task.student)
         assert mean_close(of_student, of_float), layer.name
@@ -601,7 +589,7 @@ def test_the_gain_makes_every_channel_vary_as_in_the_float_network(task: Calibra
     batches = list(task.batches())
     shrunk = 0
     for layer in task.layers:
-        own = rounded(task, layer)
+        own = rounded(layer)
         task.commit(layer.name, own)
         of_float = outputs_by_channel(task.teacher, layer.name, batches, task.teacher)
         of_student = outputs_by_channel(task.student, layer.name, batches, task.student)
@@ -615,18 +603,18 @@ def test_the_gain_makes_every_channel_vary_as_in_the_float_network(task: Calibra
 
 
 def test_gain_keep_leaves_every_scale_alone() -> None:
-    task = calibration_task(scheme=Scheme.of(bits=3, scale_correction="off"))
+    task = small_task(scheme=Scheme.of(bits=3, scale_correction="off"))
     for layer in task.layers:
-        own = rounded(task, layer)
+        own = rounded(layer)
         task.commit(layer.name, own)
         assert torch.equal(task.committed[layer.name][0].weight.scale, own.weight.scale)
     task.close()
 
 
 def test_bias_keep_leaves_every_bias_alone() -> None:
-    task = calibration_task(scheme=Scheme.of(bits=3, bias_correction="off"))
+    task = small_task(scheme=Scheme.of(bits=3, bias_correction="off"))
     for layer in task.layers:
-        task.commit(layer.name, rounded(task, layer))
+        task.commit(layer.name, rounded(layer))
         committed = task.committed[layer.name][0].bias
         assert (committed is None and layer.bias is None) or torch.equal(committed, layer.bias)  # type: ignore[arg-type]
     task.close()
@@ -635,20 +623,20 @@ def test_bias_keep_leaves_every_bias_alone() -> None:
 def test_a_bias_that_the_method_gives_is_taken_as_it_is(task: CalibrationTask) -> None:
     layer = task.layers[0]
     bias = torch.arange(8, dtype=torch.float32)
-    task.commit(layer.name, QuantizedLayer(rounded(task, layer).weight, bias=bias))
+    task.commit(layer.name, QuantizedLayer(rounded(layer).weight, bias=bias))
     assert torch.equal(task.student.get_submodule(layer.name).bias, bias)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bias", ["float", "layer", "keep"])
 def test_the_least_squares_error_is_the_true_output_error_of_every_kind_of_layer(bias: str) -> None:
     """`Σ δHδᵀ` against the convolution itself, in float64: grouped, depthwise, strided, "same"-padded, 1×1, Linear."""
-    task = calibration_task(scheme=Scheme.of(bits=3, bias=bias))
+    task = small_task(scheme=Scheme.of(bits=3, bias=bias))
     batches = list(task.batches())
     for layer in task.layers:
         squares = task.least_squares(layer.name, 0.0)
         assert squares.weight is layer.weight or torch.equal(squares.weight, layer.weight)
         inputs = [plain_inputs(task.student, x, [layer.name])[layer.name] for x in batches]
-        candidate = rounded(task, layer)
+        candidate = rounded(layer)
         module = task.teacher.get_submodule(layer.name)
         true = mean_output_error(module, inputs, layer.weight - candidate.dequantize(), centred=bias != "keep")
         found = squares.error(candidate.dequantize())
@@ -661,21 +649,21 @@ def test_the_least_squares_error_is_the_true_output_error_of_every_kind_of_layer
 
 def test_a_transposed_gram_would_be_noticed() -> None:
     # the planted fault of the test above: taps and channels in the wrong order
-    task = calibration_task()
+    task = small_task()
     for layer in task.layers:
         squares = task.least_squares(layer.name, 0.0)
         if layer.name == "grouped":
-            delta = squares.weight - rounded(task, layer).dequantize()
+            delta = squares.weight - rounded(layer).dequantize()
             groups, out, _ = delta.shape
             wrong = delta.reshape(groups, out, 2, 9).transpose(2, 3).reshape(delta.shape)
             right = squares.error(squares.weight - delta)
             assert not torch.allclose(squares.error(squares.weight - wrong), right, rtol=0.01)
-        task.commit(layer.name, rounded(task, layer))
+        task.commit(layer.name, rounded(layer))
     task.close()
 
 
 def test_the_float_target_is_the_weight_that_best_gives_the_float_outputs_on_the_student_s_inputs() -> None:
-    task = calibration_task(scheme=Scheme.of(bits=2), batches=list(random_images(64, seed=1).split(16)))
+    task = small_task(scheme=Scheme.of(bits=2), batches=list(random_images(64, seed=1).split(16)))
     batches = list(task.batches())
     checked = 0
     for layer in task.layers:
@@ -701,7 +689,7 @@ def test_the_float_target_is_the_weight_that_best_gives_the_float_outputs_on_the
             for _ in range(5):  # no step away from the optimum helps, damping aside
                 step = 0.05 * squares.weight.std() * torch.randn(squares.weight.shape, generator=generator)
                 assert error(squares.weight + step) > best
-        task.commit(layer.name, rounded(task, layer))
+        task.commit(layer.name, rounded(layer))
     assert checked >= 4
     task.close()
 
@@ -729,7 +717,7 @@ def test_an_input_that_hardly_varies_has_no_variance_rather_than_a_negative_one(
             assert bool((diagonal >= 0).all())
             assert not bool(squares.gram[0, still].any())
             assert torch.equal(squares.gram[0, ~still][:, ~still], plain[0, ~still][:, ~still])
-            task.commit(layer.name, rounded(task, layer))
+            task.commit(layer.name, rounded(layer))
         task.close()
         assert int(still.sum()) == 24 * 9
         assert bool((plain.diagonal(dim1=1, dim2=2) < 0).any())  # rounding does make them
@@ -739,7 +727,7 @@ def test_statistics_expire_when_the_next_layer_is_asked_for(task: CalibrationTas
     first, second = task.layers[:2]
     kept, unread = task.stats(first.name), task.stats(first.name)
     gram = kept.gram
-    task.commit(first.name, rounded(task, first))
+    task.commit(first.name, rounded(first))
     task.stats(second.name)
     assert torch.equal(kept.gram, gram)  # what has been read stays
     with pytest.raises(CoraqError, match=f"statistics of layer {first.name} are gone"):
@@ -757,7 +745,7 @@ def test_going_back_to_an_earlier_layer_costs_a_pass_and_gives_the_same_statisti
 def test_a_task_runs_one_pass_whatever_the_depth(task: CalibrationTask) -> None:
     for layer in task.layers:
         task.least_squares(layer.name)
-        task.commit(layer.name, rounded(task, layer))
+        task.commit(layer.name, rounded(layer))
     task.finish("test")
     assert task.traversal.passes == 1
     assert hook_count(task.teacher) == hook_count(task.student) == 0
@@ -767,10 +755,10 @@ def test_a_memory_bound_changes_no_committed_bit_and_is_reported(tmp_path: Path)
     digests, sinks = [], []
     for bound in (None, 1 << 12):
         sinks.append(ListSink())
-        task = calibration_task(memory_bytes=bound, folder=tmp_path, sink=sinks[-1])
+        task = small_task(memory_bytes=bound, folder=tmp_path, sink=sinks[-1])
         for layer in task.layers:
             task.least_squares(layer.name, 1.0)
-            task.commit(layer.name, rounded(task, layer))
+            task.commit(layer.name, rounded(layer))
         task.finish("test")
         digests.append(state_digest(task.student))
     assert digests[0] == digests[1]
@@ -782,10 +770,10 @@ def test_a_memory_bound_changes_no_committed_bit_and_is_reported(tmp_path: Path)
 
 def test_commits_logs_and_notes_are_events(task: CalibrationTask) -> None:
     sink = ListSink()
-    task = calibration_task(sink=sink)
+    task = small_task(sink=sink)
     task.log("loss", 0.5, 3)
     layer = task.layers[0]
-    task.commit(layer.name, rounded(task, layer), sweeps=2)
+    task.commit(layer.name, rounded(layer), sweeps=2)
     assert sink.events[0] == Metric("loss", 0.5, 3)
     committed = sink.events[1]
     assert isinstance(committed, LayerCommitted)
@@ -798,16 +786,16 @@ def test_commits_logs_and_notes_are_events(task: CalibrationTask) -> None:
 def test_a_wrong_shape_or_name_is_refused_with_the_layer_s_name(task: CalibrationTask) -> None:
     first, second = task.layers[:2]
     with pytest.raises(CoraqError, match=f"result for layer {first.name} is invalid"):
-        task.commit(first.name, rounded(task, second))
+        task.commit(first.name, rounded(second))
     with pytest.raises(CoraqError, match="no layer 'nowhere'"):
-        task.commit("nowhere", rounded(task, first))
+        task.commit("nowhere", rounded(first))
     with pytest.raises(CoraqError, match="no layer 'nowhere'"):
         task.stats("nowhere")
 
 
 def test_layers_are_views_of_the_folded_weights_with_their_own_bits() -> None:
     scheme = Scheme.of(bits=3, last_bits=None, overrides={})
-    task = calibration_task(scheme=scheme)
+    task = small_task(scheme=scheme)
     assert [layer.bits for layer in task.layers] == [8, 3, 3, 3, 3, 3, 3]
     kinds = {layer.name: layer.kind for layer in task.layers}
     assert kinds == {
@@ -845,21 +833,21 @@ def test_a_layers_problem_is_posed_once_for_each_correction(task: CalibrationTas
     half = task.least_squares(first.name, 0.5)
     assert task.least_squares(first.name, 0.5) is half
     assert task.least_squares(first.name, 0.0).weight is not half.weight
-    task.commit(first.name, rounded(task, first))
+    task.commit(first.name, rounded(first))
     assert task.least_squares(second.name, 0.5).weight.shape == second.weight.shape
 
 
 def test_the_cross_gram_and_the_reported_errors_are_those_of_the_patches(task: CalibrationTask) -> None:
     """With all positions of few images: the definitions, in float64."""
     first, second = task.layers[:2]
-    task.commit(first.name, rounded(task, first))
+    task.commit(first.name, rounded(first))
     stats = task.stats(second.name)
     groups, _, inputs = second.shape
     windows = (torch.cat(z).double().mT for z in zip(*stats.paired, strict=True))  # [rows, channels, taps]
     x, y = (z.reshape(-1, groups, inputs).transpose(0, 1) for z in windows)
     assert not torch.allclose(x, y)
     torch.testing.assert_close(stats.cross_gram, x.mT @ y / x.shape[1], rtol=1e-4, atol=1e-5)
-    layer = rounded(task, second)
+    layer = rounded(second)
     task.commit(second.name, layer)
     committed, numbers = task.committed[second.name]
     bias = [torch.zeros(1) if b is None else b for b in (second.bias, committed.bias)]

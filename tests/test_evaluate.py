@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from support.answers import Lookup, batches_of, one_hot_table
+from torch import nn
 
 from coraq.errors import CoraqError
 from coraq.evaluate import compare_networks, evaluate_network
@@ -15,29 +16,6 @@ from coraq.evaluate.accuracy import hits, kl_divergence, sqnr_db
 from coraq.evaluate.intervals import Z95, mcnemar_p, paired_difference, wilson
 from coraq.events import ListSink, StageAdvanced, StageFinished, StageStarted
 from coraq.results import Comparison
-
-
-class Lookup(nn.Module):
-    """A network whose image is its index: answers row `index` of a table of logits."""
-
-    def __init__(self, table: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("table", table)
-        self.dropout = nn.Dropout(0.9)
-
-    def forward(self, images: Tensor) -> Tensor:
-        rows = images[:, 0, 0, 0].long()
-        return self.dropout(self.table[rows])  # type: ignore[index]
-
-
-def batches_of(labels: Tensor, size: int = 7) -> list[tuple[Tensor, Tensor]]:
-    images = torch.arange(len(labels)).float()[:, None, None, None].expand(-1, 3, 2, 2)
-    return list(zip(images.split(size), labels.split(size), strict=True))
-
-
-def one_hot_table(answers: list[int], classes: int = 10) -> Tensor:
-    return 3 * nn.functional.one_hot(torch.tensor(answers), classes).float()
-
 
 # ---------------------------------------------------------------- intervals
 

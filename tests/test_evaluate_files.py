@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from test_chance import digits
-from test_data import everything, opened, write_images
+from support.pictures import PREPROCESS, everything, opened, write_digits, write_images
 
 import coraq
 from coraq.artifact.checkpoint import read_checkpoint
@@ -42,8 +41,8 @@ def test_a_run_its_checkpoint_and_its_export_are_measured_on_the_same_images(
     calibrated: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("onnxruntime")
-    digits(here / "images", 6)
-    digits(here / "others", 5)
+    write_digits(here / "images", 6)
+    write_digits(here / "others", 5)
     arguments = ["quantize", "demo", "--method", "rtn", "--bits", "4", "--data-dir", "images", "--calib-size", "20"]
     if calibrated == "--calib-dir":
         arguments += ["--calib-dir", "others"]
@@ -70,7 +69,7 @@ def test_a_file_outside_of_a_run_folder_is_measured_on_all_images(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("onnxruntime")
-    digits(here / "images", 5)
+    write_digits(here / "images", 5)
     folder = Path(asked(["quantize", "demo", "--method", "rtn", "--calib-size", "8"], capsys)["run_dir"])
     assert run(["export", str(folder), "-q"]) == 0
     (file,) = folder.glob("*.onnx")
@@ -89,8 +88,6 @@ def test_a_file_outside_of_a_run_folder_is_measured_on_all_images(
 
 
 def evaluated(data: dict[str, Any], calibrated: dict[str, Any] | None, sink: Any = None) -> ImageSet:
-    from test_data import PREPROCESS
-
     def config(options: dict[str, Any]) -> DataConfig:
         return DataConfig(
             **{"workers": 0, **{key: str(value) for key, value in options.items() if key != "calib_size"}},
@@ -141,7 +138,7 @@ def named(here: Path) -> str:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes((DEMO / "model.safetensors").read_bytes())
-    digits(here / "images", 5)
+    write_digits(here / "images", 5)
     for number, name in enumerate(names):
         (here / "images" / str(number)).rename(here / "images" / name)
     return "local-dir:network"
@@ -192,7 +189,7 @@ def test_a_flat_folder_is_calibrated_on_and_the_report_says_why_accuracy_is_miss
 
 def test_images_that_cannot_be_read_are_not_counted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_images(here / "calib", {"": 10})
-    digits(here / "images", 2)
+    write_digits(here / "images", 2)
     for file in [*sorted((here / "calib").iterdir())[:4], here / "calib" / "10.png"]:
         file.write_bytes(b"no image")
     sorted((here / "images" / "3").iterdir())[0].write_bytes(b"no image")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from test_export_onnx import check, checkpoint_of, of_every_width, rewritten, with_adapter
+from support.exports import check_random, checkpoint_of, of_every_width, with_adapter, with_layers
 from torch import Tensor, nn
 
 import coraq
@@ -34,14 +34,10 @@ from coraq.testing import random_images
 onnx = pytest.importorskip("onnx", reason="needs coraq[onnx]")
 pytest.importorskip("onnxruntime", reason="needs coraq[onnx]")
 
+pytestmark = pytest.mark.usefixtures("untimed")
+
 CONVOLUTIONS = ("stem", "grouped", "depthwise", "pointwise", "dense")
 BEHIND = ("act", "grouped_norm", "depthwise_norm")  # activations: their outputs are what the next layer reads
-
-
-@pytest.fixture(autouse=True)
-def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "BATCHES_TIMED", (2,))
-    monkeypatch.setattr("coraq.export.runtimes.MOST_REPEATS", 2)
 
 
 def observe(module: nn.Module, where: tuple[str, ...], bits: int = 8, signed: bool = False) -> None:
@@ -82,7 +78,7 @@ def test_every_convolution_runs_on_integer_kernels(tmp_path: Path, form: Any, sy
     export = build_onnx(checkpoint, form)
     assert export.label == "integer kernels"
     onnx.checker.check_model(onnx.load_from_string(export.content), full_check=True)
-    found = check(checkpoint, export)
+    found = check_random(checkpoint, export)
     assert found.failures == []
     assert found.codes_exact
     assert found.weights_exact
@@ -97,7 +93,7 @@ def test_weights_of_every_width_reach_signed_integer_kernels(tmp_path: Path, sym
     observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND))
     export = build_onnx(checkpoint)
     assert len(export.content) - export.graph_bytes <= 1.02 * export.nominal_bytes
-    found = check(checkpoint, export)
+    found = check_random(checkpoint, export)
     assert found.failures == []
     assert found.codes_exact
     assert found.weights_exact
@@ -122,10 +118,10 @@ def test_a_nearly_dead_channel_is_counted_and_named(tmp_path: Path) -> None:
         scale[:, 3] = 1e-14
         return dataclasses.replace(layer, weight=dataclasses.replace(layer.weight, scale=scale))
 
-    checkpoint = rewritten(checkpoint_of(tmp_path), dying)
+    checkpoint = with_layers(checkpoint_of(tmp_path), dying)
     observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND))
     export = build_onnx(checkpoint)
-    found = check(checkpoint, export)
+    found = check_random(checkpoint, export)
     assert found.failures == []
     assert found.inexact == {
         "dense": "scale raised in 1 of 24 channels, nearly dead ones",
@@ -141,14 +137,14 @@ def test_a_nearly_dead_channel_is_counted_and_named(tmp_path: Path) -> None:
     values = onnx.numpy_helper.to_array(stored["dense.weight_scale"]).copy()
     values[4] *= 1.001
     stored["dense.weight_scale"].raw_data = values.tobytes()
-    failures = check(checkpoint, export, model.SerializeToString()).failures
+    failures = check_random(checkpoint, export, model.SerializeToString()).failures
     assert any("another weight of dense" in failure for failure in failures)
 
 
 def test_grids_of_fewer_bits_clip(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path)
     observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND), bits=4)
-    found = check(checkpoint, build_onnx(checkpoint))
+    found = check_random(checkpoint, build_onnx(checkpoint))
     assert found.failures == []
     assert found.integer_convolutions == len(CONVOLUTIONS)
 
@@ -158,7 +154,7 @@ def test_grids_at_inputs_alone_are_not_called_integer_kernels(tmp_path: Path) ->
     observe(checkpoint.module, ())
     export = build_onnx(checkpoint)
     assert export.label == "4- to 8-bit on disk, float in memory"
-    assert check(checkpoint, export).failures == []
+    assert check_random(checkpoint, export).failures == []
 
 
 def test_column_scales_of_inputs_are_in_the_file(tmp_path: Path) -> None:
@@ -166,7 +162,7 @@ def test_column_scales_of_inputs_are_in_the_file(tmp_path: Path) -> None:
     assert any(record.scaled for record in checkpoint.info.activations.values())
     export = build_onnx(checkpoint)
     assert export.label == "4- to 8-bit on disk, float in memory"
-    assert check(checkpoint, export).failures == []
+    assert check_random(checkpoint, export).failures == []
 
 
 def test_a_bias_on_another_scale_is_found(gridded: Checkpoint) -> None:
@@ -178,13 +174,13 @@ def test_a_bias_on_another_scale_is_found(gridded: Checkpoint) -> None:
     assert scale.op_type == "Mul"
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.full(24, 0.01, np.float32), "wrong"))
     nodes[conv.input[2]].input[1] = "wrong"
-    assert check(gridded, export, model.SerializeToString()).failures
+    assert check_random(gridded, export, model.SerializeToString()).failures
 
 
 def test_adapters_between_grids_become_int8_at_load(tmp_path: Path) -> None:
-    checkpoint = rewritten(checkpoint_of(tmp_path), with_adapter)
+    checkpoint = with_layers(checkpoint_of(tmp_path), with_adapter)
     observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND))
-    found = check(checkpoint, build_onnx(checkpoint))
+    found = check_random(checkpoint, build_onnx(checkpoint))
     assert found.failures == []
     assert found.integer_convolutions == len(CONVOLUTIONS)
 
@@ -195,7 +191,7 @@ def test_column_scales_between_grids_become_int8_at_load(tmp_path: Path, form: F
     checkpoint = checkpoint_of(tmp_path, 2, column_scale="channel", zero_point_fraction=2)
     observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND))
     export = build_onnx(checkpoint, form)
-    found = check(checkpoint, export)
+    found = check_random(checkpoint, export)
     assert found.failures == []
     assert found.codes_exact
     told = inexact_layers(checkpoint, export)
@@ -219,7 +215,7 @@ def test_a_codebook_between_grids_is_refused(tmp_path: Path) -> None:
             return layer
         return dataclasses.replace(layer, weight=dataclasses.replace(layer.weight, zero_point=None, codebook=table))
 
-    checkpoint = rewritten(checkpoint_of(tmp_path), codebook)
+    checkpoint = with_layers(checkpoint_of(tmp_path), codebook)
     observe(checkpoint.module, (*CONVOLUTIONS, *BEHIND))
     with pytest.raises(CoraqError, match="codebook"):
         build_onnx(checkpoint)
@@ -241,10 +237,10 @@ def test_a_convolution_before_a_silu_gets_the_grid_that_it_needs(tmp_path: Path)
     scheme = checkpoint.info.scheme.replace(act_bits=8, act_placement="integer")
     checkpoint = dataclasses.replace(checkpoint, info=checkpoint.info.model_copy(update={"scheme": scheme}))
     observe(checkpoint.module, ("stem", "grouped", "pointwise", "dense", *BEHIND))  # `depthwise` goes into a SiLU
-    bare = check(checkpoint, build_onnx(checkpoint))
+    bare = check_random(checkpoint, build_onnx(checkpoint))
     assert bare.failures == ["4 of 5 quantized convolutions run on integer kernels"]
     export = build_onnx(checkpoint, calibration=random_images(8).numpy())
-    found = check(checkpoint, export)
+    found = check_random(checkpoint, export)
     assert found.failures == []
     assert found.integer_convolutions == 5
     assert any("1 convolutions" in note for note in export.notes)
@@ -260,7 +256,7 @@ def test_a_silu_between_grids_is_computed_on_codes(tmp_path: Path) -> None:
     kinds = OnnxRuntime(export.content, 1).kernels()
     assert "Sigmoid" not in kinds
     assert kinds["QLinearSigmoid"] == 1
-    found = check(checkpoint, export)
+    found = check_random(checkpoint, export)
     assert found.failures == []
     # the grid behind the sigmoid costs no more than the other roundings that an execution may take another way
     assert found.logits_error is not None

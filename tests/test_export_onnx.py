@@ -11,82 +11,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.exports import check_random, checkpoint_of, of_every_width, with_adapter, with_layers
 from torch import nn
 
-import coraq
-from coraq.artifact import Checkpoint, load_checkpoint, write_checkpoint
 from coraq.cli.app import run
-from coraq.config import Scheme
 from coraq.core.grid import minmax_grid
-from coraq.core.tensors import LowRank, QTensor, QuantizedLayer
+from coraq.core.tensors import QuantizedLayer
 from coraq.data import tensor_images
 from coraq.errors import CoraqError
 from coraq.export import verify
 from coraq.export.bitplanes import bit_weights, from_blob, to_blob
-from coraq.export.onnx_file import WIDER, OnnxExport, build_onnx, read_metadata
+from coraq.export.onnx_file import WIDER, build_onnx, read_metadata
 from coraq.export.requirements import require
 from coraq.export.run import Request, export_checkpoint
 from coraq.export.weights import Form
-from coraq.testing import random_images, small_network
+from coraq.testing import random_images
 
 onnx = pytest.importorskip("onnx", reason="needs coraq[onnx]")
 pytest.importorskip("onnxruntime", reason="needs coraq[onnx]")
 pytest.importorskip("onnxscript", reason="needs coraq[onnx]")
 
-
-def checkpoint_of(
-    folder: Path, bits: int = 4, symmetric: bool = False, awkward: bool = False, **scheme_: Any
-) -> Checkpoint:
-    """The small network under nearest rounding, written and read back."""
-    path = folder / "model.safetensors"
-    scheme_ = {
-        "bits": bits,
-        "symmetric": symmetric,
-        "bias": "keep",
-        "zero_point_fraction": 0,
-        "column_scale": "none",
-        **scheme_,
-    }
-    scheme = Scheme.of(first_bits=8, last_bits=5, **scheme_)
-    network = small_network(awkward=awkward)
-    coraq.quantize(network, "rtn", data=random_images(8), scheme=scheme, path=path)
-    return load_checkpoint(path)
-
-
-def with_adapter(name: str, layer: QuantizedLayer) -> QuantizedLayer:
-    """The layer with a random adapter of rank 2."""
-    groups, out, inputs = layer.weight.codes.shape
-    generator = torch.Generator().manual_seed(len(name))
-
-    def factor(rows: int, columns: int) -> QTensor:
-        value = 0.1 * torch.randn(groups, rows, columns, generator=generator)
-        grid = minmax_grid(value, 8)
-        return grid.pack(grid.codes(value))
-
-    return dataclasses.replace(layer, adapter=LowRank(factor(out, 2), factor(2, inputs)))
-
-
-def rewritten(checkpoint: Checkpoint, change: Any) -> Checkpoint:
-    """The checkpoint with every layer changed by `change(name, layer)`, written and read back."""
-    layers = {name: change(name, layer) for name, layer in checkpoint.layers.items()}
-    for name, layer in layers.items():
-        module = checkpoint.module.get_submodule(name)
-        assert isinstance(module.weight, torch.Tensor)
-        module.weight.copy_(layer.dequantize().reshape(module.weight.shape))
-    write_checkpoint(checkpoint.path, checkpoint.module, layers, checkpoint.info)
-    return load_checkpoint(checkpoint.path)
-
-
-def check(checkpoint: Checkpoint, export: OnnxExport, content: bytes | None = None) -> verify.Check:
-    images = random_images(16, seed=5)
-    batches = [(images, torch.full((16,), -1))]
-    return verify.check_onnx(checkpoint, export, content or export.content, batches, "random", 1)
-
-
-@pytest.fixture(autouse=True)
-def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "BATCHES_TIMED", (2,))
-    monkeypatch.setattr("coraq.export.runtimes.MOST_REPEATS", 2)
+pytestmark = pytest.mark.usefixtures("untimed")
 
 
 @pytest.mark.parametrize("form", ["cast", "packed", "dq"])
@@ -99,7 +44,7 @@ def test_every_code_comes_back_from_the_file_and_every_weight_from_the_runtime(
     checkpoint = checkpoint_of(tmp_path, bits, symmetric, awkward=True)
     export = build_onnx(checkpoint, form)
     onnx.checker.check_model(onnx.load_from_string(export.content), full_check=True)
-    found = check(checkpoint, export)
+    found = check_random(checkpoint, export)
     assert found.codes_exact
     assert found.weights_exact
     assert found.failures == []
@@ -134,7 +79,7 @@ def test_column_scales_come_back_from_the_file(tmp_path: Path, wanted: Form, bit
     checkpoint = checkpoint_of(tmp_path, bits, awkward=True, column_scale="channel")
     export = build_onnx(checkpoint, wanted)
     onnx.checker.check_model(onnx.load_from_string(export.content), full_check=True)
-    found = check(checkpoint, export)
+    found = check_random(checkpoint, export)
     assert found.failures == []
     assert found.codes_exact
     assert found.weights_exact
@@ -142,22 +87,9 @@ def test_column_scales_come_back_from_the_file(tmp_path: Path, wanted: Form, bit
     (scales,) = (i for i in model.graph.initializer if i.name == "dense.weight_column_scale")
     changed = 2 * onnx.numpy_helper.to_array(scales)
     scales.CopyFrom(onnx.numpy_helper.from_array(changed, scales.name))
-    wrong = check(checkpoint, export, model.SerializeToString())
+    wrong = check_random(checkpoint, export, model.SerializeToString())
     assert not wrong.codes_exact
     assert not wrong.weights_exact
-
-
-def of_every_width(folder: Path, symmetric: bool) -> Checkpoint:
-    """The small network's seven layers at 2, 3, … 8 bits."""
-    checkpoint = checkpoint_of(folder, 8, symmetric)
-    widths = dict(zip(checkpoint.layers, [8, 3, 5, 6, 7, 4, 2], strict=True))
-
-    def at_its_width(name: str, layer: QuantizedLayer) -> QuantizedLayer:
-        weight = layer.dequantize()
-        grid = minmax_grid(weight, widths[name], symmetric)
-        return QuantizedLayer(grid.pack(grid.codes(weight)), bias=layer.bias)
-
-    return rewritten(checkpoint, at_its_width)
 
 
 @pytest.mark.parametrize(("form", "symmetric"), [("cast", False), ("cast", True), ("packed", True)])
@@ -177,7 +109,7 @@ def test_every_width_takes_its_bits_in_the_file_and_no_operator_at_run_time(
     assert len(export.content) - export.graph_bytes <= 1.02 * export.nominal_bytes
     ours, plain = (OnnxRuntime(content, 1).kernels() for content in (export.content, export.float_content))
     assert ours == plain  # all of it is folded at load
-    found = check(checkpoint, export)
+    found = check_random(checkpoint, export)
     assert found.failures == []
     assert found.codes_exact
     assert found.weights_exact
@@ -186,9 +118,9 @@ def test_every_width_takes_its_bits_in_the_file_and_no_operator_at_run_time(
 
 
 def test_adapters_are_codes_on_disk_and_folded_at_load(tmp_path: Path) -> None:
-    checkpoint = rewritten(checkpoint_of(tmp_path), with_adapter)
+    checkpoint = with_layers(checkpoint_of(tmp_path), with_adapter)
     export = build_onnx(checkpoint)
-    found = check(checkpoint, export)
+    found = check_random(checkpoint, export)
     assert found.codes_exact
     assert found.weights_exact
     assert found.failures == []
@@ -209,9 +141,9 @@ def test_negative_scales_and_codebooks_survive(tmp_path: Path) -> None:
         scale[:, ::2] *= -1
         return dataclasses.replace(layer, weight=dataclasses.replace(layer.weight, scale=scale))
 
-    checkpoint = rewritten(checkpoint_of(tmp_path), negative)
+    checkpoint = with_layers(checkpoint_of(tmp_path), negative)
     for form in ("cast", "packed", "dq"):
-        found = check(checkpoint, build_onnx(checkpoint, form))
+        found = check_random(checkpoint, build_onnx(checkpoint, form))
         assert found.failures == []
         assert found.weights_exact
 
@@ -229,7 +161,7 @@ def test_one_wrong_number_in_the_file_is_found(tmp_path: Path, what: str) -> Non
     else:
         raw[2] ^= 0x10
     target.raw_data = bytes(raw)
-    found = check(checkpoint, export, model.SerializeToString())
+    found = check_random(checkpoint, export, model.SerializeToString())
     assert found.failures
     assert found.codes_exact == (what == "bias")
 
@@ -237,7 +169,7 @@ def test_one_wrong_number_in_the_file_is_found(tmp_path: Path, what: str) -> Non
 def test_a_file_that_is_none_is_refused_in_plain_words(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path)
     with pytest.raises(CoraqError, match="does not open the file"):
-        check(checkpoint, build_onnx(checkpoint), b"no model")
+        check_random(checkpoint, build_onnx(checkpoint), b"no model")
 
 
 def test_two_layers_of_one_weight_share_its_codes(tmp_path: Path) -> None:
@@ -259,7 +191,7 @@ def test_two_layers_of_one_weight_share_its_codes(tmp_path: Path) -> None:
     network.first.weight.copy_(layer.dequantize()[0])
     shared = dataclasses.replace(checkpoint, module=network, layers={"first": layer, "second": layer})
     export = build_onnx(shared)
-    found = check(shared, export)
+    found = check_random(shared, export)
     assert found.failures == []
 
 
@@ -310,17 +242,6 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.
 
 
 # ---------------------------------------------------------------- the command
-
-
-@pytest.fixture(scope="module")
-def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `coraq quantize demo` has run (nearest rounding: this is about the export)."""
-    folder = tmp_path_factory.mktemp("demo")
-    runs = str(folder / "runs")
-    assert (
-        run(["quantize", "demo", "--method", "rtn", "--calib-size", "32", "--eval-size", "64", "-O", runs, "-q"]) == 0
-    )
-    return folder
 
 
 def test_coraq_export_takes_the_newest_run_and_verifies_it(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_export_onnx import checkpoint_of, demo_runs  # noqa: F401 (a fixture)
+from support.exports import checkpoint_of
 
 from coraq.artifact import load_checkpoint
 from coraq.cli.app import run
@@ -90,7 +90,7 @@ def test_a_timm_folder_computes_what_the_folded_student_does(tmp_path: Path) -> 
     assert not weights_on_grid(checkpoint, folder)
 
 
-def test_a_timm_folder_opens_with_timm_alone(demo_runs: Path) -> None:  # noqa: F811
+def test_a_timm_folder_opens_with_timm_alone(demo_runs: Path) -> None:
     runs = demo_runs / "runs"
     assert run(["export", "--format", "timm", "-O", str(runs), "-q"]) == 0
     (folder,) = runs.iterdir()
@@ -116,7 +116,7 @@ def test_a_bias_that_the_architecture_has_no_place_for_is_refused(tmp_path: Path
 
 
 def test_evaluate_takes_an_exported_file(
-    demo_runs: Path,  # noqa: F811
+    demo_runs: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from examples_folder import example
+from support.examples_folder import example
 from torch import nn
 
 from coraq.network.fold import fold, relative_error

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from examples_folder import example
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_checkpoint import Written, random_layer, rewritten
+from support.checkpoints import Written, random_layer, with_info
+from support.examples_folder import example
 
 import coraq
 from coraq import pipeline
@@ -67,11 +67,6 @@ def bounded() -> Iterator[None]:
     assert grown < MOST_MB, f"{grown:.0f} MB more"
 
 
-@pytest.fixture
-def written(tmp_path: Path) -> Written:
-    return Written(tmp_path / "model.safetensors")
-
-
 @pytest.fixture(scope="module")
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the demo by qera (or the method named), which decides ranks before it begins."""
@@ -98,7 +93,7 @@ def again(finished: Path, tmp_path: Path) -> tuple[RunConfig, Path]:
 def test_a_checkpoint_cannot_make_timm_open_other_files(key: str, written: Written, tmp_path: Path) -> None:
     save_file(written.student.state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(CoraqError, match=f"{key}.*not an argument of an architecture"):
-        load_checkpoint(rewritten(written, model_args={key: str(tmp_path / "other.safetensors")}))
+        load_checkpoint(with_info(written, model_args={key: str(tmp_path / "other.safetensors")}))
 
 
 @pytest.mark.parametrize("name", ["local-dir:{}", "hf-hub:some/one", "hf_hub:some/one", "../{}", "resnet18.a1_in1k"])
@@ -106,7 +101,7 @@ def test_a_checkpoint_names_an_architecture_and_no_place(name: str, written: Wri
     config = {"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CoraqError, match="has no architecture"):
-        load_checkpoint(rewritten(written, architecture=name.format(tmp_path)))
+        load_checkpoint(with_info(written, architecture=name.format(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +120,7 @@ def test_a_checkpoint_names_an_architecture_and_no_place(name: str, written: Wri
 def test_a_network_larger_than_its_file_is_never_built(
     architecture: str, arguments: dict[str, Any], written: Written
 ) -> None:
-    path = rewritten(written, architecture=architecture, model_args=arguments)
+    path = with_info(written, architecture=architecture, model_args=arguments)
     with bounded(), pytest.raises(CoraqError, match=r"larger than|cannot build|absurd"):
         load_checkpoint(path)
 
@@ -135,7 +130,7 @@ def test_a_network_larger_than_its_file_is_never_built(
 )
 def test_images_of_absurd_size_are_never_made(size: Any, written: Written) -> None:
     good = Preprocess.resolve({"input_size": (3, 16, 16)}, DataConfig()).as_dict()
-    path = rewritten(written, preprocess={**good, "input_size": size})
+    path = with_info(written, preprocess={**good, "input_size": size})
     with bounded(), pytest.raises(CoraqError, match="input_size"):
         export_run(path, Request("timm", images=2))
 
@@ -538,7 +533,7 @@ def test_schemes_are_checked_as_files_are(tmp_path: Path) -> None:
 )
 def test_a_structure_that_does_not_fit_the_network_is_refused(structure: dict[str, Any], written: Written) -> None:
     with pytest.raises(CoraqError, match=r"folded as its file says|of another architecture|no module"):
-        load_checkpoint(rewritten(written, structure=Structure(**structure)))
+        load_checkpoint(with_info(written, structure=Structure(**structure)))
 
 
 def test_a_bias_of_another_length_is_refused(written: Written) -> None:
@@ -546,13 +541,13 @@ def test_a_bias_of_another_length_is_refused(written: Written) -> None:
     weight = QTensor(layer.weight.codes.reshape(1, 48, 72), layer.weight.scale.repeat(1, 2, 1), 4)
     written.layers["dense"] = QuantizedLayer(weight, None, torch.zeros(48))
     with pytest.raises(CoraqError, match="dense has another shape"):
-        load_checkpoint(rewritten(written))
+        load_checkpoint(with_info(written))
 
 
 @pytest.mark.parametrize("number", [10**400, -(10**400), 1e308, [[10**30]], {"a": {"b": 2**63}}])
 def test_arguments_of_any_size_are_weighed(number: Any, written: Written) -> None:
     with pytest.raises(CoraqError, match="absurd"):
-        load_checkpoint(rewritten(written, model_args={"num_classes": number}))
+        load_checkpoint(with_info(written, model_args={"num_classes": number}))
 
 
 @pytest.mark.parametrize("pattern", ["a{99999999999999}", "(" * 5000 + ")" * 5000, "(?P<x", "[", "*"])

@@ -13,16 +13,13 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from test_compare import cell
-from test_report import run_result, unmeasured
+from support.results import HOSTILE_NAME, compare_result, run_result, unmeasured
 
 from coraq.api import minmax_grid
 from coraq.artifact import read_histograms, weight_histogram, write_histograms
 from coraq.core.tensors import LowRank, QTensor, QuantizedLayer
 from coraq.report.html import compare_html, logged_metrics, run_html
-from coraq.results import CompareResult, LayerResult, MachineInfo, RunResult, WeightHistogram
-
-HOSTILE = '<script>alert("x")</script>&$x_1^{$\x07 a very long name of a layer'
+from coraq.results import LayerResult, RunResult, WeightHistogram
 
 
 def histogram(name: str = "layer0.conv", bits: int = 4) -> WeightHistogram:
@@ -35,7 +32,7 @@ def large_result() -> RunResult:
     """As many layers and as long texts as a real network has; ranks, and a hostile name."""
     layers = [
         LayerResult(
-            name=HOSTILE if index == 5 else f"stages.{index // 12}.blocks.{index % 12}.token_mixer.conv_{index}",
+            name=HOSTILE_NAME if index == 5 else f"stages.{index // 12}.blocks.{index % 12}.token_mixer.conv_{index}",
             kind="depthwise" if index % 3 else "convolution",
             shape=(512, 256, 3, 3),
             bits=2 + index % 7,
@@ -49,45 +46,17 @@ def large_result() -> RunResult:
         )
         for index in range(96)
     ]
-    return run_result(layers=layers, notes=[HOSTILE, "a note"], command=["coraq", "quantize", HOSTILE, "--bits", "3"])
+    return run_result(
+        layers=layers, notes=[HOSTILE_NAME, "a note"], command=["coraq", "quantize", HOSTILE_NAME, "--bits", "3"]
+    )
 
 
 def curves() -> dict[str, list[tuple[int, float]]]:
-    return {f"{name} loss": [(step, 1 / (1 + step)) for step in range(60)] for name in ("a", HOSTILE, "blocks.3")}
+    return {f"{name} loss": [(step, 1 / (1 + step)) for step in range(60)] for name in ("a", HOSTILE_NAME, "blocks.3")}
 
 
 def run_page() -> str:
-    return run_html(large_result(), [histogram(f"layer{i}") for i in range(3)] + [histogram(HOSTILE)], curves())
-
-
-def compare_result(**changes: Any) -> CompareResult:
-    from coraq.compare.ranking import groups_of
-
-    cells = [
-        cell(
-            label, seed, 70 + 3 * bits + seed + len(label) / 10, 1000 * bits * (3 if label == HOSTILE else 2), bits=bits
-        )
-        for label in ("comq", "rtn", "cora:preset=paper:rank=4", HOSTILE)
-        for bits in (4, 3, 2)
-        for seed in (0, 1)
-    ]
-    errors = {f"layer{index}": 0.001 * 1.1**index for index in range(53)}
-    cells = [one.model_copy(update={"layer_errors": errors, "command": ["coraq", "quantize", "net"]}) for one in cells]
-    cells.append(cell("broken", 0, 0.0, 1000, reason=f"it failed: {HOSTILE}", hint="try again"))
-    content: dict[str, Any] = {
-        "coraq_version": "0.1.0",
-        "command": ["coraq", "compare", HOSTILE],
-        "versions": {"torch": "2.15.0"},
-        "machine": MachineInfo(cpu="Testor 9000", threads=2, device="cpu"),
-        "engine": "local",
-        "scheme_line": "W4A32",
-        "cells": cells,
-        "groups": groups_of(cells),
-        "total_s": 100.0,
-        "ran_s": 99.0,
-        "folder": "runs/compare-123456",
-    }
-    return CompareResult(**{**content, **changes})
+    return run_html(large_result(), [histogram(f"layer{i}") for i in range(3)] + [histogram(HOSTILE_NAME)], curves())
 
 
 def pages() -> dict[str, str]:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.pictures import everything, opened
 from timm.data import get_img_extensions
 
 from coraq.data import ImageSet
 from coraq.data.pictures import PixelFormatError, as_shown
 from coraq.errors import CoraqError
 from coraq.events import ListSink, Note
-from tests.test_data import everything, opened
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (20, 30), dtype=np.uint8)

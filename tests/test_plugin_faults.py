@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_bad_input import fails
+from support.commands import fails
 
 from coraq import registry
 from coraq.artifact import RunFolder

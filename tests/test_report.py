@@ -7,113 +7,16 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
+from support.results import run_result, unmeasured
 
-from coraq.config import DataConfig, LayerScheme, RunConfig, Scheme
 from coraq.errors import CoraqError
 from coraq.report import markdown, summary, write_report
 from coraq.results import (
     CalibrationInfo,
-    Comparison,
-    CostInfo,
-    LayerResult,
-    MachineInfo,
-    PairedDifference,
-    Proportion,
     RunResult,
-    SizeInfo,
 )
-
-
-def comparison(labelled: bool = True) -> Comparison:
-    def share(value: float) -> Proportion:
-        return Proportion(value_pct=value, low_pct=value - 2.5, high_pct=value + 2.25, count=1000)
-
-    return Comparison(
-        count=1000,
-        labelled_count=1000 if labelled else 0,
-        num_classes=10,
-        float_top1=share(71.25) if labelled else None,
-        float_top5=share(90.5) if labelled else None,
-        quantized_top1=share(70.0) if labelled else None,
-        quantized_top5=share(89.25) if labelled else None,
-        top1_difference=PairedDifference(
-            points=-1.25, low_points=-3.75, high_points=1.5, only_float_right=41, only_quantized_right=28, p_value=0.148
-        )
-        if labelled
-        else None,
-        agreement=share(88.5),
-        kl_nats=0.03125,
-        sqnr_db=21.5,
-        float_s=12.5,
-        quantized_s=13.75,
-    )
-
-
-def run_result(**changes: Any) -> RunResult:
-    layers = [
-        LayerResult(
-            name=f"layer{index}.conv",
-            kind="convolution",
-            shape=(16, 8, 3, 3),
-            bits=bits,
-            bytes=700 + index,
-            macs=1_152_000,
-            weight_sqnr_db=sqnr,
-            input_error=0.01 * index,
-            output_error=error,
-            metrics={"sweeps": 3 + index, "gain": 0.12345},
-        )
-        for index, (bits, sqnr, error) in enumerate(
-            [(8, 45.0, 0.002), (4, 19.0, 0.11), (4, 17.0, 0.09), (8, 44.0, 0.12)]
-        )
-    ]
-    content: dict[str, Any] = {
-        "coraq_version": "0.1.0",
-        "command": ["coraq", "quantize", "resnet18", "--model-kwargs", "head=(a b)"],
-        "versions": {"python": "3.11.9", "torch": "2.15.0", "timm": "1.0.20"},
-        "machine": MachineInfo(cpu="Testor 9000", threads=2, device="cpu"),
-        "seed": 7,
-        "config": RunConfig(
-            model="resnet18",
-            scheme=Scheme.of(bits=4, overrides={"a|b": LayerScheme(bits=3)}),
-            data=DataConfig(calib_size=64),
-        ),
-        "method": "comq",
-        "method_version": "3",
-        "method_source": "built-in",
-        "scheme_line": "W4A32, first/last layer 8/8 bits",
-        "calibration": CalibrationInfo(description="folder cal", count=64, fingerprint="abc123def", synthetic=False),
-        "evaluation_data": "folder val, split validation",
-        "comparison": comparison(),
-        "size": SizeInfo(
-            float_bytes=46_800_000,
-            file_bytes=6_240_000,
-            effective_bits=4.125,
-            quantized_weights=11_600_000,
-            total_params=11_700_000,
-            float_params=100_000,
-        ),
-        "cost": CostInfo(macs=1_820_000_000, bitops=58_240_000_000),
-        "stages": {"load": 0.5, "quantize": 70.0, "evaluate": 26.25},
-        "total_s": 96.75,
-        "float_pass_s": 18.0,
-        "peak_memory_bytes": 1_250_000_000,
-        "memory_bound_bytes": 2_000_000_000,
-        "layers": layers,
-        "notes": ["3 corrupt images skipped"],
-        "run_dir": "runs/resnet18-comq-w4-3f9a1c",
-    }
-    return RunResult.model_validate({**content, **changes})
-
-
-def unmeasured() -> RunResult:
-    return run_result(
-        evaluation_data=None, comparison=None, fidelity_data="256 synthetic images", fidelity=comparison(labelled=False)
-    )
-
 
 # ---------------------------------------------------------------- results
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from support.results import without_times
 
 from coraq import pipeline, registry
 from coraq.api import MethodConfig, QuantizedLayer, minmax_grid
@@ -17,23 +17,10 @@ from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.errors import CoraqError
 from coraq.events import ListSink, Note
 from coraq.pipeline.cache import RunCache
-from coraq.results import RunResult
 from coraq.runtime import system
 
 DEMO = RunConfig(model="demo", data=DataConfig(calib_size=32, eval_size=64))
-TIMES = ("total_s", "float_pass_s", "stages", "peak_memory_bytes", "memory_bound_bytes", "run_dir", "command")
 KEEP_BYTES = 1 << 30
-
-
-def found(result: RunResult) -> dict[str, Any]:
-    """All of a result but times, memory and places."""
-    content = json.loads(result.model_dump_json())
-    for name in TIMES:
-        content.pop(name)
-    for comparison in (content["comparison"], content["fidelity"]):
-        if comparison:
-            comparison.pop("float_s"), comparison.pop("quantized_s")
-    return content
 
 
 def configs(base: RunConfig = DEMO) -> list[RunConfig]:
@@ -49,7 +36,7 @@ def test_shared_runs_write_what_single_runs_write(tmp_path: Path) -> None:
         together = pipeline.run(config, runs_dir=tmp_path / "together", shared=shared)
         alone = pipeline.run(config, runs_dir=tmp_path / "alone")
         assert Path(together.run_dir).name == Path(alone.run_dir).name
-        assert found(together) == found(alone)
+        assert without_times(together) == without_times(alone)
         for name in ("model.safetensors", "predictions.safetensors"):
             assert (Path(together.run_dir) / name).read_bytes() == (Path(alone.run_dir) / name).read_bytes(), name
 
@@ -66,7 +53,7 @@ def test_notes_of_unreadable_images_stand_in_every_cell(tmp_path: Path) -> None:
     for config in configs(base)[:2]:
         together = pipeline.run(config, runs_dir=tmp_path / "together", shared=shared)
         assert any("05.png" in note for note in together.notes)
-        assert found(together) == found(pipeline.run(config, runs_dir=tmp_path / "alone"))
+        assert without_times(together) == without_times(pipeline.run(config, runs_dir=tmp_path / "alone"))
 
 
 def test_images_beyond_the_memory_kept_are_read_again_with_the_same_result(tmp_path: Path) -> None:
@@ -74,7 +61,7 @@ def test_images_beyond_the_memory_kept_are_read_again_with_the_same_result(tmp_p
     for config in configs()[:2]:
         together = pipeline.run(config, runs_dir=tmp_path / "together", shared=shared)
         assert together.stages["read calibration images"] > 0
-        assert found(together) == found(pipeline.run(config, runs_dir=tmp_path / "alone"))
+        assert without_times(together) == without_times(pipeline.run(config, runs_dir=tmp_path / "alone"))
 
 
 def test_the_float_network_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +104,7 @@ def test_a_method_that_changes_the_float_network_spoils_no_other_cell(
     assert any(isinstance(event, Note) and "changed the float network" in event.message for event in heard.events)
     rtn = DEMO.model_copy(update={"method": "rtn"})
     after = pipeline.run(rtn, runs_dir=tmp_path / "after", shared=shared)
-    assert found(after) == found(pipeline.run(rtn, runs_dir=tmp_path / "alone"))
+    assert without_times(after) == without_times(pipeline.run(rtn, runs_dir=tmp_path / "alone"))
 
 
 def test_a_network_that_cannot_be_loaded_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.one_layer import OneLayerTask, run
-from test_engine import calibration_task, rounded
+from support.tasks import rounded, small_task
 from torch import Tensor
 
 from coraq.api import LayerView, LeastSquares, Quantizer, Scheme, mse_grid
@@ -95,7 +95,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("narrow")
 def test_the_engine_s_blocks_are_the_diagonal_blocks_of_the_whole_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = calibration_task(scheme=Scheme.of(bits=3))
+    task = small_task(scheme=Scheme.of(bits=3))
     divided = 0
     for layer in task.layers:
         squares = task.least_squares(layer.name, 0.0)
@@ -107,7 +107,7 @@ def test_the_engine_s_blocks_are_the_diagonal_blocks_of_the_whole_problem(monkey
         if squares.blocks > 1:
             divided += 1
             monkeypatch.setattr(sampling, "GRAM_ENTRIES", 2**26)
-            whole = calibration_task(scheme=Scheme.of(bits=3))
+            whole = small_task(scheme=Scheme.of(bits=3))
             for name, (committed, _) in task.committed.items():
                 whole.commit(name, committed)
             reference = whole.least_squares(layer.name, 0.0)
@@ -116,7 +116,7 @@ def test_the_engine_s_blocks_are_the_diagonal_blocks_of_the_whole_problem(monkey
             blocks = reference.gram.unflatten(1, (-1, size)).unflatten(3, (-1, size))  # g, b, n, b, n
             wanted = torch.stack([blocks[:, b, :, b] for b in range(squares.blocks)], 1).flatten(0, 1)
             assert torch.allclose(squares.gram, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
-        task.commit(layer.name, rounded(task, layer))
+        task.commit(layer.name, rounded(layer))
     task.close()
     assert divided >= 3
 
@@ -125,7 +125,7 @@ def test_the_engine_s_blocks_are_the_diagonal_blocks_of_the_whole_problem(monkey
 @pytest.mark.parametrize("name", ["comq", "gptq", "npot", "rtn"])
 def test_every_method_works_on_wide_layers_and_the_run_says_so(name: str) -> None:
     sink = ListSink()
-    task = calibration_task(scheme=Scheme.of(bits=3), sink=sink)
+    task = small_task(scheme=Scheme.of(bits=3), sink=sink)
     method: type[Quantizer] = load(name)
     method(method.Config()).quantize(task)
     task.finish(name)
@@ -179,7 +179,7 @@ def test_comq_on_blocks_is_never_worse_than_nearest_rounding_by_the_whole_gram()
 def test_a_spilled_wide_layer_gives_the_same_bits(tmp_path: Path) -> None:
     results = []
     for bound in (None, 1 << 12):
-        task = calibration_task(scheme=Scheme.of(bits=3), memory_bytes=bound, folder=tmp_path)
+        task = small_task(scheme=Scheme.of(bits=3), memory_bytes=bound, folder=tmp_path)
         COMQ(COMQ.Config()).quantize(task)
         task.finish("comq")
         results.append({name: layer.dequantize() for name, layer in task.quantized.items()})

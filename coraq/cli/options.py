@@ -30,6 +30,9 @@ METHOD_PANEL, RUN_PANEL, OUTPUT_PANEL = "Method", "The run", "Output"
 # parameters of `quantize` that the configuration has by another name
 FIELDS = {"override": "overrides", "method_options": "options"}
 
+# Options that `--help` leaves out: `coraq.cli.app` shows them where `--help-all` asks for them.
+ADVANCED: list[Any] = []
+
 M = TypeVar("M", bound=BaseModel)
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)

@@ -23,6 +23,9 @@ IMAGES, CALIBRATION, RUN = "Images", "Calibration", "The run"
 
 EDGE_METAVAR = "2..8|same"
 BITS_METAVAR = "BITS"
+# What `--help` shows; `--help-all` shows the rest, too.
+COMMON = {"method", "method_options", "bits", "override", "act_bits", "act_placement", "data_dir", "split", "class_map"}
+COMMON |= {"calib_dir", "calib_split", "calib_size", "device"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Row:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def advanced(self) -> bool:
+        """Whether only `--help-all` shows the option."""
+        return self.name not in COMMON
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The option's names: its long one first; a switch's is ON/OFF."""
         return self.flags or (f"--{self.name.replace('_', '-')}",)
@@ -66,6 +74,8 @@ class Row:
         """The option as a command's parameter with this default."""
         help_text = (self._field.description or "") + self.note
         info = typer.Option(*self.names, help=help_text, rich_help_panel=self.panel, **self.settings)
+        if self.advanced:
+            options.ADVANCED.append(info)
         kind = _typed(self._field.annotation) if "parser" not in self.settings else Any
         if default is None and kind is not Any:
             kind = kind | None
@@ -103,15 +113,15 @@ def _channels(name: str) -> Row:
 ROWS = (
     Row("checkpoint", RunConfig, MODEL, settings={"metavar": "FILE"}),
     Row("num_classes", RunConfig, MODEL),
-    Row("model_kwargs", RunConfig, MODEL, note="; repeat for more", settings={"metavar": "KEY=VALUE"}),
-    Row("method", RunConfig, METHOD, note=" (see coraq methods)"),
+    Row("model_kwargs", RunConfig, MODEL, note=" (repeatable)", settings={"metavar": "KEY=VALUE"}),
+    Row("method", RunConfig, METHOD, note=" (coraq methods lists them)"),
     Row(
         "method_options",
         RunConfig,
         METHOD,
         "options",
         ("--option", "-o"),
-        " (see coraq methods NAME); repeat for more",
+        " (coraq methods NAME lists them; repeatable)",
         {"metavar": "KEY=VALUE"},
     ),
     Row(
@@ -138,7 +148,7 @@ ROWS = (
         Scheme,
         WEIGHTS,
         "overrides",
-        note=" (4/8: bits of weight and input, with --act-bits); repeat for more",
+        note="; 4/8 means 4 bits for the weight and 8 for the input (repeatable)",
         settings={"metavar": "REGEX=BITS[/BITS]"},
     ),
     Row("float_dtype", RunConfig, WEIGHTS),
@@ -172,7 +182,7 @@ ROWS = (
         "calib_memory",
         RunConfig,
         CALIBRATION,
-        note="; 4G and 512M are understood",
+        note="; 512M, 4G",
         settings={"parser": options.parse_bytes, "metavar": "SIZE"},
     ),
     Row("seed", RunConfig, RUN),

@@ -15,8 +15,9 @@ from coraq import registry
 from coraq.artifact import load_checkpoint, write_checkpoint
 from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.data import Images, Preprocess, tensor_images
+from coraq.data.usable import not_normalised
 from coraq.errors import UsageError
-from coraq.events import Sink, null_sink, tee
+from coraq.events import Note, Sink, null_sink, tee
 from coraq.network.fold import fold
 from coraq.network.load import copy_of, load_model
 from coraq.pipeline.calibrate import calibrate
@@ -91,8 +92,12 @@ def quantize(
     preprocess = Preprocess.resolve(teacher, config.data)
     images = Images(tensor_images(data, limit=calib_size), None) if data is not None else None
     if images is not None:
-        shape = next(images.calibration.batches(1))[0].shape[1:]
+        given = next(images.calibration.batches())[0]
+        shape = given.shape[1:]
         preprocess = dataclasses.replace(preprocess, input_size=(int(shape[0]), int(shape[1]), int(shape[2])))
+        warning = not_normalised(given, preprocess) if given.shape[1] == len(preprocess.mean) else None
+        if warning:
+            sink(Note(warning, "warning"))
     else:
         images = Images(open_images(config, preprocess, float_model, sink).calibration, None)
     example = next(images.calibration.batches(2))[0].to(next(teacher.parameters()).device)
@@ -103,7 +108,7 @@ def quantize(
     file_bytes = 0
     if path is not None:
         file_bytes = write_checkpoint(Path(path), task.student, task.quantized, checkpoint_info(prepared, task))
-    measured = measure(teacher, task.student, images, prepared.device, sink)
+    measured = measure(teacher, task.student, prepared.images, prepared.device, sink)
     return Quantized(task.student, run_result(prepared, task, measured, file_bytes, recorder, started))
 
 

@@ -9,11 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from coraq import registry
+from coraq.api import LayerView, QuantizedLayer, minmax_grid
 from coraq.calibration.commit_log import CommitLog
 from coraq.calibration.task import CalibrationTask
 from coraq.calibration.traversal import PassSettings
 from coraq.config import Scheme
 from coraq.network.fold import Trace, fold
+from coraq.testing import random_images, small_network
 
 SETTINGS = {field.name for field in fields(PassSettings)}
 LOG = {"done", "save", "decisions"}
@@ -50,3 +52,17 @@ def run_method(task: CalibrationTask, method: str | type, options: dict[str, Any
     found(registry.configure(found, options or {})).quantize(task.scoped(found))
     task.finish(found.name)
     return task
+
+
+def small_task(**arguments: Any) -> CalibrationTask:
+    """A task on the small network at 3 bits, with seven random images in micro-batches of three."""
+    network = small_network()
+    found = fold(network, random_images(2))
+    batches = arguments.pop("batches", list(random_images(7, seed=1).split(3)))
+    return make_task(network, arguments.pop("scheme", Scheme.of(bits=3)), batches, found=found, **arguments)
+
+
+def rounded(layer: LayerView) -> QuantizedLayer:
+    """A layer by round-to-nearest on its min-max grid."""
+    grid = minmax_grid(layer.weight, layer.bits)
+    return QuantizedLayer(grid.pack(grid.codes(layer.weight)))
