@@ -122,6 +122,37 @@ class RunConfig(Frozen):
     float_dtype: Literal["float32", "float16"] = Field(
         default="float32", description="type of what stays unquantized: biases, norms"
     )
+    coding: Literal["auto", "packed", "ans"] | None = Field(
+        default=None,
+        description="how codes are stored: packed (so many bits each), ans (entropy-coded), or auto, the smaller of "
+        "the two, layer by layer; not given: as the method stores them",
+    )
+    size: int | None = Field(
+        default=None, ge=1, description="largest size of the checkpoint in bytes, all included, for methods that choose"
+    )
+    ratio: float | None = Field(
+        default=None, gt=1, description="the same as a ratio: how many times smaller than the float weights"
+    )
+    budget_bits: float | None = Field(
+        default=None, gt=0, le=8, description="the same as bits for each quantized weight, scales included"
+    )
+
+    @field_validator("ratio", "budget_bits")
+    @classmethod
+    def _is_the_only_budget(cls, value: float | None, info: ValidationInfo) -> float | None:
+        others = [name for name in ("size", "ratio") if info.data.get(name) is not None]
+        if value is not None and others:
+            raise ValueError(f"a size is given already (--{others[0]}): a budget is said in one way")
+        return value
+
+    @property
+    def budget(self) -> str | None:
+        """The option that gives a budget of bytes, as it is typed; None: there is none."""
+        if self.size is not None:
+            return f"--size {self.size}"
+        if self.ratio is not None:
+            return f"--ratio {self.ratio:g}"
+        return None if self.budget_bits is None else f"--bits {self.budget_bits:g}"
 
     def digest(
         self, options: Mapping[str, Any] | None = None, bases: Sequence[Mapping[str, Any]] = (), **more: str

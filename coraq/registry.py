@@ -40,6 +40,7 @@ BUILT_IN = {
     "cora": "coraq.methods.cora:CoRa",
     "brecq": "coraq.methods.brecq:BRECQ",
     "qdrop": "coraq.methods.brecq:QDrop",
+    "rdoq": "coraq.methods.rdoq:RDOQ",
 }
 ENTRY_POINTS = "coraq.methods"
 IMPORT_S = 60.0  # a plugin that takes longer to import is broken

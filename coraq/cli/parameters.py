@@ -22,6 +22,7 @@ MODEL, METHOD, WEIGHTS, ACTIVATIONS = "Model", options.METHOD_PANEL, "Weights", 
 IMAGES, CALIBRATION, RUN = "Images", "Calibration", "The run"
 
 EDGE_METAVAR = "2..8|same"
+BITS_METAVAR = "BITS"
 # What `--help` shows; `--help-all` shows the rest, too.
 COMMON = {"method", "method_options", "bits", "override", "act_bits", "act_placement", "data_dir", "split", "class_map"}
 COMMON |= {"calib_dir", "calib_split", "calib_size", "device"}
@@ -65,7 +66,7 @@ class Row:
         if described.is_required():
             return None
         value = described.get_default(call_default_factory=True)
-        if "parser" in self.settings and self.settings.get("metavar") == EDGE_METAVAR and value is not None:
+        if self.settings.get("metavar") in (EDGE_METAVAR, BITS_METAVAR) and value is not None:
             return str(value)  # Typer hands defaults to the parser, too
         return value or None if isinstance(value, dict) else value
 
@@ -123,7 +124,17 @@ ROWS = (
         " (coraq methods NAME lists them; repeatable)",
         {"metavar": "KEY=VALUE"},
     ),
-    Row("bits", WeightScheme, WEIGHTS, flags=("--bits", "-w")),
+    Row(
+        "bits",
+        WeightScheme,
+        WEIGHTS,
+        flags=("--bits", "-w"),
+        note="; with a point (2.7) a budget of bits for each weight on average, as --size",
+        settings={"parser": options.parse_weight_bits, "metavar": BITS_METAVAR},
+    ),
+    Row("size", RunConfig, WEIGHTS, settings={"parser": options.parse_file_size, "metavar": "SIZE"}),
+    Row("ratio", RunConfig, WEIGHTS),
+    Row("coding", RunConfig, WEIGHTS),
     _edge("first_bits", WeightScheme, WEIGHTS),
     _edge("last_bits", WeightScheme, WEIGHTS),
     Row("granularity", WeightScheme, WEIGHTS),

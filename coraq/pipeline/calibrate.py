@@ -20,6 +20,7 @@ from coraq.data import Images, ImageSet, synthetic_images
 from coraq.data.usable import uninformative
 from coraq.errors import CoraqError, MethodError
 from coraq.events import QUANTIZE, Event, LayerCommitted, Note, Sink, stage
+from coraq.pipeline.budget import layers_budget
 from coraq.pipeline.prepare import Prepared
 from coraq.runtime.system import default_memory_bound
 
@@ -53,7 +54,9 @@ def calibrate(
                 bfloat16=config.data.calib_precision == "bfloat16",
             ),
             registry.make,
+            config.coding,
         )
+        task.budget_bytes = layers_budget(prepared, task)
         task.method = f"method {config.method} ({prepared.method_source})"
         try:
             prepared.method(prepared.options).quantize(task.scoped(prepared.method))
