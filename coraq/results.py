@@ -6,12 +6,17 @@ Infinite values (the SQNR of an unchanged layer) are written to JSON as the stri
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from coraq.config import RunConfig
 from coraq.migration import upgrade_config
+
+# metrics.json may come from a stranger: integers of any length, or a time that is not a number, cannot be reported
+Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Result(BaseModel):
@@ -26,7 +31,7 @@ class Proportion(Result):
     value_pct: float
     low_pct: float
     high_pct: float
-    count: int = Field(description="images that the share is taken over")
+    count: Count = Field(description="images that the share is taken over")
 
 
 class PairedDifference(Result):
@@ -35,17 +40,17 @@ class PairedDifference(Result):
     points: float
     low_points: float = Field(description="lower end of Newcombe's 95 % interval for paired proportions")
     high_points: float = Field(description="upper end of the same interval")
-    only_float_right: int = Field(description="images that only the float network gets right")
-    only_quantized_right: int = Field(description="images that only the quantized network gets right")
+    only_float_right: Count = Field(description="images that only the float network gets right")
+    only_quantized_right: Count = Field(description="images that only the quantized network gets right")
     p_value: float = Field(description="exact two-sided McNemar test of: no difference")
 
 
 class Comparison(Result):
     """Float against quantized network on the same images; accuracies are None where no image has a label."""
 
-    count: int = Field(description="images")
-    labelled_count: int = Field(description="images with a label: those that accuracies are measured on")
-    num_classes: int
+    count: Count = Field(description="images")
+    labelled_count: Count = Field(description="images with a label: those that accuracies are measured on")
+    num_classes: Count
     float_top1: Proportion | None
     float_top5: Proportion | None = Field(description="None below 6 classes, too")
     quantized_top1: Proportion | None
@@ -54,8 +59,8 @@ class Comparison(Result):
     agreement: Proportion = Field(description="share of all images where both networks' first choices are the same")
     kl_nats: float = Field(description="mean over images of KL(float ‖ quantized) of the softmax")
     sqnr_db: float = Field(description="10·log10(Σ float² / Σ (float − quantized)²) over all logits of all images")
-    float_s: float = Field(description="time of the float network's forward passes")
-    quantized_s: float = Field(description="time of the quantized network's forward passes (weights dequantized)")
+    float_s: Seconds = Field(description="time of the float network's forward passes")
+    quantized_s: Seconds = Field(description="time of the quantized network's forward passes (weights dequantized)")
 
     @property
     def labelled(self) -> bool:
@@ -65,19 +70,19 @@ class Comparison(Result):
 class Accuracy(Result):
     """One network's accuracy; None where no image has a label (top-5 below 6 classes, too)."""
 
-    count: int
-    labelled_count: int
-    num_classes: int
+    count: Count
+    labelled_count: Count
+    num_classes: Count
     top1: Proportion | None
     top5: Proportion | None
-    time_s: float
+    time_s: Seconds
 
 
 class MachineInfo(Result):
     """Where the run ran."""
 
     cpu: str = Field(description="model of the processor")
-    threads: int = Field(description="torch's threads")
+    threads: Count = Field(description="torch's threads")
     device: str = Field(description="torch device, with the accelerator's name if it is one")
 
 
@@ -85,7 +90,7 @@ class CalibrationInfo(Result):
     """The images that the method saw."""
 
     description: str
-    count: int
+    count: Count
     fingerprint: str = Field(description="hash of the images' content, part of the run's identity")
     synthetic: bool = Field(description="made on the spot, not real images")
 
@@ -93,20 +98,20 @@ class CalibrationInfo(Result):
 class SizeInfo(Result):
     """Bytes on disk and what they consist of."""
 
-    float_bytes: int = Field(description="size of the float network's parameters and buffers")
-    file_bytes: int = Field(description="size of the checkpoint on disk, all included")
+    float_bytes: Count = Field(description="size of the float network's parameters and buffers")
+    file_bytes: Count = Field(description="size of the checkpoint on disk, all included")
     effective_bits: float = Field(description="bits per quantized weight, with scales, zero points and adapters")
-    quantized_weights: int = Field(description="number of weights stored as codes")
-    total_params: int
-    float_params: int = Field(description="parameters that stay in floating point")
+    quantized_weights: Count = Field(description="number of weights stored as codes")
+    total_params: Count
+    float_params: Count = Field(description="parameters that stay in floating point")
 
 
 class CostInfo(Result):
     """Arithmetic for one image."""
 
-    macs: int = Field(description="multiply-accumulates of the quantized layers")
-    bitops: int = Field(description="Σ over layers of MACs · weight bits · activation bits")
-    input_values: int | None = Field(
+    macs: Count = Field(description="multiply-accumulates of the quantized layers")
+    bitops: Count = Field(description="Σ over layers of MACs · weight bits · activation bits")
+    input_values: Count | None = Field(
         default=None, description="values of one image in the tensors with a grid that quantized layers read"
     )
     input_bits: float | None = Field(default=None, description="mean bits of these values")
@@ -117,15 +122,15 @@ class LayerResult(Result):
 
     name: str
     kind: str = Field(description="what the layer is: convolution, depthwise, linear, …")
-    shape: tuple[int, ...] = Field(description="shape of the weight")
-    bits: int
-    rank: int | None = None
-    bytes: int = Field(description="bytes on disk: codes, scales, zero points, adapter")
-    macs: int
+    shape: tuple[Count, ...] = Field(description="shape of the weight")
+    bits: Count
+    rank: Count | None = None
+    bytes: Count = Field(description="bytes on disk: codes, scales, zero points, adapter")
+    macs: Count
     weight_sqnr_db: float | None = Field(default=None, description="10·log10(‖W‖² / ‖W − Ŵ‖²), adapter included")
     input_error: float | None = Field(default=None, description="relative error of the layer's inputs, ‖x − x̂‖/‖x‖")
     output_error: float | None = Field(default=None, description="relative error of the layer's outputs, ‖y − ŷ‖/‖y‖")
-    metrics: dict[str, float | int | str] = Field(default_factory=dict, description="what else the method measured")
+    metrics: dict[str, float | Integer | str] = Field(default_factory=dict, description="what else the method measured")
 
 
 class RunResult(Result):
@@ -152,15 +157,15 @@ class RunResult(Result):
     fidelity: Comparison | None = Field(default=None, description="unlabelled comparison where nothing was evaluated")
     size: SizeInfo
     cost: CostInfo
-    stages: dict[str, float] = Field(description="seconds of each stage, in order")
-    total_s: float
-    resumed_layers: int = Field(
+    stages: dict[str, Seconds] = Field(description="seconds of each stage, in order")
+    total_s: Seconds
+    resumed_layers: Count = Field(
         default=0,
         description="layers that an earlier attempt had finished: times and peak leave out their cost",
     )
-    float_pass_s: float | None = Field(default=None, description="one float pass over the calibration images")
-    peak_memory_bytes: int
-    memory_bound_bytes: int | None = Field(default=None, description="bound on live calibration activations")
+    float_pass_s: Seconds | None = Field(default=None, description="one float pass over the calibration images")
+    peak_memory_bytes: Count
+    memory_bound_bytes: Count | None = Field(default=None, description="bound on live calibration activations")
     layers: list[LayerResult] = Field(description="in execution order")
     notes: list[str] = Field(default_factory=list, description="fallbacks taken and other things to know")
     run_dir: str
@@ -182,9 +187,9 @@ class WeightHistogram(Result):
     name: str
     low: float = Field(description="lower end of the first bin")
     high: float = Field(description="upper end of the last bin")
-    weights: list[int] = Field(description="float weights in each of the equal bins; those beyond count in the last")
+    weights: list[Count] = Field(description="float weights in each of the equal bins; those beyond count in the last")
     levels: list[float] = Field(description="where the grid's levels lie")
-    codes: list[int] = Field(description="weights that got each level")
+    codes: list[Count] = Field(description="weights that got each level")
 
 
 class Difference(Result):
@@ -218,22 +223,22 @@ class CellResult(Result):
 
     model: str
     label: str = Field(description="the method with its options, as the user wrote it")
-    bits: int
+    bits: Count
     seed: int
     reason: str | None = Field(default=None, description="why the run failed; None: it finished")
     hint: str | None = None
     reused: bool = Field(default=False, description="it had been finished before")
     run_dir: str | None = None
     command: list[str] = Field(default_factory=list, description="the single run's command line")
-    file_bytes: int | None = None
-    float_bytes: int | None = None
+    file_bytes: Count | None = None
+    float_bytes: Count | None = None
     effective_bits: float | None = None
     comparison: Comparison | None = None
     labelled: bool = Field(default=False, description="accuracy was measured; else only fidelity to the float network")
     layer_errors: dict[str, float] = Field(default_factory=dict, description="relative output error of each layer")
-    total_s: float | None = None
-    resumed_layers: int = Field(default=0, description="time and memory leave out these, of an earlier attempt")
-    peak_memory_bytes: int | None = None
+    total_s: Seconds | None = None
+    resumed_layers: Count = Field(default=0, description="time and memory leave out these, of an earlier attempt")
+    peak_memory_bytes: Count | None = None
 
     @property
     def finished(self) -> bool:
@@ -253,9 +258,9 @@ class ComparedMethod(Result):
     """One method of a group: its cells over all seeds."""
 
     label: str
-    rank: int | None = Field(description="1 is best; None: its bytes differ, or nothing finished")
+    rank: Count | None = Field(description="1 is best; None: its bytes differ, or nothing finished")
     seeds: list[int] = Field(description="those that finished")
-    failed: int = 0
+    failed: Count = 0
     file_bytes: float | None = Field(default=None, description="mean size of the checkpoints")
     bytes_difference_pct: float | None = Field(default=None, description="against the group's reference size")
     equal_bytes: bool = Field(default=False, description="within 1 % of the reference size")
@@ -264,8 +269,8 @@ class ComparedMethod(Result):
     agreement_pct: Spread | None = None
     kl_nats: Spread | None = None
     sqnr_db: Spread | None = None
-    total_s: float | None = Field(default=None, description="mean time of one run")
-    peak_memory_bytes: int | None = Field(default=None, description="largest")
+    total_s: Seconds | None = Field(default=None, description="mean time of one run")
+    peak_memory_bytes: Count | None = Field(default=None, description="largest")
     resumed: bool = Field(default=False, description="a run went on from an earlier attempt: both are at least this")
 
 
@@ -273,9 +278,9 @@ class PairedSeed(Result):
     """Two methods on the same images with the same seed."""
 
     seed: int
-    images: int
-    only_first: int = Field(description="images that only the first gets right")
-    only_second: int
+    images: Count
+    only_first: Count = Field(description="images that only the first gets right")
+    only_second: Count
     p_value: float = Field(description="exact two-sided McNemar test")
 
 
@@ -294,11 +299,11 @@ class ComparisonGroup(Result):
     """The methods at one model and one number of bits, best first."""
 
     model: str
-    bits: int
+    bits: Count
     measure: Literal["top1_pct", "kl_nats"] = Field(description="what ranks: accuracy, or without labels KL")
-    images: int | None = Field(description="evaluated images")
+    images: Count | None = Field(description="evaluated images")
     float_top1: Proportion | None
-    float_bytes: int | None
+    float_bytes: Count | None
     reference_bytes: float | None = Field(description="the size that most methods share within 1 %")
     methods: list[ComparedMethod]
     pairs: list[MethodPair]
@@ -319,8 +324,8 @@ class CompareResult(Result):
     evaluation: str | None = None
     cells: list[CellResult]
     groups: list[ComparisonGroup]
-    total_s: float = Field(description="wall time of the comparison")
-    ran_s: float = Field(description="sum of the times of the cells that ran now")
+    total_s: Seconds = Field(description="wall time of the comparison")
+    ran_s: Seconds = Field(description="sum of the times of the cells that ran now")
     folder: str
 
     @property

@@ -41,7 +41,7 @@ from coraq.errors import CoraqError
 from coraq.events import JsonLinesSink
 from coraq.export.run import Request, export_run
 from coraq.network.fold import Structure
-from coraq.report import read_comparison
+from coraq.report import read_comparison, write_report
 from coraq.report.html import logged_metrics
 
 fuzz: Any = example("hardening/fuzz")
@@ -205,7 +205,31 @@ def test_any_metrics_are_refused_or_can_be_reported(data: st.DataObject, finishe
     content = replaced(json.loads((finished / "metrics.json").read_text()), data)
     (tmp_path / "metrics.json").write_text(json.dumps(content), encoding="utf-8", errors="surrogatepass")
     with bounded(), contextlib.suppress(CoraqError):
-        read_result(tmp_path)
+        write_report(read_result(tmp_path), tmp_path / "report")  # as text and as HTML
+
+
+@pytest.mark.parametrize("place", ["peak_memory_bytes", "total_s", "stages", "bits", "shape", "metrics"])
+@pytest.mark.parametrize(
+    "number", [10**400, 2**63, float("inf"), float("nan"), -1], ids=["10**400", "2**63", "inf", "nan", "-1"]
+)
+def test_numbers_that_no_run_has_are_refused_or_can_be_reported(
+    place: str, number: float, finished: Path, tmp_path: Path
+) -> None:
+    content = json.loads((finished / "metrics.json").read_text())
+    layer = content["layers"][0]
+    changed = {"stages": {"load": number}, "shape": [number], "metrics": {"own": number}}.get(place, number)
+    (layer if place in layer else content)[place] = changed
+    (tmp_path / "metrics.json").write_text(json.dumps(content))
+    with bounded(), contextlib.suppress(CoraqError):
+        write_report(read_result(tmp_path), tmp_path / "report")
+
+
+@pytest.mark.parametrize("error", [-1.0, 0.0, float("inf"), float("nan"), 5e-324, 1e308])
+def test_a_layer_of_any_error_can_be_reported(error: float, finished: Path, tmp_path: Path) -> None:
+    result = read_result(finished)
+    changed = {"output_error": error, "input_error": error, "weight_sqnr_db": error}
+    layers = [result.layers[0].model_copy(update=changed), *result.layers[1:]]
+    write_report(result.model_copy(update={"layers": layers}), tmp_path)
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -489,8 +513,6 @@ def test_mutated_pictures_are_skipped_or_shown(kind: str, picture: Path, tmp_pat
 
 
 def test_a_name_cannot_put_a_script_into_the_report(finished: Path, tmp_path: Path) -> None:
-    from coraq.report import write_report
-
     result = read_result(finished)
     evil = "<script>alert(1)</script>"
     layers = [layer.model_copy(update={"name": evil, "kind": evil, "metrics": {evil: evil}}) for layer in result.layers]

@@ -52,6 +52,11 @@ def _layer_axis(axes: Axes, count: int) -> None:
     axes.grid(axis="x", visible=False)
 
 
+def _decibel(error: float | None) -> float | None:
+    """A relative error as signal over noise in dB; None where there is none to show."""
+    return -20 * math.log10(error) if error is not None and error > 0 else None
+
+
 def sqnr_by_layer(layers: Sequence[LayerResult]) -> str:
     """Signal over noise of each layer's weights, and of its outputs where they were measured."""
     numbers = range(1, len(layers) + 1)
@@ -60,7 +65,7 @@ def sqnr_by_layer(layers: Sequence[LayerResult]) -> str:
         axes = figure.subplots()
         weights = [_number(layer.weight_sqnr_db) for layer in layers]
         axes.bar(numbers, weights, width=0.75, color=SERIES[0], alpha=0.55, label="weights")
-        outputs = [_number(-20 * math.log10(x.output_error) if x.output_error else None) for x in layers]
+        outputs = [_number(_decibel(x.output_error)) for x in layers]
         if not all(map(math.isnan, outputs)):
             axes.plot(numbers, outputs, "o-", color=SERIES[1], markersize=3, label="outputs")
             _legend_above(axes)
