@@ -55,7 +55,7 @@ def test_a_convolution_whose_weight_depends_on_the_image_stays_float_and_is_name
 def test_a_linear_layer_with_a_computed_weight_is_really_quantized(norm: Any) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(small(), nn.ReLU(), norm(nn.Linear(10, 10))).eval()
-    scheme = Scheme(bits=2, last_bits=2, column_scale="none")
+    scheme = Scheme.of(bits=2, last_bits=2, column_scale="none")
     module, _ = coraq.quantize(network, "rtn", data=torch.randn(8, 3, 16, 16), scheme=scheme)
     assert max(len(row.unique()) for row in module[2].weight) <= 4
 
@@ -74,7 +74,7 @@ def test_layers_that_share_a_parameter_keep_their_own_codes() -> None:
 def test_the_grid_of_a_layer_that_runs_twice_covers_both_of_its_inputs() -> None:
     torch.manual_seed(0)
     network, images = Twice().eval(), torch.randn(16, 3, 16, 16)
-    module, _ = coraq.quantize(network, "rtn", data=images, scheme=Scheme(bits=8, act_bits=8))
+    module, _ = coraq.quantize(network, "rtn", data=images, scheme=Scheme.of(bits=8, act_bits=8))
     with torch.no_grad():
         wanted, found = network(images), module(images)
     wanted, found = wanted - wanted.mean(0), found - found.mean(0)

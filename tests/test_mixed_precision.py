@@ -133,18 +133,18 @@ def test_a_plan_that_promises_less_than_its_own_error_is_not_taken(monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("last_bits", "zero_point", "fraction"), [(8, "auto", 0), (2, "auto", 2), (8, "quarter", 2), (2, "whole", 0)]
+    ("last_bits", "zero_point", "fraction"), [(8, "auto", 0), (2, "auto", 2), (8, 2, 2), (2, 0, 0)]
 )
 def test_a_classifier_that_a_plan_gives_two_bits_keeps_its_zero_point_at_a_code(
     last_bits: int, zero_point: Any, fraction: int
 ) -> None:
     """Unless the user says where it lies; a classifier that has two bits anyway is the base's."""
-    one = task(scheme=Scheme.of(bits=2, last_bits=last_bits, zero_point=zero_point))
+    one = task(scheme=Scheme.of(bits=2, last_bits=last_bits, zero_point_fraction=zero_point))
     last = one.layers[-1].name
     one.commits.decide_once("bits of layers", lambda: {layer.name: 2 for layer in one.layers})
     found = {name: layer.weight.fraction for name, layer in run(one, Mixed).items()}
     assert found.pop(last) == fraction
-    assert set(found.values()) == {0 if zero_point == "whole" else 2}
+    assert set(found.values()) == {0 if zero_point == 0 else 2}
 
 
 @pytest.mark.parametrize(("method", "by_blocks"), [("cora", False), ("mixed", False), ("brecq", True)])
