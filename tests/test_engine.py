@@ -4,6 +4,8 @@ calibration task that is built on it keeps its promises about means, errors and 
 from __future__ import annotations
 
 import copy
+import io
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -433,8 +435,14 @@ class Waits(nn.Module):
 def test_what_waits_is_spilled_again_only_if_it_was_written_to(
     in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = []
-    monkeypatch.setattr("coraq.calibration.spill._write", lambda file, data: written.append(file.write(data)))
+    written: list[int] = []
+
+    class Counted(io.FileIO):
+        def write(self, data: Any) -> int:
+            written.append(super().write(data))
+            return written[-1]
+
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Counted(os.memfd_create("spilled"), "w+"))
     torch.manual_seed(0)
     network, images = Waits(in_place).eval(), random_images(4, 8)
     order = [f"layers.{i}" for i in range(4)]
