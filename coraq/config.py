@@ -48,8 +48,8 @@ MAX_CROP = 2  # a fraction; some networks of timm's were evaluated on a little m
 class DataConfig(Frozen):
     """Where images come from and how they are prepared. Names follow timm's `validate.py`."""
 
-    data_dir: str | None = Field(default=None, description="folder of images, one sub-folder a class")
-    dataset: str = Field(default="", description="timm dataset spec: '' for folders, torch/…, hfds/…, wds/…")
+    data_dir: str | None = Field(default=None, description="folder of images, one sub-folder for each class")
+    dataset: str = Field(default="", description="timm dataset: torch/NAME, hfds/NAME or wds/NAME (default: a folder)")
     split: str = Field(default="validation", description="split to evaluate on")
     calib_dir: str | None = Field(default=None, description="folder of calibration images, if not under --data-dir")
     calib_split: str = Field(default="train", description="split to calibrate on")
@@ -57,23 +57,22 @@ class DataConfig(Frozen):
     calib_rows_per_input: int = Field(
         default=64,
         ge=0,
-        description="patches for each input of a layer that Grams are estimated from; 0: all",
+        description="rows of im2col patches for each input of a layer that its Gram matrix is estimated from; 0: all",
     )
     calib_early_images: int = Field(
         default=256,
         ge=0,
-        description="images that the first layers are calibrated on, whose activations are largest and inputs fewest; "
-        "the others join as soon as all together take no more memory than these did; 0: all from the start",
+        description="images that the first layers are calibrated on, where activations are largest; the others join "
+        "once they need no more memory. 0: all from the start",
     )
     calib_precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="of the passes through the network while calibrating (what is measured of them and solved is in "
-        "float32 and float64); auto: bfloat16 for weights of at most 4 bits, float activations and a processor that "
-        "multiplies it itself",
+        description="precision of the calibration passes. auto: bfloat16 for weights of at most 4 bits with float "
+        "activations, where the processor has it",
     )
-    eval_size: int | None = Field(default=None, ge=1, description="evaluate on at most so many images (default: all)")
-    class_map: str | None = Field(default=None, description="text file: class names in index order")
-    batch_size: int = Field(default=32, ge=1, description="images in a micro-batch")
+    eval_size: int | None = Field(default=None, ge=1, description="evaluate on at most this many images (default: all)")
+    class_map: str | None = Field(default=None, description="text file of class names in index order")
+    batch_size: int = Field(default=32, ge=1, description="images in a batch")
     workers: int = Field(default=2, ge=0, description="processes that decode images")
     img_size: int | None = Field(
         default=None, ge=8, le=MAX_PIXELS, description="input size in pixels (default: the model's)"
@@ -84,7 +83,7 @@ class DataConfig(Frozen):
     mean: tuple[float, ...] | None = Field(default=None, description="channel means (default: the model's)")
     std: tuple[float, ...] | None = Field(default=None, description="channel deviations (default: the model's)")
     interpolation: str | None = Field(default=None, description="resize interpolation (default: the model's)")
-    strict: bool = Field(default=False, description="a corrupt image is an error instead of a skipped one")
+    strict: bool = Field(default=False, description="stop at a corrupt image instead of skipping it")
 
     @field_validator("mean", "std")
     @classmethod
@@ -107,20 +106,53 @@ class RunConfig(Frozen):
     version: Literal[2] = 2
     model: str = Field(description="timm name, hf-hub:ORG/NAME, local-dir:FOLDER, or demo")
     checkpoint: str | None = Field(default=None, description="float weights to load (safetensors)")
-    num_classes: int | None = Field(default=None, ge=1, description="number of classes (default: the model's)")
-    model_kwargs: dict[str, Any] = Field(default_factory=dict, description="passed on to timm's create_model")
-    method: str = Field(default="mixed", description="name of a registered method")
-    options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
+    num_classes: int | None = Field(
+        default=None, ge=1, description="number of classes of an untrained network (default: the model's)"
+    )
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, description="argument for timm's create_model")
+    method: str = Field(default="mixed", description="quantization method")
+    options: dict[str, Any] = Field(default_factory=dict, description="option of the method")
     scheme: Scheme = Scheme()
     data: DataConfig = DataConfig()
     seed: int = Field(default=0, description="seed of everything random")
     device: str = Field(default="cpu", description="torch device")
     calib_memory: int | None = Field(
-        default=None, ge=1, description="bytes for live activations (default: half of what is free)"
+        default=None, ge=1, description="bound on the memory of activations (default: half of what is free)"
     )
     float_dtype: Literal["float32", "float16"] = Field(
-        default="float32", description="type of what stays unquantized in the checkpoint: biases, norms"
+        default="float32", description="type of what stays unquantized: biases, norms"
     )
+    coding: Literal["auto", "packed", "ans"] | None = Field(
+        default=None,
+        description="how codes are stored: packed (so many bits each), ans (entropy-coded), or auto, the smaller of "
+        "the two, layer by layer; not given: as the method stores them",
+    )
+    size: int | None = Field(
+        default=None, ge=1, description="largest size of the checkpoint in bytes, all included, for methods that choose"
+    )
+    ratio: float | None = Field(
+        default=None, gt=1, description="the same as a ratio: how many times smaller than the float weights"
+    )
+    budget_bits: float | None = Field(
+        default=None, gt=0, le=8, description="the same as bits for each quantized weight, scales included"
+    )
+
+    @field_validator("ratio", "budget_bits")
+    @classmethod
+    def _is_the_only_budget(cls, value: float | None, info: ValidationInfo) -> float | None:
+        others = [name for name in ("size", "ratio") if info.data.get(name) is not None]
+        if value is not None and others:
+            raise ValueError(f"a size is given already (--{others[0]}): a budget is said in one way")
+        return value
+
+    @property
+    def budget(self) -> str | None:
+        """The option that gives a budget of bytes, as it is typed; None: there is none."""
+        if self.size is not None:
+            return f"--size {self.size}"
+        if self.ratio is not None:
+            return f"--ratio {self.ratio:g}"
+        return None if self.budget_bits is None else f"--bits {self.budget_bits:g}"
 
     def digest(
         self, options: Mapping[str, Any] | None = None, bases: Sequence[Mapping[str, Any]] = (), **more: str

@@ -7,6 +7,7 @@ checkpoint, which would run strangers' code. A plugin file may also register tim
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import importlib
@@ -39,6 +40,7 @@ BUILT_IN = {
     "cora": "coraq.methods.cora:CoRa",
     "brecq": "coraq.methods.brecq:BRECQ",
     "qdrop": "coraq.methods.brecq:QDrop",
+    "rdoq": "coraq.methods.rdoq:RDOQ",
 }
 ENTRY_POINTS = "coraq.methods"
 IMPORT_S = 60.0  # a plugin that takes longer to import is broken
@@ -135,6 +137,54 @@ def find(name: str, plugins_dirs: Iterable[Path | str] = ()) -> tuple[type[Quant
             "`coraq methods` shows its traceback.",
         )
     return matches[0].method, matches[0].source
+
+
+def plugin_content(method: type) -> str | None:
+    """A digest of the file that a method comes from and of the files beside it that it imports, at any depth.
+
+    None for a built-in method, whose version says what it does.
+    """
+    if method.__module__.startswith("coraq."):
+        return None
+    file = getattr(sys.modules.get(method.__module__), "__file__", None)
+    if file is None or not Path(file).is_file():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(_imported_beside(Path(file).resolve())):
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _imported_beside(path: Path) -> set[Path]:
+    """A Python file, and the files in its folder and below that it imports, directly or through another."""
+    found, left = set[Path](), [path]
+    while left:
+        here = left.pop()
+        if here in found:
+            continue
+        found.add(here)
+        try:
+            tree = ast.parse(here.read_bytes())
+        except (SyntaxError, ValueError):
+            continue
+        names = set[str]()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = node.module or ""
+                names |= {base, *(f"{base}.{alias.name}".strip(".") for alias in node.names)}
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # importlib.import_module("name")
+                names |= {node.value.removesuffix(".py")} if node.value.removesuffix(".py").isidentifier() else set()
+        for name in filter(None, names):
+            parts = name.split(".")
+            for folder in {path.parent, here.parent}:
+                for end in range(1, len(parts) + 1):
+                    target = folder.joinpath(*parts[:end])
+                    choices = (target.with_suffix(".py"), target / "__init__.py")
+                    left += [file.resolve() for file in choices if file.is_file()]
+    return found
 
 
 def make(name: str, options: dict[str, Any]) -> Quantizer:

@@ -47,33 +47,28 @@ class LayerScheme(Frozen):
 class WeightScheme(Frozen):
     """The grids of weights."""
 
-    bits: int = Field(default=4, ge=MIN_BITS, le=MAX_BITS, description="bits of a weight code, 2 to 8")
+    bits: int = Field(default=4, ge=MIN_BITS, le=MAX_BITS, description="bits of a weight, 2 to 8")
     first_bits: Bits | Literal["same"] | None = Field(
-        default=None, description="bits of the first layer (default: same as all others; 8 with a paper's preset)"
+        default=None, description="bits of the first layer (default: as all others; 8 with a paper's preset)"
     )
     last_bits: Bits | Literal["same"] | None = Field(
         default=None,
-        description="bits of the last layer, the classifier (default: same as all others; 8 with a paper's preset)",
+        description="bits of the classifier (default: as all others; 8 with a paper's preset)",
     )
     granularity: Literal["channel", "tensor"] = Field(
-        default="channel", description="one scale per output channel, or one per weight tensor"
+        default="channel", description="one scale for each output channel, or one for each weight tensor"
     )
-    symmetric: bool = Field(
-        default=False, description="zero point fixed at the middle code: every integer runtime takes it"
-    )
+    symmetric: bool = Field(default=False, description="symmetric grids, which every integer runtime takes")
     zero_point_fraction: Literal["auto", 0, 1, 2, 3] = Field(
         default="auto",
-        description="bits of an affine grid's zero point behind the point: 0 lets it lie at a code, 1 to 3 at halves, "
-        "quarters or eighths between codes, in the same byte; auto: 2 for 2-bit weights where a grid's range is "
-        "searched, else 0. Integer kernels take whole zero points only: exports for them store 1, 2 or 3 bits more a "
-        "code",
+        description="fractional bits of zero points: 0 puts them at codes; 1, 2, 3 at halves, quarters, eighths of a"
+        " step, in the same byte. auto: 2 for 2-bit weights on searched ranges, else 0",
     )
     column_scale: ColumnScale = Field(
         default="auto",
-        description="a second scale, for every input channel of a weight of at most 4 bits (channel), or of a layer "
-        "whose input has at most 4 bits and is multiplied by them before it is rounded (input): one byte each; auto: "
-        "input where there are such inputs, channel for affine grids per channel with float activations, by methods "
-        "that do better with it. Exports for integer kernels, which know none, round such weights to 8 bits",
+        description="a second scale for each input channel, one byte each: of weights of at most 4 bits (channel), "
+        "or of inputs of at most 4 bits (input). auto: the one that suits the activations, by methods "
+        "that gain from it",
     )
 
     @field_validator("zero_point_fraction")
@@ -88,22 +83,21 @@ class ActivationScheme(Frozen):
     """The grids of activations, one scale per tensor."""
 
     bits: int = Field(ge=MIN_BITS, le=MAX_BITS, description="bits of an activation, 2 to 8 (default: float)")
-    first_bits: Bits | None = Field(default=8, description="bits of the images, or same: as all others")
-    last_bits: Bits | None = Field(default=8, description="bits of the last layer's input, or same: as all others")
+    first_bits: Bits | None = Field(default=8, description="bits of the images, or same")
+    last_bits: Bits | None = Field(default=8, description="bits of the classifier's input, or same")
     placement: Literal["inputs", "integer"] = Field(
         default="inputs",
-        description="tensors with a grid: those that quantized layers read (inputs, as in papers), or also the outputs "
-        "of layers, residual sums and products, as integer runtimes need (integer)",
+        description="quantize the inputs of layers (inputs, as in papers), or also outputs and sums, as integer "
+        "runtimes need (integer)",
     )
     range: Literal["mse", "percentile"] = Field(
-        default="mse", description="range of an activation's grid: least error of its values, or percentiles of them"
+        default="mse", description="range of an activation: least squared error, or percentiles"
     )
     percentile: float = Field(default=99.99, gt=50, le=100, description="the upper percentile, in %")
     allocation: Literal["none", "memory", "bitops", "both"] = Field(
         default="none",
-        description="2 to 8 bits for each layer's input, shared out by the KL divergence that its rounding costs, so "
-        "that --act-bits is the average over all values (memory), over the multiplications that they go into (bitops), "
-        "or over either (both); none: all alike. The first and last input and overrides keep their own bits",
+        description="mixed precision of inputs, 2 to 8 bits each by their predicted KL divergence: --act-bits on "
+        "average over all values (memory), over all multiplications (bitops), or over both",
     )
 
     @field_validator("allocation")
@@ -119,13 +113,12 @@ class Corrections(Frozen):
 
     bias: Literal["network", "layer", "off"] = Field(
         default="network",
-        description="bias correction: make a layer's mean output equal the float network's (network), that of the same "
-        "layer with float weights on the quantized network's inputs (layer), or leave the bias alone (off)",
+        description="bias correction: match each channel's mean output to the float network's (network), to the "
+        "float layer's on the same inputs (layer), or off",
     )
     scale: Literal["network", "off"] = Field(
         default="network",
-        description="scale correction: make every output channel vary as in the float network, as re-estimating "
-        "BatchNorm would (network), or keep the scales that the method chose (off); needs a scale per channel",
+        description="scale correction: match each channel's variance to the float network's, or off",
     )
 
 
@@ -140,7 +133,7 @@ class Scheme(Frozen):
     corrections: Corrections = Corrections()
     overrides: dict[str, LayerScheme] = Field(
         default_factory=dict,
-        description="regular expression over layer names -> that layer's own bits and rank; first match wins",
+        description="bits of the layers whose whole name matches a regular expression; the first match wins",
     )
 
     @field_validator("activations")

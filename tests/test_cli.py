@@ -148,7 +148,7 @@ def test_version_and_help_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> No
 def test_every_field_of_the_configuration_is_an_option_with_its_description(capsys: pytest.CaptureFixture[str]) -> None:
     os.environ["COLUMNS"] = "300"
     try:
-        assert run(["quantize", "--help"]) == 0
+        assert run(["quantize", "--help-all"]) == 0
     finally:
         del os.environ["COLUMNS"]
     text = " ".join(capsys.readouterr().out.split())
@@ -685,8 +685,8 @@ class Method:
 @pytest.fixture
 def listed(monkeypatch: pytest.MonkeyPatch, pipeline: FakePipeline) -> None:
     infos = {
-        "fake": registry.MethodInfo("fake", "does nothing", "7", True, "built-in"),
-        "bad": registry.MethodInfo("bad", "(broken)", "", False, "/x/bad.py", "Traceback …\nSyntaxError: [oops]"),
+        "fake": registry.MethodInfo("fake", "does nothing", "7", True, "layer", "built-in"),
+        "bad": registry.MethodInfo("bad", "(broken)", "", False, "", "/x/bad.py", "Traceback …\nSyntaxError: [oops]"),
     }
     monkeypatch.setattr(registry, "available", lambda plugins_dirs=(): infos)
     monkeypatch.setattr(registry, "find", lambda name, plugins_dirs=(): (Method, "built-in"))
@@ -713,6 +713,7 @@ def test_a_methods_options_are_printed_from_its_config(listed: None, capsys: pyt
     assert run(["methods", "fake", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["needs_data"] is True
+    assert answer["scope"] == "layer"
     assert answer["options"] == method_options(Settings)
 
 
@@ -754,3 +755,16 @@ def test_threads_that_wait_for_each_other_leave_the_core(given: dict[str, str], 
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | given
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
     assert done.stdout.splitlines() == [found]  # as torch is about to be loaded
+
+
+def test_help_has_two_levels(capsys: pytest.CaptureFixture[str]) -> None:
+    """What most people need on one screen, all options by --help-all; the second asks for no other state."""
+    shown = []
+    for flag in ("--help", "--help-all", "--help"):
+        assert run(["quantize", flag]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[2]
+    assert "--bits" in shown[0]
+    assert "--granularity" not in shown[0]
+    assert "--granularity" in shown[1]
+    assert "--help-all" in shown[0]

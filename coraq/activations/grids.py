@@ -34,6 +34,8 @@ class StopInputs(Protocol):
 
     def inputs(self, stream: int) -> Iterator[Tensor]: ...
 
+    def all_calls(self, stream: int, modules: Sequence[str]) -> Iterator[Tensor]: ...
+
 
 class ActivationGrids:
     """The student's grids, calibrated as the engine passes.
@@ -118,7 +120,11 @@ class ActivationGrids:
         if point is None:
             return
         if point.name not in self._grids:
-            self._set(point, self.choose(point, layer_inputs.inputs(STUDENT), len(layer_inputs.taken)))
+            inputs, count = layer_inputs.inputs(STUDENT), len(layer_inputs.taken)
+            if point.tensors > 1 and point.producer is None:
+                inputs = layer_inputs.all_calls(STUDENT, point.readers)
+                count *= point.tensors
+            self._set(point, self.choose(point, inputs, count))
         grid = self._grids[point.name]
         if point.producer is None:
             layer_inputs.transforms[STUDENT] = grid.round  # what the layer will really see

@@ -47,6 +47,7 @@ class QuantizationPoint:
         bits: of a code.
         scaled: its channels get factors before they are rounded: its readers' column scales.
         values: of one image that its readers read.
+        tensors: that share the grid, because one layer reads several of them in one pass.
     """
 
     name: str
@@ -55,6 +56,7 @@ class QuantizationPoint:
     bits: int
     scaled: bool = False
     values: int = 0
+    tensors: int = 1
 
 
 def find_quantization_points(
@@ -106,7 +108,9 @@ class _Finder:
             name = f"{producer}.output" if producer else f"{first}.input"
             bits = max(self.bits[reader] or 8 for reader in readers)
             scaled = producer is None and self._scaled(readers, bits)
-            points.append(QuantizationPoint(name, tuple(readers), producer, bits, scaled, self._values(readers)))
+            points.append(
+                QuantizationPoint(name, tuple(readers), producer, bits, scaled, self._values(readers), len(tensors))
+            )
             if producer is None and places - {None}:
                 lost.append(f"{first}: reads several tensors, so that other readers of them get float values")
         for tensor, producer in producers.items():

@@ -39,7 +39,13 @@ from coraq.calibration.block_data import BlockData
 from coraq.calibration.block_learning import uses_bfloat16
 from coraq.calibration.block_options import BlockSolverConfig
 from coraq.calibration.block_solver import BlockSolver
-from coraq.calibration.layer_costs import MeasuredLayer, error_by_bits, measure_layers, predict_kl
+from coraq.calibration.layer_costs import (
+    MeasuredLayer,
+    error_by_bits,
+    measure_layers,
+    predict_kl,
+    predict_kl_by_channel,
+)
 from coraq.calibration.scopes import Scope
 from coraq.calibration.statistics import LayerStats
 from coraq.config import Frozen, LayerScheme, Scheme
@@ -109,6 +115,7 @@ __all__ = [
     "minmax_grid",
     "mse_grid",
     "predict_kl",
+    "predict_kl_by_channel",
     "search_cutoffs",
     "set_fake_quant",
     "sigma_grid",

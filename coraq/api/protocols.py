@@ -231,6 +231,14 @@ class NetworkTask(BlockTask, Protocol):
             subtract: [groups, out, in], taken off the weight before it is quantized.
         """
 
+    @property
+    def budget_bytes(self) -> int | None:
+        """Bytes that all layers together may take on disk, where the user has named a size; only methods with a class
+        attribute `budget_coding` are given one."""
+
+    def committed_bytes(self) -> int:
+        """What the layers that are committed take on disk: codes, scales, zero points, adapters."""
+
     def scope_of(self, method: str) -> Scope:
         """The scope of another method."""
 
@@ -255,7 +263,8 @@ class Quantizer(Protocol):
     """What every method implements, built-in or a stranger's plugin.
 
     `version` is part of the run's identity: raise it whenever the method's results change. A method that gives
-    layers other bits than `layer.bits` says so with a class attribute `chooses_bits = True`. A class attribute
+    layers other bits than `layer.bits` says so with a class attribute `chooses_bits = True`; one that can keep to
+    `task.budget_bytes` has a `budget_coding`, "packed" or "ans": how its codes are stored then. A class attribute
     `compare_with` names methods that a comparison of it should show beside it.
     """
 

@@ -7,6 +7,7 @@ bytes and that JSON, so that a flipped bit is found and not served.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from coraq.activations.records import ActivationRecord, install_grids
 from coraq.artifact.codec import LayerRecord, content_digest, decode, encode, serialise
 from coraq.artifact.files import write_atomic
 from coraq.config import Frozen, Scheme
-from coraq.core.tensors import QuantizedLayer
+from coraq.core.tensors import Coding, QTensor, QuantizedLayer
 from coraq.errors import CoraqError
 from coraq.migration import upgrade_checkpoint
 from coraq.network.fold import Structure, restructure
@@ -31,7 +32,7 @@ from coraq.network.load import SPARE_TENSORS, SPARE_VALUES, Size, build, check_f
 class CheckpointInfo(Frozen):
     """What the metadata says: enough to rebuild the network and to know how it was made."""
 
-    format_version: Literal[2] = 2
+    format_version: Literal[2, 3] = Field(default=2, description="3: some layers are entropy-coded")
     architecture: str = Field(description="timm's function name")
     model_args: dict[str, Any] = Field(default_factory=dict, description="go with it to timm.create_model")
     pretrained_cfg: dict[str, Any] = Field(default_factory=dict, description="timm's data configuration and labels")
@@ -79,6 +80,38 @@ def write_checkpoint(
     Raises:
         CoraqError: no room or no permission.
     """
+    content = _content(student, layers, info, float_dtype)
+    write_atomic(path, content)
+    return len(content)
+
+
+def bytes_besides_layers(
+    student: nn.Module,
+    shapes: Mapping[str, tuple[int, int, int]],
+    info: CheckpointInfo,
+    float_dtype: torch.dtype = torch.float32,
+    coding: Coding = "packed",
+    zero_points: bool = False,
+) -> int:
+    """What a checkpoint takes besides `QuantizedLayer.size_bytes` of its layers, rounded up by a few bytes a tensor.
+
+    Args:
+        shapes: of the layers' weights, [groups, out, in], by name; every layer is taken to have a bias.
+        zero_points: whether layers have them.
+    """
+    layers = {}
+    for name, (groups, out, inputs) in shapes.items():
+        zero = torch.zeros(groups, out, 1, dtype=torch.uint8) if zero_points else None
+        codes = torch.zeros(groups, out, inputs, dtype=torch.uint8)
+        weight = QTensor(codes, torch.ones(groups, out, 1), 8, zero, coding=coding)
+        layers[name] = QuantizedLayer(weight, bias=torch.zeros(groups * out))
+    whole = len(_content(student, layers, info, float_dtype)) - sum(layer.size_bytes() for layer in layers.values())
+    return whole + 8 * len(shapes)  # digits of places in the file
+
+
+def _content(
+    student: nn.Module, layers: dict[str, QuantizedLayer], info: CheckpointInfo, float_dtype: torch.dtype
+) -> bytes:
     tensors: dict[str, Tensor] = {}
     records: dict[str, LayerRecord] = {}
     for name, layer in layers.items():
@@ -89,10 +122,9 @@ def write_checkpoint(
         if not (owner in layers and leaf in ("weight", "bias")):
             tensors[key] = value.detach().cpu().contiguous()
     tensors = {key: _rest(key, value, float_dtype) for key, value in tensors.items()}
-    text = info.model_copy(update={"layers": records}).model_dump_json()
-    content = serialise(tensors, {"coraq": text, "sha256": content_digest(tensors, text)})
-    write_atomic(path, content)
-    return len(content)
+    coded = any(record.coding != "packed" for record in records.values())
+    text = info.model_copy(update={"layers": records, "format_version": 3 if coded else 2}).model_dump_json()
+    return serialise(tensors, {"coraq": text, "sha256": content_digest(tensors, text)})
 
 
 def _rest(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,18 +7,20 @@ import json
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from safetensors.torch import save
 from torch import Tensor
 
 from coraq.config import MAX_BITS, Frozen
+from coraq.core import entropy_coding
 from coraq.core.columns import STORED
 from coraq.core.packing import pack, unpack
-from coraq.core.tensors import ActivationGrid, LowRank, QTensor, QuantizedLayer
+from coraq.core.tensors import ActivationGrid, Coding, LowRank, QTensor, QuantizedLayer, ScaleType
 from coraq.errors import CoraqError
 
 # compressed-tensors' names, as far as they go; no compatibility is claimed (it refuses convolutions)
 _PACKED, _SCALE, _ZERO, _CODEBOOK, _COLUMNS = "packed", "scale", "zero_point", "codebook", "column_scale"
+_CODED = "coded"
 
 
 class LayerRecord(Frozen):
@@ -32,6 +34,15 @@ class LayerRecord(Frozen):
     input: tuple[float, int, int, bool] | None = Field(
         default=None, description="grid of the layer's input: scale, zero point, bits, signed"
     )
+    coding: Coding = Field(default="packed", description="how the weight's codes are stored")
+
+    @model_serializer(mode="wrap")
+    def _without_what_format_1_lacks(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Packed layers are written as before there was a choice, so that older versions read them."""
+        values: dict[str, Any] = dump(self)
+        if self.coding == "packed":
+            del values["coding"]
+        return values
 
 
 def serialise(tensors: dict[str, Tensor], about: dict[str, str]) -> bytes:
@@ -81,6 +92,7 @@ def encode(name: str, layer: QuantizedLayer) -> tuple[dict[str, Tensor], LayerRe
         rank=None if adapter is None else adapter.rank,
         adapter_bits=None if adapter is None else (adapter.b.bits, adapter.a.bits),
         input=None if (grid := layer.input) is None else (grid.scale, grid.zero_point, grid.bits, grid.signed),
+        coding=layer.weight.coding,
     )
     return tensors, record
 
@@ -98,13 +110,15 @@ def decode(name: str, record: LayerRecord, tensors: dict[str, Tensor]) -> Quanti
             b = _decode_qtensor(f"{name}.adapter_b_", (groups, out, record.rank), record.adapter_bits[0], tensors)
             a = _decode_qtensor(f"{name}.adapter_a_", (groups, record.rank, inputs), record.adapter_bits[1], tensors)
             adapter = LowRank(b, a)
-        weight = _decode_qtensor(f"{name}.weight_", record.shape, record.bits, tensors, record.fraction)
+        weight = _decode_qtensor(f"{name}.weight_", record.shape, record.bits, tensors, record.fraction, record.coding)
         bias = tensors.pop(f"{name}.bias", None)
         grid = None if record.input is None else ActivationGrid(*record.input)
         layer = QuantizedLayer(weight, adapter, None if bias is None else bias.float(), grid)
         layer.check(record.shape)
     except KeyError as error:
         raise CoraqError(f"layer {name}: tensor {error} is missing", "The file is damaged or not coraq's.") from None
+    except ImportError as error:
+        raise CoraqError(f"layer {name}: {error}", "Then open the file again.") from None
     except (ValueError, RuntimeError) as error:
         raise CoraqError(f"layer {name}: {error}", "The file is damaged or not coraq's.") from None
     return layer
@@ -112,10 +126,12 @@ def decode(name: str, record: LayerRecord, tensors: dict[str, Tensor]) -> Quanti
 
 def _encode_qtensor(prefix: str, q: QTensor) -> dict[str, Tensor]:
     groups, out, inputs = q.codes.shape
-    tensors: dict[str, Any] = {
-        prefix + _PACKED: pack(q.codes.reshape(groups * out, inputs).cpu(), q.bits),
-        prefix + _SCALE: q.scale.reshape(-1).cpu().contiguous(),
-    }
+    scale = q.scale.reshape(-1).cpu().contiguous()
+    tensors: dict[str, Any] = {prefix + _SCALE: scale.bfloat16() if q.scale_type == "bfloat16" else scale}
+    if q.coding == "ans":
+        tensors[prefix + _CODED] = entropy_coding.encode(q.codes)
+    else:
+        tensors[prefix + _PACKED] = pack(q.codes.reshape(groups * out, inputs).cpu(), q.bits)
     if q.zero_point is not None:
         tensors[prefix + _ZERO] = q.zero_point.reshape(-1).cpu().contiguous()
     if q.codebook is not None:
@@ -126,15 +142,20 @@ def _encode_qtensor(prefix: str, q: QTensor) -> dict[str, Tensor]:
 
 
 def _decode_qtensor(
-    prefix: str, shape: tuple[int, int, int], bits: int, tensors: dict[str, Tensor], fraction: int = 0
+    prefix: str,
+    shape: tuple[int, int, int],
+    bits: int,
+    tensors: dict[str, Tensor],
+    fraction: int = 0,
+    coding: Coding = "packed",
 ) -> QTensor:
-    groups, out, inputs = shape
-    packed = tensors.pop(prefix + _PACKED)
-    if packed.dim() != 2 or packed.shape[0] != groups * out:
-        raise ValueError(f"{prefix}{_PACKED} has shape {list(packed.shape)}, not [{groups * out}, …]")
-    codes = unpack(packed, bits, inputs).reshape(shape)
+    groups, out, _ = shape
+    codes = _decode_codes(prefix, shape, bits, tensors, coding)
     grid = (1, 1, 1) if tensors[prefix + _SCALE].numel() == 1 else (groups, out, 1)
     scale = tensors.pop(prefix + _SCALE).reshape(grid)
+    if scale.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{prefix}{_SCALE} is {scale.dtype}, not float32 or bfloat16")
+    scale_type: ScaleType = "float32" if scale.dtype == torch.float32 else "bfloat16"
     zero = tensors.pop(prefix + _ZERO, None)
     if zero is not None and zero.dtype != torch.uint8:
         raise ValueError(f"{prefix}{_ZERO} is {zero.dtype}, not uint8")
@@ -143,4 +164,20 @@ def _decode_qtensor(
     if columns is not None and columns.dtype != STORED:
         raise ValueError(f"{prefix}{_COLUMNS} is {columns.dtype}, not {STORED}")
     columns = None if columns is None else columns.float()
-    return QTensor(codes, scale, bits, zero, tensors.pop(prefix + _CODEBOOK, None), fraction, columns)
+    codebook = tensors.pop(prefix + _CODEBOOK, None)
+    return QTensor(codes, scale.float(), bits, zero, codebook, fraction, columns, coding, scale_type)
+
+
+def _decode_codes(
+    prefix: str, shape: tuple[int, int, int], bits: int, tensors: dict[str, Tensor], coding: Coding
+) -> Tensor:
+    """Codes uint8 [groups, out, in]; no more memory than the tensors themselves allow for."""
+    groups, out, inputs = shape
+    if min(shape) < 0:
+        raise ValueError(f"no weight has shape {list(shape)}")
+    if coding == "ans":
+        return entropy_coding.decode(tensors.pop(prefix + _CODED), groups * out * inputs).reshape(shape)
+    packed = tensors.pop(prefix + _PACKED)
+    if packed.dim() != 2 or packed.shape[0] != groups * out:
+        raise ValueError(f"{prefix}{_PACKED} has shape {list(packed.shape)}, not [{groups * out}, …]")
+    return unpack(packed, bits, inputs).reshape(shape)

@@ -35,6 +35,7 @@ def apply_corrections(layer_pass: LayerPass, scheme: Scheme, view: LayerView, la
     known = layer_pass.has_data
     if layer.bias is None and known and _has_scale_correction(scheme, layer):
         layer, outputs = correct_scale(layer, view, layer_pass.stats(view.name))
+    layer = replace(layer, weight=layer.weight.with_stored_scale())
     if layer.bias is None:
         corrected = known and scheme.corrections.bias != "off"
         bias = correct_bias(layer, view, layer_pass.stats(view.name), scheme) if corrected else view.bias

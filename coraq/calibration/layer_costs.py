@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from coraq.calibration.statistics import LayerStats
 from coraq.core.least_squares import LeastSquares
-from coraq.core.sensitivity import kl_of_errors
+from coraq.core.sensitivity import kl_of_errors, kl_of_errors_by_channel
 from coraq.core.tensors import QuantizedLayer
 from coraq.errors import OVERFLOW_HINT, CoraqError
 from coraq.network.layers import LayerView
 
 EIGHT_BITS = 8  # at which a layer's KL is taken where fewer bits say too little, and the most that a layer may get
 FISHER_IMAGES = 128
+CHANNEL_FISHER_IMAGES = 64  # for single channels, whose costs are blended with their layer's
 MEASURED_IMAGES = 256  # of the first pass
 
 
@@ -91,6 +92,17 @@ def predict_kl(task: Any, errors: Mapping[str, Tensor]) -> dict[str, float]:
         return kl_of_errors(teacher, errors, _first_images(task, FISHER_IMAGES), task.rng)
     except ValueError as error:
         raise CoraqError(str(error), OVERFLOW_HINT) from None
+
+
+def predict_kl_by_channel(task: Any, errors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As `predict_kl`, of each output channel's weight error alone: float64 [groups, out] by a layer's name."""
+    teacher: nn.Module = task.teacher
+    try:
+        images = _first_images(task, CHANNEL_FISHER_IMAGES)
+        found = kl_of_errors_by_channel(teacher, errors, images, task.rng)
+    except ValueError as error:
+        raise CoraqError(str(error), OVERFLOW_HINT) from None
+    return {name: found[name].reshape(errors[name].shape[:2]) for name in errors}
 
 
 def error_by_bits(task: Any, layer: LayerView, widths: Sequence[int], at: int) -> dict[int, float]:

@@ -40,8 +40,15 @@ class LayerInputs:
         transforms: a stream → what its inputs go through before anybody sees them (activation quantization).
     """
 
-    def __init__(self, name: str, parked: list[list[_MicroBatch]], taken: Sequence[int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        parked: list[list[_MicroBatch]],
+        taken: Sequence[int],
+        all_calls: Callable[[int, Sequence[str]], Iterator[Tensor]] | None = None,
+    ) -> None:
         self.name = name
+        self._all_calls = all_calls
         self.taken = taken
         self.transforms: dict[int, Callable[[Tensor], Tensor]] = {}
         self._parked = parked
@@ -55,6 +62,11 @@ class LayerInputs:
             for x in batch.visit():
                 yield transform(x)
 
+    def all_calls(self, stream: int, modules: Sequence[str]) -> Iterator[Tensor]:
+        """What modules read at all of their calls, in a pass of each micro-batch through a stream as it is now."""
+        if self._all_calls is not None:
+            yield from self._all_calls(stream, modules)
+
     @property
     def sizes(self) -> list[int]:
         """Images in each micro-batch."""
@@ -67,6 +79,23 @@ class LayerInputs:
             for x in first.visit():
                 for y in second.visit():
                     yield left(x), right(y)
+
+
+@torch.no_grad()
+def _read_by(network: nn.Module, images: Tensor, modules: Sequence[str]) -> list[Tensor]:
+    """What these modules read at each of their calls, copied."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args[0] if args else next(iter(kwargs.values()))).clone())
+
+    handles = [network.get_submodule(m).register_forward_pre_hook(keep, with_kwargs=True) for m in modules]
+    try:
+        network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _as_it_is(x: Tensor) -> Tensor:
@@ -178,6 +207,7 @@ class LockStep:
         self._rewrite = rewrite
         self._folder = folder or Path(tempfile.gettempdir())
         self.live_bytes_needed = 0
+        self._given = batches
         given = [b for batch in batches for b in ([batch] if isinstance(batch, Tensor) else batch)]
         every = len(batches if schedule is None else schedule.order) * len(self._streams)
         resident = every
@@ -247,7 +277,17 @@ class LockStep:
         name = arrived.pop()
         if name is None:
             return None
-        return LayerInputs(name, self._batches, self._order[: len(self._batches[0])])
+        taken = self._order[: len(self._batches[0])]
+
+        def all_calls(stream: int, modules: Sequence[str]) -> Iterator[Tensor]:
+            for index in taken:
+                given = self._given[index]
+                with self._within:
+                    images = given if isinstance(given, Tensor) else given[stream].clone()
+                    read = _read_by(self._streams[stream], images, modules)
+                yield from read
+
+        return LayerInputs(name, self._batches, taken, all_calls)
 
     def _advance(self, on_stream: Callable[[int], None] | None) -> set[str | None]:
         """The names of the stops at which micro-batches are now."""

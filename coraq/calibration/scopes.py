@@ -12,7 +12,7 @@ _LAYER = {"layers", "scheme", "rng", "has_data", "stats", "least_squares", "prob
 _LAYER |= {"log", "stage", "note"}
 _BLOCK = _LAYER | {"teacher", "partition", "block_io", "fisher", "quantize_block_with"}
 _NETWORK = _BLOCK | {"student", "batches", "calibration_subset", "preview", "decide_once"}
-_NETWORK |= {"quantize_with", "delegate", "scope_of"}
+_NETWORK |= {"quantize_with", "delegate", "scope_of", "committed_bytes", "budget_bytes"}
 OFFERED: dict[Scope, set[str]] = {"layer": _LAYER, "block": _BLOCK, "network": _NETWORK}
 
 

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from coraq.calibration.traversal import PassSettings, Traversal
 from coraq.config import Scheme
 from coraq.core.layer_problem import Granularity, LayerProblem
 from coraq.core.least_squares import LeastSquares
-from coraq.core.tensors import ActivationGrid, QuantizedLayer, stored_bytes
+from coraq.core.tensors import ActivationGrid, Coding, QuantizedLayer, stored_bytes
 from coraq.errors import CoraqError, MethodError
 from coraq.events import QUANTIZE, LayerCommitted, Metric, Note, Sink, StageAdvanced, null_sink
 from coraq.network.blocks import Block, ReconstructionUnit, partition
@@ -58,6 +58,7 @@ class CalibrationTask:
         log: what earlier attempts have committed and decided, and where new commits are saved.
         settings: how calibration passes are made.
         find_method: makes a method from its name and options, for methods that use others.
+        coding: how all codes are stored; None: as the method says.
     """
 
     def __init__(
@@ -71,8 +72,11 @@ class CalibrationTask:
         log: CommitLog | None = None,
         settings: PassSettings | None = None,
         find_method: Callable[[str, dict[str, Any]], Any] | None = None,
+        coding: Coding | Literal["auto"] | None = None,
     ) -> None:
         self.scheme = scheme
+        self.coding = coding
+        self.budget_bytes: int | None = None  # see `coraq.api.NetworkTask.budget_bytes`
         self.teacher = teacher.requires_grad_(False)
         self.student = copy.deepcopy(self.teacher)
         self.clock: dict[str, float] = defaultdict(float)
@@ -93,6 +97,24 @@ class CalibrationTask:
             self.clock,
             self.note,
         )
+        if found.computed:
+            weights = (getattr(teacher.get_submodule(name), "weight", None) for name in found.computed)
+            size = sum(w.numel() * w.element_size() for w in weights if isinstance(w, Tensor))
+            self.note(
+                f"{len(found.computed)} layers stay float ({size:,} bytes), because their weights are computed from "
+                f"the images: {', '.join(found.computed[:5])}"
+            )
+        repeated = [n for n in self._views if found.flow is not None and len(found.flow.calls_of(n)) > 1]
+        if repeated:
+            self.note(
+                f"{len(repeated)} layers run more than once: their weights are solved for the inputs of their first "
+                f"call, their input grids for those of all calls: {', '.join(repeated[:5])}"
+            )
+        if found.structure.untied:
+            self.note(
+                f"layers that shared a weight with another are quantized and stored each for itself: "
+                f"{', '.join(found.structure.untied[:5])}"
+            )
         self._restore()
         self._reseed()
 
@@ -185,6 +207,8 @@ class CalibrationTask:
             raise MethodError(f"{self.method}: the column scales of layer {name} are not those of its input")
         layer = replace(layer, input=self._input_grid(name, layer))
         layer, outputs = apply_corrections(self.traversal, self.scheme, view, layer)
+        if self.coding is not None:
+            layer = replace(layer, weight=layer.weight.coded(self.coding))
         numbers: Metrics = {**self._measure(view, layer, outputs), **layer.metrics, **metrics}
         errors = (numbers.get(key, 0.0) for key in ("input_error", "output_error"))
         check_finite(name, *(torch.tensor(error) for error in errors if isinstance(error, float)))
@@ -319,6 +343,10 @@ class CalibrationTask:
     def scope_of(self, method: str) -> str:
         """See `coraq.api.NetworkTask.scope_of`."""
         return str(self._base(method, None).scope)
+
+    def committed_bytes(self) -> int:
+        """See `coraq.api.NetworkTask.committed_bytes`."""
+        return sum(layer.size_bytes() for layer, _ in self.committed.values())
 
     def decide_once(self, key: str, compute: Callable[[], Any], valid: Callable[[Any], bool] | None = None) -> Any:
         """See `coraq.api.NetworkTask.decide_once`."""

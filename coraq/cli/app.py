@@ -34,6 +34,11 @@ COMMANDS = {
 }
 
 
+HELP_ALL = "--help-all"
+LONG_HELP = ("quantize", "compare", "evaluate")
+MORE_HELP = f"{HELP_ALL} shows all options."
+
+
 def build(arguments: list[str]) -> typer.Typer:
     """The command line with the command that `arguments` name, all others by name and first line alone.
 
@@ -52,9 +57,13 @@ def build(arguments: list[str]) -> typer.Typer:
     wanted = next((text for text in arguments if not text.startswith("-")), "")
     for name, summary in COMMANDS.items():
         if name == wanted or "_CORAQ_COMPLETE" in os.environ:
-            app.command(name)(getattr(importlib.import_module(f"coraq.cli.{name}"), name))
+            found = importlib.import_module(f"coraq.cli.{name}")
+            app.command(name, epilog=MORE_HELP if name in LONG_HELP else None)(getattr(found, name))
         else:
             app.command(name, help=summary)(_not_asked_for)
+    shared = sys.modules.get("coraq.cli.options")  # not imported where no command is
+    for option in [] if shared is None else shared.ADVANCED:
+        option.hidden = HELP_ALL not in arguments
     return app
 
 
@@ -87,7 +96,8 @@ def root(
 def run(arguments: list[str]) -> int:
     """Run one command line; returns its exit code. Prints errors as two lines on stderr."""
     try:
-        code = build(arguments)(args=arguments or ["--help"], prog_name="coraq", standalone_mode=False, obj=arguments)
+        given = ["--help" if text == HELP_ALL else text for text in arguments]
+        code = build(arguments)(args=given or ["--help"], prog_name="coraq", standalone_mode=False, obj=arguments)
     except CoraqError as error:
         return _fail(error.message, error.hint, error.exit_code)
     except _ParseError as error:

@@ -41,6 +41,7 @@ def methods(
         "summary": method.summary,
         "version": method.version,
         "needs_data": method.needs_data,
+        "scope": method.scope,
         "source": source,
     }
     settings = method_options(method.Config)

@@ -30,6 +30,9 @@ METHOD_PANEL, RUN_PANEL, OUTPUT_PANEL = "Method", "The run", "Output"
 # parameters of `quantize` that the configuration has by another name
 FIELDS = {"override": "overrides", "method_options": "options"}
 
+# Options that `--help` leaves out: `coraq.cli.app` shows them where `--help-all` asks for them.
+ADVANCED: list[Any] = []
+
 M = TypeVar("M", bound=BaseModel)
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -49,6 +52,31 @@ def parse_bytes(text: str) -> int:
     if not match or float(match[1]) <= 0:
         raise typer.BadParameter(f"{text!r} is not a size; write 512M or 4G")
     return int(float(match[1]) * 1024 ** _EXPONENT[match[2].upper()])
+
+
+def parse_weight_bits(text: str) -> float:  # typer calls it with the default, too
+    """ "4" → 4, "2.7" → 2.7: with a point it is a budget for all weights together.
+
+    Raises:
+        typer.BadParameter: no number.
+    """
+    if re.fullmatch(r"-?[0-9]{1,9}", text):
+        return int(text)
+    if re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,9}", text):
+        return float(text)
+    raise typer.BadParameter(f"{text!r} is no number of bits; write 4, or 2.7 for a budget")
+
+
+def parse_file_size(text: str) -> int:
+    """ "1.5MB" → 1500000; "1.5MiB" → 1572864; plain numbers are bytes.
+
+    Raises:
+        typer.BadParameter: anything else, or nothing.
+    """
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)\s*([kKMGT]?)(i?)B?", text.strip())
+    if not match or float(match[1]) <= 0:
+        raise typer.BadParameter(f"{text!r} is not a size; write 1.5MB or 800kB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** _EXPONENT[match[2].upper()])
 
 
 def parse_edge_bits(text: str) -> int | str:  # Typer calls it with the default, too

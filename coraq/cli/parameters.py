@@ -22,6 +22,10 @@ MODEL, METHOD, WEIGHTS, ACTIVATIONS = "Model", options.METHOD_PANEL, "Weights", 
 IMAGES, CALIBRATION, RUN = "Images", "Calibration", "The run"
 
 EDGE_METAVAR = "2..8|same"
+BITS_METAVAR = "BITS"
+# What `--help` shows; `--help-all` shows the rest, too.
+COMMON = {"method", "method_options", "bits", "override", "act_bits", "act_placement", "data_dir", "split", "class_map"}
+COMMON |= {"calib_dir", "calib_split", "calib_size", "device"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,11 @@ class Row:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def advanced(self) -> bool:
+        """Whether only `--help-all` shows the option."""
+        return self.name not in COMMON
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The option's names: its long one first; a switch's is ON/OFF."""
         return self.flags or (f"--{self.name.replace('_', '-')}",)
@@ -57,7 +66,7 @@ class Row:
         if described.is_required():
             return None
         value = described.get_default(call_default_factory=True)
-        if "parser" in self.settings and self.settings.get("metavar") == EDGE_METAVAR and value is not None:
+        if self.settings.get("metavar") in (EDGE_METAVAR, BITS_METAVAR) and value is not None:
             return str(value)  # Typer hands defaults to the parser, too
         return value or None if isinstance(value, dict) else value
 
@@ -65,6 +74,8 @@ class Row:
         """The option as a command's parameter with this default."""
         help_text = (self._field.description or "") + self.note
         info = typer.Option(*self.names, help=help_text, rich_help_panel=self.panel, **self.settings)
+        if self.advanced:
+            options.ADVANCED.append(info)
         kind = _typed(self._field.annotation) if "parser" not in self.settings else Any
         if default is None and kind is not Any:
             kind = kind | None
@@ -102,18 +113,28 @@ def _channels(name: str) -> Row:
 ROWS = (
     Row("checkpoint", RunConfig, MODEL, settings={"metavar": "FILE"}),
     Row("num_classes", RunConfig, MODEL),
-    Row("model_kwargs", RunConfig, MODEL, note="; repeat for more", settings={"metavar": "KEY=VALUE"}),
-    Row("method", RunConfig, METHOD, note=" (see coraq methods)"),
+    Row("model_kwargs", RunConfig, MODEL, note=" (repeatable)", settings={"metavar": "KEY=VALUE"}),
+    Row("method", RunConfig, METHOD, note=" (coraq methods lists them)"),
     Row(
         "method_options",
         RunConfig,
         METHOD,
         "options",
         ("--option", "-o"),
-        " (see coraq methods NAME); repeat for more",
+        " (coraq methods NAME lists them; repeatable)",
         {"metavar": "KEY=VALUE"},
     ),
-    Row("bits", WeightScheme, WEIGHTS, flags=("--bits", "-w")),
+    Row(
+        "bits",
+        WeightScheme,
+        WEIGHTS,
+        flags=("--bits", "-w"),
+        note="; with a point (2.7) a budget of bits for each weight on average, as --size",
+        settings={"parser": options.parse_weight_bits, "metavar": BITS_METAVAR},
+    ),
+    Row("size", RunConfig, WEIGHTS, settings={"parser": options.parse_file_size, "metavar": "SIZE"}),
+    Row("ratio", RunConfig, WEIGHTS),
+    Row("coding", RunConfig, WEIGHTS),
     _edge("first_bits", WeightScheme, WEIGHTS),
     _edge("last_bits", WeightScheme, WEIGHTS),
     Row("granularity", WeightScheme, WEIGHTS),
@@ -127,7 +148,7 @@ ROWS = (
         Scheme,
         WEIGHTS,
         "overrides",
-        note=" (4/8: bits of weight and input, with --act-bits); repeat for more",
+        note="; 4/8 means 4 bits for the weight and 8 for the input (repeatable)",
         settings={"metavar": "REGEX=BITS[/BITS]"},
     ),
     Row("float_dtype", RunConfig, WEIGHTS),
@@ -161,7 +182,7 @@ ROWS = (
         "calib_memory",
         RunConfig,
         CALIBRATION,
-        note="; 4G and 512M are understood",
+        note="; 512M, 4G",
         settings={"parser": options.parse_bytes, "metavar": "SIZE"},
     ),
     Row("seed", RunConfig, RUN),

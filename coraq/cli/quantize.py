@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from coraq.cli import options
 from coraq.cli.loading import load_networks
 from coraq.cli.options import RUN_PANEL
 from coraq.cli.parameters import with_options
-from coraq.config import DataConfig, RunConfig
+from coraq.config import MAX_BITS, MIN_BITS, DataConfig, RunConfig
 from coraq.errors import EXIT_INTERRUPTED, CoraqError, UsageError
 from coraq.events import ListSink, Note, tee
 from coraq.scheme import SCHEME_OPTIONS, nested
@@ -108,6 +109,9 @@ def run_content(parameters: dict[str, Any]) -> dict[str, Any]:
         scheme["zero_point_fraction"] = int(scheme["zero_point_fraction"])
     scheme["overrides"] = options.parse_overrides(parameters["override"] or [])
     content = {name: parameters[name] for name in RunConfig.model_fields if name in parameters}
+    if isinstance(scheme.get("bits"), float):  # a budget; the scheme's bits are those of methods that it measures with
+        content["budget_bits"] = scheme["bits"]
+        scheme["bits"] = min(max(math.ceil(scheme["bits"]), MIN_BITS), MAX_BITS)
     content["model_kwargs"] = options.parse_pairs(parameters["model_kwargs"] or [], "--model-kwargs")
     content["options"] = options.parse_pairs(parameters["method_options"] or [], "-o")
     data = {name: parameters[name] for name in DataConfig.model_fields}

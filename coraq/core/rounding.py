@@ -22,7 +22,7 @@ are then rounded side by side; a channel's scale and error are those of all its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Literal
@@ -38,6 +38,9 @@ BLOCK = 16  # inputs that are rounded one by one before a matrix product tells a
 STRIP = 2048  # output channels worked on at once: the small steps of a block of them stay in cache and on one thread
 
 Order = Literal["cyclic", "common", "curvature"]
+Choose = Callable[
+    [int, Tensor, Tensor], None
+]  # an input of each block, targets, the levels chosen: [groups · blocks, out]
 
 
 @dataclass(frozen=True)
@@ -339,20 +342,34 @@ def _snap(targets: Tensor, low: Tensor, high: Tensor, grid: Rounding, out: Tenso
 
 def _sweep(targets: Tensor, levels: Tensor, pull: Tensor, grid: Rounding, *, onward: bool) -> None:
     """Round every input once, in order, in place, on `grid`'s levels; `onward`: `pull` is upper triangular (GPTQ)."""
-    bounds = _per_block(grid.low, pull), _per_block(grid.high, pull)
-    targets, levels = _in_blocks(targets, pull), _in_blocks(levels, pull)
+    low, high = _per_block(grid.low, pull), _per_block(grid.high, pull)
+
+    def rule(strip: slice) -> Choose:
+        least, most = (b.squeeze(1) if b.shape[-1] == 1 else b[:, 0, strip] for b in (low, high))
+        return lambda _, wanted, code: _snap(wanted, least, most, grid, code)
+
+    sweep(targets, levels, pull, rule, onward=onward)
+
+
+def sweep(targets: Tensor, levels: Tensor, pull: Tensor, rule: Callable[[slice], Choose], *, onward: bool) -> None:
+    """Choose every input's level once, in order, by any rule; in place.
+
+    Args:
+        targets, levels: [groups, in, out] in visiting order: the best values of all coordinates, and what they are now.
+        pull: [groups · blocks, in/blocks, in/blocks], `Problem.pull` or `Factor.pull`.
+        rule: by a strip of output channels, what chooses the levels of one input of them.
+        onward: `pull` is upper triangular (GPTQ): an input's error is fed to later ones only.
+    """
+    targets, levels = in_blocks(targets, pull), in_blocks(levels, pull)
     for start in range(0, targets.shape[-1], STRIP):
         strip = slice(start, start + STRIP)
-        low, high = (b.squeeze(1) if b.shape[-1] == 1 else b[:, 0, strip] for b in bounds)
         ours, codes = targets[..., strip].contiguous(), levels[..., strip].contiguous()
-        _sweep_strip(ours, codes, pull, low, high, grid, onward=onward)
+        _sweep_strip(ours, codes, pull, rule(strip), onward=onward)
         targets[..., strip] = ours
         levels[..., strip] = codes
 
 
-def _sweep_strip(
-    targets: Tensor, levels: Tensor, pull: Tensor, low: Tensor, high: Tensor, grid: Rounding, *, onward: bool
-) -> None:
+def _sweep_strip(targets: Tensor, levels: Tensor, pull: Tensor, choose: Choose, *, onward: bool) -> None:
     """Blocks of inputs: one by one inside a block, one matrix product for the effect on all others."""
     groups, inputs, out = levels.shape
     code = levels.new_empty(groups, out)
@@ -361,7 +378,7 @@ def _sweep_strip(
         block, local = targets[:, start:stop], pull[:, start:stop, start:stop]
         change = levels.new_empty(stop - start, groups, out)  # old level minus new one
         for i in range(stop - start):
-            _snap(block[:, i], low, high, grid, code)
+            choose(start + i, block[:, i], code)
             torch.sub(levels[:, start + i], code, out=change[i])
             if i + 1 < stop - start:
                 if groups == 1:
@@ -381,8 +398,8 @@ def _sweep_strip(
 def _greedy_sweep(problem: Problem, targets: Tensor, levels: Tensor, grid: Rounding) -> None:
     """One visit to every input in each channel's own order, falling `‖x_i‖·|w_i|`; in place, unblocked."""
     low, high = _per_block(grid.low, problem.pull), _per_block(grid.high, problem.pull)
-    targets, levels = _in_blocks(targets, problem.pull), _in_blocks(levels, problem.pull)
-    strength = _in_blocks(problem.curvature.sqrt() * problem.weight, problem.pull).abs()
+    targets, levels = in_blocks(targets, problem.pull), in_blocks(levels, problem.pull)
+    strength = in_blocks(problem.curvature.sqrt() * problem.weight, problem.pull).abs()
     visits = strength.argsort(dim=1, descending=True, stable=True)
     groups = torch.arange(levels.shape[0], device=levels.device).unsqueeze(-1)
     for step in range(levels.shape[1]):
@@ -394,7 +411,7 @@ def _greedy_sweep(problem: Problem, targets: Tensor, levels: Tensor, grid: Round
         targets.addcmul_(problem.pull[groups, visit.squeeze(1)].mT, change)
 
 
-def _in_blocks(x: Tensor, pull: Tensor) -> Tensor:
+def in_blocks(x: Tensor, pull: Tensor) -> Tensor:
     """The view [groups · blocks, in/blocks, k] of `x` [groups, in, k], for a `pull` of that many blocks."""
     return x.view(*pull.shape[:2], x.shape[-1])
 
@@ -406,7 +423,7 @@ def _per_block(bound: Tensor, pull: Tensor) -> Tensor:
 
 def _add_pulled(base: Tensor, pull: Tensor, change: Tensor) -> Tensor:
     """`base + pullᵀ change`, block by block: [groups, in, out]."""
-    return torch.baddbmm(_in_blocks(base, pull), pull.mT, _in_blocks(change, pull)).view(base.shape)
+    return torch.baddbmm(in_blocks(base, pull), pull.mT, in_blocks(change, pull)).view(base.shape)
 
 
 def _mean_square(rows: Tensor, weight: Tensor) -> Tensor:

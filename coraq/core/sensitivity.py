@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,33 @@ def kl_of_errors(
     Raises:
         ValueError: the network overflows on these images; names the first layer where that shows.
     """
+    found = _of_errors(network, deltas, batches, generator, _Products, _by_probability)
+    return {name: products.mean_square() / 2 for name, products in found.items()}
+
+
+def kl_of_errors_by_channel(
+    network: nn.Module, deltas: Mapping[str, Tensor], batches: Iterable[Tensor], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """As `kl_of_errors`, but of the error of each output channel alone: float64 [channels] by layer name.
+
+    Labels are drawn as those of tensors are, by probability times slope: by probability alone, most channels of a
+    classifier would never see their own class.
+    """
+    found = _of_errors(network, deltas, batches, generator, _ChannelProducts, _by_slope)
+    channels = {name: len(delta.flatten(0, -2)) if delta.dim() == 3 else len(delta) for name, delta in deltas.items()}
+    zeros = {name: torch.zeros(count, dtype=torch.float64) for name, count in channels.items()}
+    return {name: zeros[name] if (own := found[name].mean_squares()) is None else own / 2 for name in deltas}
+
+
+def _of_errors(
+    network: nn.Module,
+    deltas: Mapping[str, Tensor],
+    batches: Iterable[Tensor],
+    generator: torch.Generator,
+    kind: type[P],
+    draw: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]],
+) -> dict[str, P]:
+    """What each layer's weight error does to the log-probabilities of all images; see `kl_of_errors`."""
     shadows: dict[str, Any] = {}
     for name, delta in deltas.items():
         module: Any = network.get_submodule(name)
@@ -66,7 +93,9 @@ def kl_of_errors(
         return hook
 
     handles = [network.get_submodule(name).register_forward_hook(watch(name)) for name in deltas]
-    return _kl(network, list(deltas), batches, partial(_by_probability, generator=generator), seen, handles)
+    total: dict[Any, P] = {name: kind() for name in deltas}
+    _measure(network, total, batches, lambda log_p: draw(log_p, generator), seen, handles)
+    return total
 
 
 def kl_of_rounding(
@@ -116,20 +145,21 @@ def kl_of_rounding(
         for reader in readers[name]
     ]
     keys = [(name, number) for name, own in roundings.items() for number in own]
-    found = _kl(network, keys, batches, partial(_by_slope, generator=generator), seen, handles)
-    return {name: {number: found[name, number] for number in own} for name, own in roundings.items()}
+    found: dict[Any, _Products] = {key: _Products() for key in keys}
+    _measure(network, found, batches, partial(_by_slope, generator=generator), seen, handles)
+    return {name: {number: found[name, number].mean_square() / 2 for number in own} for name, own in roundings.items()}
 
 
-def _kl(
+def _measure(
     network: nn.Module,
-    keys: Sequence[Any],
+    total: Mapping[Any, _Products],
     batches: Iterable[Tensor],
     draw: Callable[[Tensor], tuple[Tensor, Tensor]],
     seen: list[_Seen],
     handles: Sequence[RemovableHandle],
-) -> dict[Any, float]:
-    """`½ E (g·δy)²` by key, its errors of one pass added up; the hooks of `handles` fill `seen`."""
-    total, count = {key: _Products() for key in keys}, 0
+) -> None:
+    """Add up g·δy in `total` by key, a key's errors of one pass together; the hooks of `handles` fill `seen`."""
+    count = 0
     try:
         for images in (part for batch in batches for part in batch.split(AT_ONCE)):
             seen.clear()
@@ -153,7 +183,6 @@ def _kl(
         seen.clear()
         for handle in handles:
             handle.remove()
-    return {key: products.mean_square() / 2 for key, products in total.items()}
 
 
 def _by_probability(log_p: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -193,14 +222,17 @@ class _Products:
     def add(self, slope: Tensor, by_channel: Tensor, error: Tensor, first: int) -> None:
         """Take in an error and its slope, [n, C, H, W] or [..., C], and `_by_channel` of the slope."""
         images, channels = by_channel.shape
-        product = slope * error
-        # as it lies in memory, channels last or not
-        plain = product.sum(tuple(range(1, product.dim()))) if len(product) == images else product.reshape(images, -1)
-        self._count(self._plain, first, plain.reshape(images, -1).double().sum(1))
+        self._count(self._plain, first, self._plain_of(slope * error, images))
         self._count(self._slope, first, by_channel)
         total = error.sum(tuple(axis for axis in range(error.dim()) if axis != _channel(error))).double()
         self._error = total if self._error is None else self._error + total
         self._positions += error.numel() // channels
+
+    @staticmethod
+    def _plain_of(product: Tensor, images: int) -> Tensor:
+        # as it lies in memory, channels last or not
+        plain = product.sum(tuple(range(1, product.dim()))) if len(product) == images else product.reshape(images, -1)
+        return plain.reshape(images, -1).double().sum(1)
 
     @staticmethod
     def _count(kept: dict[int, Tensor], first: int, value: Tensor) -> None:
@@ -212,6 +244,24 @@ class _Products:
             return 0.0
         plain, slope = torch.cat(list(self._plain.values())), torch.cat(list(self._slope.values()))
         return float((plain - slope @ (self._error / self._positions)).square().mean())
+
+
+class _ChannelProducts(_Products):
+    """The same for every channel by itself."""
+
+    @staticmethod
+    def _plain_of(product: Tensor, images: int) -> Tensor:
+        return _by_channel(product, images)
+
+    def mean_squares(self) -> Tensor | None:
+        """Over all images, float64 [C]; None where there are none."""
+        if self._error is None:
+            return None
+        plain, slope = torch.cat(list(self._plain.values())), torch.cat(list(self._slope.values()))
+        return (plain - slope * (self._error / self._positions)).square().mean(0)
+
+
+P = TypeVar("P", bound=_Products)
 
 
 def _channel(x: Tensor) -> int:

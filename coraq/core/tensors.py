@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from coraq.core.columns import multiplied, rounded
+from coraq.core.entropy_coding import stream_bytes
 from coraq.core.fake_quantize import fake_quantize
 
+Coding = Literal["packed", "ans"]  # so many bits a code, or an entropy-coded stream of them
+ScaleType = Literal["float32", "bfloat16"]
 MAX_CORE_BITS = 16  # the numerics work up to here, so that tests can approach the float limit
 
 
@@ -32,6 +36,8 @@ class QTensor:
         codebook: float32 [2**bits] levels of a non-uniform grid (then there is no zero point).
         fraction: bits of the zero point behind the point: it counts in `2**−fraction` of a code.
         columns: float32 [groups, 1, channels], a factor for each input channel of a group (`coraq.core.columns`).
+        coding: how the codes are stored (`coraq.core.packing`, `coraq.core.entropy_coding`).
+        scale_type: how the scales are stored; they are representable in it.
     """
 
     codes: Tensor
@@ -41,6 +47,8 @@ class QTensor:
     codebook: Tensor | None = None
     fraction: int = 0
     columns: Tensor | None = None
+    coding: Coding = "packed"
+    scale_type: ScaleType = "float32"
 
     @property
     def zero(self) -> Tensor:
@@ -56,6 +64,21 @@ class QTensor:
         else:
             weight = (self.codes.float() - self.zero) * self.scale
         return multiplied(weight, self.columns)
+
+    def coded(self, coding: Coding | Literal["auto"]) -> QTensor:
+        """The same codes, stored in this way; `auto`: in the smaller one. Codes above 8 bits stay packed."""
+        if self.bits > 8:
+            return replace(self, coding="packed")
+        if coding != "auto":
+            return replace(self, coding=coding)
+        packed, ans = replace(self, coding="packed"), replace(self, coding="ans")
+        return ans if ans.size_bytes() < packed.size_bytes() else packed
+
+    def with_stored_scale(self) -> QTensor:
+        """The same codes with scales that are representable in `scale_type`."""
+        if self.scale_type == "float32":
+            return self
+        return replace(self, scale=self.scale.bfloat16().float())
 
     def whole(self) -> QTensor:
         """The same weight, bit for bit, with a zero point that is a code: of `bits + fraction` bits.
@@ -83,6 +106,10 @@ class QTensor:
             raise ValueError(f"scale has shape {list(self.scale.shape)}, not {[groups, out, 1]} or [1, 1, 1]")
         if self.scale.dtype != torch.float32 or not bool(torch.isfinite(self.scale).all()):
             raise ValueError("scale must be finite float32")
+        if self.coding == "ans" and self.bits > 8:
+            raise ValueError(f"codes of {self.bits} bits cannot be entropy-coded; 8 bits can")
+        if self.scale_type != "float32" and not torch.equal(self.scale, self.scale.bfloat16().float()):
+            raise ValueError("scale is not representable in bfloat16")
         if self.zero_point is not None:
             if self.codebook is not None:
                 raise ValueError("a codebook has no zero point")
@@ -107,10 +134,15 @@ class QTensor:
             raise ValueError("column scales must be positive numbers of 8 bits, as float32")
 
     def size_bytes(self) -> int:
-        """Bytes on disk: codes (each output channel padded to a byte), scales, zero points, codebook, column scales."""
+        """Bytes on disk: codes (packed, each output channel padded to a byte), scales, zero points, codebook, column
+        scales.
+        """
         groups, out, inputs = self.codes.shape
         zero_bytes = 0 if self.zero_point is None else self.zero_point.element_size()
         size = stored_bytes((groups, out, inputs), self.bits, self.scale.numel(), zero_bytes)
+        if self.coding == "ans":
+            size += stream_bytes(self.codes) - stored_bytes((groups, out, inputs), self.bits, 0, 0)
+        size -= 2 * self.scale.numel() if self.scale_type == "bfloat16" else 0
         size += 0 if self.columns is None else self.columns.numel()
         return size if self.codebook is None else size + 4 * self.codebook.numel()
 
@@ -237,7 +269,8 @@ class QuantizedLayer:
 
     def scaled(self, factor: Tensor) -> QuantizedLayer:
         """The layer with its codes' scale times `factor` [groups, out, 1]; adapter and bias as they are."""
-        return replace(self, weight=replace(self.weight, scale=self.weight.scale * factor.to(self.weight.scale.device)))
+        scale = self.weight.scale * factor.to(self.weight.scale.device)
+        return replace(self, weight=replace(self.weight, scale=scale).with_stored_scale())
 
     def check(self, shape: tuple[int, int, int]) -> None:
         """Raise ValueError unless everything fits a weight of `shape` and is finite."""

@@ -18,8 +18,8 @@ from coraq.api import (
     LayerView,
     MethodConfig,
     NetworkTask,
-    Scheme,
     Scope,
+    UsageError,
     allocate_bits,
     error_by_bits,
     measure_layers,
@@ -41,6 +41,7 @@ class Mixed:
     needs_data: ClassVar[bool] = True
     scope: ClassVar[Scope] = "network"
     chooses_bits: ClassVar[bool] = True
+    budget_coding: ClassVar[str] = "packed"
 
     class Config(MethodConfig):
         base: str = Field(default="comq", description="method that makes the codes, of scope layer or block")
@@ -92,7 +93,8 @@ class Mixed:
     def _plan(self, task: NetworkTask) -> dict[str, int]:
         """Bits of least predicted KL under the budget, or the scheme's where a plan has nothing to gain."""
         uniform = {layer.name: layer.bits for layer in task.layers}
-        if not self.config.budget and all(min(self._widths(layer, task.scheme)) == layer.bits for layer in task.layers):
+        free = not self.config.budget and task.budget_bytes is None
+        if free and all(min(self._widths(layer, task)) == layer.bits for layer in task.layers):
             task.note(
                 "no layer has bytes to give to others here (-o budget=0.05 allows more bytes): every layer keeps "
                 "the bits of the scheme"
@@ -105,7 +107,7 @@ class Mixed:
         kl = predict_kl(task, errors)
         options_of, uniform_kl = [], 0.0
         for layer in task.layers:
-            widths = self._widths(layer, task.scheme)
+            widths = self._widths(layer, task)
             share = error_by_bits(task, layer, widths, error_bits[layer.name])
             uniform_kl += kl[layer.name] * share[layer.bits]
             options_of.append(
@@ -113,17 +115,24 @@ class Mixed:
             )
         weights = sum(layer.weight.numel() for layer in task.layers)
         budget = sum(task.bytes_of(layer.name) for layer in task.layers) + self.config.budget * weights
-        taken = allocate_bits(options_of, budget)
+        if task.budget_bytes is not None:
+            budget = task.budget_bytes
+        try:
+            taken = allocate_bits(options_of, budget)
+        except ValueError:
+            least = sum(min(option.size for option in options) for options in options_of)
+            raise UsageError(
+                f"the layers may take {budget:,.0f} bytes, and the fewest bits that they may have take {least:,.0f}",
+                f"Give a budget of at least {8 * least / weights:.2f} bits a weight, {least - budget:,.0f} bytes more.",
+            ) from None
         predicted = sum(options[i].loss for options, i in zip(options_of, taken, strict=True))
-        if not self.config.budget and predicted > MAX_PREDICTED_KL_SHARE * uniform_kl:
+        if free and predicted > MAX_PREDICTED_KL_SHARE * uniform_kl:
             task.note(
                 f"allocating bits is predicted to leave {predicted / uniform_kl:.2f} of the KL of uniform codes, too "
                 "little gain to rely on (-o budget=0.05 allows more bytes): every layer keeps the bits of the scheme"
             )
             return uniform
-        return {
-            layer.name: list(self._widths(layer, task.scheme))[i] for layer, i in zip(task.layers, taken, strict=True)
-        }
+        return {layer.name: list(self._widths(layer, task))[i] for layer, i in zip(task.layers, taken, strict=True)}
 
     def _measured_with(self, task: NetworkTask) -> tuple[str, dict[str, Any]]:
         """The method whose codes say what each layer costs, and its options."""
@@ -132,12 +141,16 @@ class Mixed:
             return config.measured_with, {}
         return (config.base, config.base_options) if task.scope_of(config.base) == "layer" else ("comq", {})
 
-    def _widths(self, layer: LayerView, scheme: Scheme) -> Sequence[int]:
-        """The bits that a layer may get: from one below the scheme's, so that some can pay for others, up to 8."""
-        own = layer.bits
+    def _widths(self, layer: LayerView, task: NetworkTask) -> Sequence[int]:
+        """The bits that a layer may get: from one below the scheme's, so that some can pay for others, up to 8.
+
+        Under a budget that the user names, from 2.
+        """
+        own, scheme = layer.bits, task.scheme
         if scheme.overrides_layer(layer.name) or (own != scheme.weights.bits and self.config.first_last == "keep"):
             return [own]
-        return range(max(2, min(own, scheme.weights.bits) - 1), MAX_BITS + 1)
+        least = 2 if task.budget_bytes is not None else max(2, min(own, scheme.weights.bits) - 1)
+        return range(least, MAX_BITS + 1)
 
 
 def _are_bits(kept: object, layers: Sequence[LayerView]) -> bool:

@@ -25,7 +25,7 @@ from coraq.errors import CoraqError
 from coraq.network.dataflow import METADATA, Dataflow, tensors_in, watch
 from coraq.network.layers import is_quantizable
 
-CONVOLUTIONS = {functional.conv1d, functional.conv2d, torch.conv1d, torch.conv2d}
+PRODUCTS = {functional.conv1d, functional.conv2d, torch.conv1d, torch.conv2d, functional.linear}
 NORMS = {functional.batch_norm, torch.batch_norm}
 
 
@@ -34,6 +34,9 @@ class Structure(Frozen):
 
     materialised: dict[str, bool] = Field(
         default_factory=dict, description="convolutions with a computed weight, made plain; true: TF 'same' padding"
+    )
+    untied: list[str] = Field(
+        default_factory=list, description="layers whose weight was another's Parameter; each has its own copy"
     )
     folded: dict[str, str] = Field(default_factory=dict, description="norm -> the convolution or Linear it went into")
 
@@ -46,12 +49,14 @@ class Trace(Frozen):
         outputs: output positions (rows of im2col patches) of each for one image.
         structure: what can be folded and must be materialised.
         flow: which tensors the folded network makes, and who reads them (from `fold`).
+        computed: layers whose weight depends on the images: they stay float.
     """
 
     order: list[str]
     outputs: dict[str, int]
     structure: Structure
     flow: Dataflow | None = None
+    computed: list[str] = Field(default_factory=list)
 
 
 class _Observer(TorchFunctionMode):
@@ -79,7 +84,7 @@ class _Observer(TorchFunctionMode):
                 producer = self.produced.get(id(tensor))
                 if producer is not None:
                     self.readers[producer].append((func, self.stack[-1] if self.stack else ""))
-        if func in CONVOLUTIONS and self.stack:
+        if func in PRODUCTS and self.stack:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             self.weights.setdefault(self.stack[-1], weight.detach())
             self.conv_input_shape.setdefault(self.stack[-1], (args[0] if args else kwargs["input"]).shape)
@@ -135,9 +140,82 @@ def trace(model: nn.Module, example: Tensor) -> tuple[Trace, dict[str, Tensor]]:
     order = [name for name in first_output if calls[name] >= 1]
     outputs = {name: first_output[name].numel() // max(1, _out_channels(modules[name])) // images for name in order}
     materialised, effective = _materialised(modules, order, observer, input_shape)
+    changing = _changing(model, example, effective) if effective else set()
+    order = [name for name in order if name not in changing]
+    materialised = {name: same for name, same in materialised.items() if name not in changing}
+    effective = {name: weight for name, weight in effective.items() if name not in changing}
     folded = _foldable(modules, calls, norm_input, observer)
-    found = Trace(order=order, outputs=outputs, structure=Structure(materialised=materialised, folded=folded))
+    folded = {norm: layer for norm, layer in folded.items() if layer not in changing}
+    found = Trace(
+        order=order,
+        outputs=outputs,
+        structure=Structure(materialised=materialised, untied=_tied(modules, order), folded=folded),
+        computed=sorted(changing),
+    )
     return found, effective
+
+
+def _changing(model: nn.Module, example: Tensor, effective: dict[str, Tensor]) -> set[str]:
+    """Layers that do not run with the same weight on different images, nor at each of their calls."""
+    flipped = example.flip(-1)
+    found = set[str]()
+    for images in (example[:1], 3 * flipped - 0.5, 0.25 * example + 1, torch.zeros_like(example)):
+        for name, weights in _weights_on(model, images, set(effective)).items():
+            reference = effective[name]
+            if any(
+                w.shape != reference.shape or not torch.allclose(w, reference, rtol=1e-5, atol=1e-7) for w in weights
+            ):
+                found.add(name)
+    return found
+
+
+def _weights_on(model: nn.Module, images: Tensor, wanted: set[str]) -> dict[str, list[Tensor]]:
+    """The weights that these layers run with on some images, one of each call."""
+    observer = _Observer()
+    found: dict[str, list[Tensor]] = defaultdict(list)
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            observer.stack.append(name)
+
+        return hook
+
+    def leave(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            observer.stack.pop()
+            weight = observer.weights.pop(name, None)
+            if name in wanted and weight is not None:
+                found[name].append(weight.clone())
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        if name:
+            handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave(name))]
+    try:
+        with observer:
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _tied(modules: dict[str, Any], order: list[str]) -> list[str]:
+    """Layers whose weight is a Parameter of another module, too: all but the first in order of execution."""
+    readers: dict[int, list[str]] = defaultdict(list)
+    for name, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            readers[id(parameter)].append(name)
+    found, seen = [], set[int]()
+    for name in order:
+        weight = modules[name]._parameters.get("weight")
+        others = [] if weight is None else [other for other in readers[id(weight)] if other != name]
+        if others and (id(weight) in seen or any(other not in order for other in others)):
+            found.append(name)
+        seen.add(id(weight))
+    return found
 
 
 def _materialised(
@@ -147,10 +225,12 @@ def _materialised(
     names, effective = {}, {}
     for name in order:
         module, ran_with = modules[name], observer.weights.get(name)
-        if isinstance(module, nn.Linear) or ran_with is None:
+        if ran_with is None:
             continue
-        if ran_with.data_ptr() != module.weight.data_ptr():
-            padded_inside = observer.conv_input_shape[name] != input_shape[name]
+        stored = module._parameters.get("weight")  # under weight_norm or a parametrization there is none
+        if stored is None or ran_with.data_ptr() != stored.data_ptr():
+            linear = isinstance(module, nn.Linear)
+            padded_inside = not linear and observer.conv_input_shape[name] != input_shape[name]
             names[name], effective[name] = padded_inside, ran_with.clone()
     return names, effective
 
@@ -206,15 +286,21 @@ def restructure(model: nn.Module, structure: Structure, effective: dict[str, Ten
 def _restructure(model: nn.Module, structure: Structure, effective: dict[str, Tensor] | None) -> None:
     modules: dict[str, Any] = dict(model.named_modules())
     missing = [
-        name for name in (*structure.materialised, *structure.folded, *structure.folded.values()) if name not in modules
+        name
+        for name in (*structure.untied, *structure.materialised, *structure.folded, *structure.folded.values())
+        if name not in modules
     ]
     if missing:
         raise CoraqError(
             f"the network has no module {missing[0]!r}",
             "The checkpoint was written for another architecture or timm version.",
         )
+    for name in structure.untied:
+        weight = modules[name].weight
+        modules[name].weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     for name, same in structure.materialised.items():
-        plain = _plain_convolution(modules[name], same)
+        module = modules[name]
+        plain = _plain_linear(module) if isinstance(module, nn.Linear) else _plain_convolution(module, same)
         if effective is not None:
             plain.weight.copy_(effective[name])
         _replace(model, name, plain)
@@ -222,6 +308,15 @@ def _restructure(model: nn.Module, structure: Structure, effective: dict[str, Te
     for norm, layer in structure.folded.items():
         _fold(modules[layer], modules[norm])
         _replace(model, norm, _remainder(modules[norm]))
+
+
+def _plain_linear(module: Any) -> nn.Linear:
+    """A Linear of the same size whose weight is its parameter."""
+    plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+    plain.weight = nn.Parameter(torch.empty_like(module.weight), requires_grad=False)
+    if module.bias is not None:
+        plain.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
+    return plain
 
 
 def _plain_convolution(module: Any, same: bool) -> Any:

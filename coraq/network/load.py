@@ -239,6 +239,7 @@ def copy_of(module: nn.Module) -> FloatModel:
     Raises:
         CoraqError: its weights hold NaN or Inf.
     """
+    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
     cfg = getattr(module, "pretrained_cfg", None) or {}
     made_with = getattr(module, "_model_args", None) or {}
     arguments = {key: value for key, value in made_with.items() if _is_json(value) and not _reads_files(key)}
@@ -259,7 +260,16 @@ def _portable(module: nn.Module) -> dict[str, Any]:
 
 def check_finite(module: nn.Module, what: str) -> None:
     """Raise CoraqError naming the first parameter or buffer that holds NaN or Inf."""
+    statistics = ("running_mean", "running_var")
+    masks = {key for key, _ in module.named_buffers() if key.rpartition(".")[2] not in statistics}
     for key, tensor in module.state_dict().items():
+        if key.rpartition(".")[2] == "running_var" and bool((tensor < 0).any()):
+            raise CoraqError(
+                f"{what} are not usable: {key} holds {int((tensor < 0).sum())} negative variances",
+                "Use another checkpoint: this one is damaged.",
+            )
+        if key in masks and not bool(torch.isnan(tensor).any() | torch.isposinf(tensor).any()):
+            continue
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise CoraqError(
@@ -376,9 +386,17 @@ def refuse_pickle(path: Path) -> None:
 def _load_checkpoint(module: nn.Module, path: Path) -> None:
     state = read_safetensors(path)
     own = module.state_dict()
-    for prefix in ("module.", "model."):
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    prefixes = ("module.", "model.", "_orig_mod.", "state_dict.")
+    while prefix := next((p for p in prefixes if state and all(key.startswith(p) for key in state)), None):
+        if any(key.startswith(prefix) for key in own):
+            break
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    integers = [k for k, v in state.items() if k in own and own[k].is_floating_point() and not v.is_floating_point()]
+    if integers:
+        raise CoraqError(
+            f"{path}: {integers[0]} is {state[integers[0]].dtype}, where the network has float weights",
+            "It looks like a quantized file; coraq starts from float weights.",
+        )
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unknown = [key for key in state if key not in own]
     if missing or unknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import traceback
 from collections.abc import Callable, MutableMapping
@@ -15,9 +16,11 @@ from coraq.api import QuantizedLayer
 from coraq.calibration.commit_log import CommitLog, Metrics
 from coraq.calibration.task import CalibrationTask
 from coraq.calibration.traversal import PassSettings
-from coraq.data import ImageSet
+from coraq.data import Images, ImageSet, synthetic_images
+from coraq.data.usable import uninformative
 from coraq.errors import CoraqError, MethodError
 from coraq.events import QUANTIZE, Event, LayerCommitted, Note, Sink, stage
+from coraq.pipeline.budget import layers_budget
 from coraq.pipeline.prepare import Prepared
 from coraq.runtime.system import default_memory_bound
 
@@ -32,6 +35,9 @@ def calibrate(
     """Run the method over all layers; returns the finished task with the quantized student in it."""
     config = prepared.config
     batches = _load_batches(prepared.images.calibration, prepared.device, sink)
+    wrong = uninformative(batches)
+    if wrong:
+        batches = _synthetic_instead(prepared, batches, wrong, sink)
     with stage(sink, QUANTIZE, len(prepared.found.order)) as quantizing:
         task = CalibrationTask(
             prepared.teacher,
@@ -48,7 +54,9 @@ def calibrate(
                 bfloat16=config.data.calib_precision == "bfloat16",
             ),
             registry.make,
+            config.coding,
         )
+        task.budget_bytes = layers_budget(prepared, task)
         task.method = f"method {config.method} ({prepared.method_source})"
         try:
             prepared.method(prepared.options).quantize(task.scoped(prepared.method))
@@ -80,6 +88,17 @@ def _load_batches(images: ImageSet, device: torch.device, sink: Sink) -> list[Te
             f"no image of {images.description} can be read", "Check the folder; `file` tells what they are."
         )
     return batches
+
+
+def _synthetic_instead(prepared: Prepared, batches: list[Tensor], wrong: str, sink: Sink) -> list[Tensor]:
+    """Synthetic images for images that say nothing: calibrated on those, a layer does worse than rounded to nearest."""
+    count, (channels, height, width) = sum(map(len, batches)), batches[0].shape[1:]
+    preprocess = dataclasses.replace(prepared.preprocess, input_size=(channels, height, width))
+    sink(Note(f"{wrong}, which says nothing of the network's inputs: synthetic images are used instead", "warning"))
+    config = prepared.config
+    images = synthetic_images(count, preprocess, config.seed, config.data.batch_size)
+    prepared.images = Images(images, prepared.images.evaluation)
+    return _load_batches(images, prepared.device, sink)
 
 
 def _with_progress(sink: Sink, quantizing: stage) -> Sink:

@@ -67,11 +67,13 @@ class Prepared:
                     "method": base.method.name,
                     "version": base.method.version,
                     "options": base.options.model_dump(mode="json"),
+                    "content": registry.plugin_content(base.method),
                 }
                 for base in bases
             ],
             calibration=calibration.fingerprint,
             method_version=self.method.version,
+            method_content=registry.plugin_content(self.method) or "",
         )
         name = re.sub(r"[^A-Za-z0-9._]+", "-", Path(config.model.split(":")[-1]).name or config.model)
         bits = f"w{config.scheme.weights.bits}" + (
@@ -95,6 +97,7 @@ def prepare(config: RunConfig, sink: Sink, shared: RunCache) -> Prepared:
     method, source = registry.find(config.method)
     options = registry.configure(method, config.options)
     registry.resolve_bases(method, options)
+    _check_budget(config, method)
     device = open_device(config.device)
     config = with_precision(config, device)
     _check_paths(config.data)
@@ -135,6 +138,17 @@ def with_precision(config: RunConfig, device: torch.device) -> RunConfig:
     """The configuration with the precision that its calibration has on this device: its result depends on it."""
     precision = resolve_precision(config.data.calib_precision, config.scheme, device)
     return config.model_copy(update={"data": config.data.model_copy(update={"calib_precision": precision})})
+
+
+def _check_budget(config: RunConfig, method: type[Quantizer]) -> None:
+    """A budget of bytes is for a method that can choose by it."""
+    if config.budget is None or hasattr(method, "budget_coding"):
+        return
+    able = [name for name in registry.BUILT_IN if hasattr(registry.load(name), "budget_coding")]
+    raise UsageError(
+        f"{config.budget} is a budget, and method {config.method} gives every layer the bits of the scheme",
+        f"Take a method that chooses by a budget ({', '.join(able)}), or whole --bits from 2 to 8.",
+    )
 
 
 def _check_paths(data: DataConfig) -> None:

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from coraq import registry
 from coraq.artifact import load_checkpoint, write_checkpoint
+from coraq.calibration.task import CalibrationTask
 from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.data import Images, Preprocess, tensor_images
-from coraq.errors import UsageError
-from coraq.events import Sink, null_sink, tee
+from coraq.data.usable import not_normalised
+from coraq.errors import CoraqError, UsageError
+from coraq.events import Note, Sink, null_sink, tee
+from coraq.network.compare import first_difference
 from coraq.network.fold import fold
 from coraq.network.load import copy_of, load_model
 from coraq.pipeline.calibrate import calibrate
@@ -91,8 +94,12 @@ def quantize(
     preprocess = Preprocess.resolve(teacher, config.data)
     images = Images(tensor_images(data, limit=calib_size), None) if data is not None else None
     if images is not None:
-        shape = next(images.calibration.batches(1))[0].shape[1:]
+        given = next(images.calibration.batches())[0]
+        shape = given.shape[1:]
         preprocess = dataclasses.replace(preprocess, input_size=(int(shape[0]), int(shape[1]), int(shape[2])))
+        warning = not_normalised(given, preprocess) if given.shape[1] == len(preprocess.mean) else None
+        if warning:
+            sink(Note(warning, "warning"))
     else:
         images = Images(open_images(config, preprocess, float_model, sink).calibration, None)
     example = next(images.calibration.batches(2))[0].to(next(teacher.parameters()).device)
@@ -102,9 +109,39 @@ def quantize(
     task = calibrate(prepared, sink)
     file_bytes = 0
     if path is not None:
-        file_bytes = write_checkpoint(Path(path), task.student, task.quantized, checkpoint_info(prepared, task))
-    measured = measure(teacher, task.student, images, prepared.device, sink)
+        file_bytes = _write_checked(Path(path), prepared, task, example)
+    measured = measure(teacher, task.student, prepared.images, prepared.device, sink)
     return Quantized(task.student, run_result(prepared, task, measured, file_bytes, recorder, started))
+
+
+def _write_checked(path: Path, prepared: Prepared, task: CalibrationTask, example: Tensor) -> int:
+    """Write a checkpoint, reopen it and compare it with the network, and only then give it its name.
+
+    Raises:
+        CoraqError: what the file opens as is another network; names the first module that differs.
+    """
+    draft = path.with_name(f".{path.name}.unchecked")
+    try:
+        size = write_checkpoint(draft, task.student, task.quantized, checkpoint_info(prepared, task))
+        try:
+            reopened = load_checkpoint(draft).module.to(example.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            differs = first_difference(task.student, reopened, example)
+        except CoraqError as error:
+            raise CoraqError(
+                f"the network cannot be written: timm's {prepared.float_model.architecture} does not open with its "
+                f"weights ({error})",
+                "It was changed after timm made it. Make it with arguments of timm.create_model, or use path=None.",
+            ) from error
+        if differs is not None:
+            raise CoraqError(
+                f"the network cannot be written: it was changed after timm made it, and {differs} differs from that "
+                f"of timm's {prepared.float_model.architecture}",
+                "Make it with arguments of timm.create_model, or use path=None and keep the returned module.",
+            )
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return size
 
 
 def load(path: str | Path) -> nn.Module:

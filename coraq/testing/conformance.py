@@ -528,7 +528,7 @@ def _check_wide(bench: _Bench) -> None:
 
 def _check_images(bench: _Bench) -> None:
     """A single calibration image (Grams of rank one), every kind of bias, and no image at all."""
-    for bias in ("float", "layer", "keep"):
+    for bias in ("network", "layer", "off"):
         scheme = Scheme.of(bits=4, bias=bias)
         case = f"one calibration image, bias {bias}"
         outcome = bench.run(scheme, [random_images(1, seed=5)], case)
