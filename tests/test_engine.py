@@ -646,7 +646,7 @@ def test_the_least_squares_error_is_the_true_output_error_of_every_kind_of_layer
         inputs = [plain_inputs(task.student, x, [layer.name])[layer.name] for x in batches]
         candidate = rounded(layer)
         module = task.teacher.get_submodule(layer.name)
-        true = mean_output_error(module, inputs, layer.weight - candidate.dequantize(), centred=bias != "keep")
+        true = mean_output_error(module, inputs, layer.weight - candidate.dequantize(), centred=bias != "off")
         found = squares.error(candidate.dequantize())
         # Grams are summed in float32 products (relative 1e-6 of the uncentred energy), then read in float64
         raw = mean_output_error(module, inputs, layer.weight - candidate.dequantize(), centred=False)
