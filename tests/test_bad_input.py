@@ -6,6 +6,7 @@ The real pipeline, on the demo and on a tiny network in a folder; `test_cli.py` 
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -24,7 +25,6 @@ from support.commands import fails
 from support.tasks import small_task
 
 from coraq import pipeline
-from coraq.calibration import spill
 from coraq.cli.app import run
 from coraq.errors import CoraqError, disk_error
 from coraq.events import JsonLinesSink, Note
@@ -162,14 +162,12 @@ def test_a_full_disk_under_the_event_log_is_said_in_two_lines(tmp_path: Path) ->
 
 
 def test_no_room_for_activations_is_said_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(file: object, data: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(spill, "_write", full)
-    task = small_task(memory_bytes=1 << 12, folder=tmp_path)
-    with pytest.raises(CoraqError, match=r"cannot be kept in .*No space left.*\n.*TMPDIR"):
-        task.stats(task.layers[-1].name)
-    task.close()
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.TemporaryFile", lambda **_: io.FileIO("/dev/full", "r+"))
+        task = small_task(memory_bytes=1 << 12, folder=tmp_path)
+        with pytest.raises(CoraqError, match=r"cannot be kept in .*No space left.*\n.*TMPDIR"):
+            task.stats(task.layers[-1].name)
+        task.close()
     assert not list(tmp_path.iterdir())
     task = small_task(memory_bytes=1 << 12, folder=tmp_path / "missing")
     with pytest.raises(CoraqError, match=r"cannot be kept in .*\n.*TMPDIR"):

@@ -105,17 +105,15 @@ def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
 )
 def test_help_and_usage_errors_open_without_torch(arguments: list[str]) -> None:
     program = (
-        "import sys, time\n"
+        "import sys\n"
         "from coraq.cli.app import run\n"
         f"run({arguments!r})\n"
         "slow = ('torch', 'timm', 'numpy', 'PIL', 'matplotlib', 'jinja2', 'ray')\n"
         "heavy = [name for name in slow if name in sys.modules]\n"
-        "print('HEAVY', heavy, 'CPU', time.process_time())"
+        "print('HEAVY', heavy)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "HEAVY []" in done.stdout
-    cpu_s = float(done.stdout.split()[-1])
-    assert cpu_s < 1.5  # 0.4 on a quiet core; torch alone would take more than this allows beside the rest
 
 
 def test_commands_are_listed_by_the_first_line_of_their_docstrings() -> None:
