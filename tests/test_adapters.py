@@ -74,7 +74,7 @@ def test_qera_with_rank_0_is_its_base_bit_for_bit() -> None:
 def test_qera_at_full_rank_is_the_float_network_but_for_the_adapters_own_codes(base: str) -> None:
     """On any base; layers too small for an adapter are left at 8 bits."""
     small = "depthwise|grouped|pointwise|hidden"
-    one = task(scheme=Scheme.of(bits=2, overrides={small: LayerScheme(bits=8)}))
+    one = task(scheme=Scheme.of(bits=2, first_bits=8, last_bits=8, overrides={small: LayerScheme(bits=8)}))
     layers = run(one, QERA, base=base, rank=10**6)
     assert layers["depthwise"].adapter is None
     assert all(layer.adapter is not None for name, layer in layers.items() if name in ("stem", "dense"))
@@ -207,7 +207,7 @@ def test_the_paper_s_preset_is_what_the_paper_says_and_can_be_varied() -> None:
     config = CoRa.Config(preset="paper")  # type: ignore[call-arg]
     assert {key: getattr(config, key) for key in PAPER} == PAPER
     assert CoRa.Config(preset="paper", iterations=3).iterations == 3  # type: ignore[call-arg]
-    layers = run(task(), CoRa, preset="paper", iterations=2)
+    layers = run(task(scheme=Scheme.of(bits=3, first_bits=8, last_bits=8)), CoRa, preset="paper", iterations=2)
     assert all(layer.weight.scale.numel() == 1 for layer in layers.values())
     assert all(layers[name].adapter is not None for name in ("stem", "dense", "head"))
     assert layers["depthwise"].adapter is None

@@ -178,5 +178,5 @@ def test_the_dry_run_prints_the_partition(tmp_path: Path, capsys: pytest.Capture
     layers = json.loads(capsys.readouterr().out)["layers"]
     assert any(layer["unit"] != layer["name"] for layer in layers)
     assert {layer["act_bits"] for layer in layers} == {4, 8}
-    assert command([*arguments, "-o", "granularity=layer"]) == 0
+    assert command([*arguments, "-o", "reconstruction_unit=layer"]) == 0
     assert all(layer["unit"] == layer["name"] for layer in json.loads(capsys.readouterr().out)["layers"])

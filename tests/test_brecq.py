@@ -233,10 +233,10 @@ def test_the_committed_student_has_the_block_error_that_was_reported(learn: str)
     assert float(error) == pytest.approx(reported, rel=1e-3)
 
 
-@pytest.mark.parametrize(("name", "gain"), [("comq", "float"), ("rtn", "keep")])
-def test_a_unit_s_start_is_what_the_method_itself_makes_of_the_network(name: str, gain: Any) -> None:
+@pytest.mark.parametrize(("name", "scale_correction"), [("comq", "network"), ("rtn", "off")])
+def test_a_unit_s_start_is_what_the_method_itself_makes_of_the_network(name: str, scale_correction: Any) -> None:
     """Roundings that do not move leave the codes of a plain run, layer after layer, unit after unit."""
-    scheme = Scheme.of(bits=2, gain=gain)
+    scheme = Scheme.of(bits=2, scale_correction=scale_correction)
     plain = solved(registry.load(name), scheme, resnet())
     task = solved(BRECQ, scheme, resnet(), initial_codes=name, rounds=0, learn="all", iterations=2, lr=1e-9)
     for layer, mine in task.quantized.items():
@@ -295,8 +295,8 @@ class OneLinear(nn.Module):
 @pytest.mark.parametrize(
     ("learn", "start", "zero_point", "exact"),
     [
-        ("all", "nearest", "whole", 4),
-        ("all", "comq", "whole", 6),
+        ("all", "nearest", 0, 4),
+        ("all", "comq", 0, 6),
         ("all", "comq", "auto", 5),
         ("steps", "comq", "auto", 5),
     ],
@@ -308,7 +308,9 @@ def test_a_single_linear_layer_is_solved_as_by_enumeration(learn: str, start: st
         model = OneLinear().eval()
         model.layer.weight.data = 0.3 * torch.randn(2, 6, generator=torch.Generator().manual_seed(seed))
         edges = {"first_bits": None, "last_bits": None}
-        scheme = Scheme.of(bits=2, **edges, bias_correction="off", scale_correction="off", zero_point=zero_point)
+        scheme = Scheme.of(
+            bits=2, **edges, bias_correction="off", scale_correction="off", zero_point_fraction=zero_point
+        )
         batches = list(random_images(64, 8, seed=3).split(32))
         task = make_task(model, scheme, batches, found=fold(model, random_images(2, 8)), seed=5)
         data = task.block_io(task.partition()[0])
@@ -389,7 +391,8 @@ def test_products_are_in_bfloat16_where_the_device_has_it(monkeypatch: pytest.Mo
     seen: list[set[torch.dtype]] = []
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     monkeypatch.setattr(
-        "coraq.methods.brecq.squared_error", lambda got, wanted: seen.append({got.dtype}) or squared_error(got, wanted)
+        "coraq.calibration.block_learning.squared_error",
+        lambda got, wanted: seen.append({got.dtype}) or squared_error(got, wanted),
     )
     for precision, kind in kinds.items():
         seen.clear()

@@ -348,6 +348,8 @@ CONFIGS = [
         device="cuda:1",
         calib_memory=123456789,
         float_dtype="float16",
+        coding="ans",
+        size=123456,
     ),
     RunConfig(  # what the second cannot have: it is symmetric, and all of its activations are quantized
         model="demo",
@@ -382,7 +384,7 @@ def _with_others(model: type[Any], full: Any, plain: Any) -> Any:
         value, default = getattr(full, name), getattr(plain, name)
         if isinstance(value, BaseModel):
             content[name] = _with_others(type(value), value, default)
-        elif value == default and name not in ("version", "zero_point_fraction", "allocation"):
+        elif value == default and name not in ("version", "zero_point_fraction", "allocation", "ratio", "budget_bits"):
             for other in (not default, 3, 0.5, 99.0, "x", *get_args(field.annotation)):
                 try:
                     changed = model.model_validate({**content, name: other})

@@ -245,8 +245,8 @@ def test_codes_of_few_rows_err_less_on_other_rows_when_shrunk() -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_finer_zero_points_lower_the_error_at_the_same_bytes(shape: tuple[int, int, int]) -> None:
     errors, sizes = [], []
-    for zero in ("whole", "half", "quarter", "eighth"):
-        task = OneLayerTask.random(shape, 2, zero_point=zero)
+    for zero in (0, 1, 2, 3):
+        task = OneLayerTask.random(shape, 2, zero_point_fraction=zero)
         quantized, _ = run(COMQ, task)
         weight = task.committed["layer"][0].weight
         errors.append(task.error(quantized))

@@ -54,13 +54,13 @@ def test_every_code_comes_back_from_the_file_and_every_weight_from_the_runtime(
 
 @pytest.mark.parametrize(
     ("wanted", "zero_point", "bits", "stored"),
-    [("cast", "quarter", 2, 2), ("cast", "eighth", 3, 3), ("packed", "half", 3, 3), ("dq", "quarter", 2, 4)],
+    [("cast", 2, 2, 2), ("cast", 3, 3, 3), ("packed", 1, 3, 3), ("dq", 2, 2, 4)],
 )
 def test_zero_points_between_codes_stay_there_but_for_dequantize_linear(
-    tmp_path: Path, wanted: Form, zero_point: str, bits: int, stored: int
+    tmp_path: Path, wanted: Form, zero_point: int, bits: int, stored: int
 ) -> None:
     """Which gets whole ones, and wider codes."""
-    checkpoint = checkpoint_of(tmp_path, bits, awkward=True, zero_point=zero_point)
+    checkpoint = checkpoint_of(tmp_path, bits, awkward=True, zero_point_fraction=zero_point)
     images = tensor_images(random_images(16, seed=5))
     result = export_checkpoint(checkpoint, Request(form=wanted), images)
     assert result.verified

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from coraq import events
 from coraq.calibration.block_data import BlockData
+from coraq.calibration.problems import need_images
 from coraq.calibration.scopes import Scope
 from coraq.calibration.statistics import LayerStats
 from coraq.config import Frozen, Scheme
@@ -287,6 +288,7 @@ class LayerMethod:
     """
 
     name: ClassVar[str]
+    needs_data: ClassVar[bool]
     scope: ClassVar[Scope] = "layer"
 
     def __init__(self, config: Any) -> None:
@@ -302,7 +304,12 @@ class LayerMethod:
         raise NotImplementedError
 
     def quantize(self, task: LayerTask) -> None:
-        """Round and commit all layers in order."""
+        """Round and commit all layers in order.
+
+        Raises:
+            CoraqError: the method needs calibration images and there are none.
+        """
+        need_images(self, task.has_data)
         for layer in task.layers:
             problem = task.problem(layer.name, self.correction)
             task.commit(layer.name, problem.restore(self.quantize_layer(problem)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -17,16 +17,25 @@ from coraq.core.gram import regress
 from coraq.core.layer_problem import GridSpec, LayerProblem
 from coraq.core.least_squares import LeastSquares
 from coraq.core.tensors import QuantizedLayer
+from coraq.errors import CoraqError
 from coraq.network.layers import LayerView
 
 
 class LayerMethod(Protocol):
     """A method of scope `layer`, as far as the engine needs it (see `coraq.api.LayerMethod`)."""
 
+    needs_data: ClassVar[bool]
+
     @property
     def correction(self) -> float: ...
 
     def quantize_layer(self, problem: LayerProblem) -> QuantizedLayer: ...
+
+
+def need_images(method: LayerMethod, there_are: bool) -> None:
+    """Raise CoraqError if a method needs calibration images and there are none."""
+    if method.needs_data and not there_are:
+        raise CoraqError("this method needs calibration images and there are none", "Give --data-dir or --calib-dir.")
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from coraq.calibration.block_pass import BlockPass
 from coraq.calibration.commit_log import CommitLog, Metrics
 from coraq.calibration.corrections import apply_corrections
 from coraq.calibration.layer_pass import check_finite
-from coraq.calibration.problems import LayerMethod, layer_problem, least_squares
+from coraq.calibration.problems import LayerMethod, layer_problem, least_squares, need_images
 from coraq.calibration.scopes import ScopedTask
 from coraq.calibration.statistics import LayerStats
 from coraq.calibration.traversal import PassSettings, Traversal
@@ -317,6 +317,7 @@ class CalibrationTask:
     ) -> QuantizedLayer:
         """See `coraq.api.NetworkTask.quantize_with`."""
         base, view = self._layer_method(method, options), self._view(name)
+        need_images(base, self.has_data)
         if bits is not None:
             view = replace(view, bits=bits)
         if zero_point_fraction is not None:

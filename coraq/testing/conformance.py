@@ -529,7 +529,7 @@ def _check_wide(bench: _Bench) -> None:
 def _check_images(bench: _Bench) -> None:
     """A single calibration image (Grams of rank one), every kind of bias, and no image at all."""
     for bias in ("network", "layer", "off"):
-        scheme = Scheme.of(bits=4, bias=bias)
+        scheme = Scheme.of(bits=4, bias_correction=bias)
         case = f"one calibration image, bias {bias}"
         outcome = bench.run(scheme, [random_images(1, seed=5)], case)
         _check_commits(bench, scheme, outcome, case)

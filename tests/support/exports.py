@@ -26,7 +26,7 @@ def checkpoint_of(
     scheme_ = {
         "bits": bits,
         "symmetric": symmetric,
-        "bias": "keep",
+        "bias_correction": "off",
         "zero_point_fraction": 0,
         "column_scale": "none",
         **scheme_,
