@@ -20,9 +20,9 @@ from coraq.calibration.task import CalibrationTask
 from coraq.config import DataConfig, RunConfig, Scheme
 from coraq.core import bfloat16
 from coraq.core.bfloat16 import convolve, multiply
+from coraq.migration import upgrade_config
 from coraq.network.fold import fold
 from coraq.pipeline.prepare import with_precision
-from coraq.results import RunResult
 from coraq.testing.networks import random_images, randomise_batchnorm
 
 HALF = torch.bfloat16
@@ -260,5 +260,5 @@ def test_auto_is_bfloat16_for_few_bits_where_the_processor_has_it(
 
 
 def test_an_earlier_result_was_in_float32() -> None:
-    old = RunResult._of_earlier({"data": {"calib_size": 4}})
+    old = upgrade_config({"version": 1, "data": {"calib_size": 4}})
     assert old["data"]["calib_precision"] == "float32"

@@ -242,12 +242,9 @@ def test_other_scales_than_the_input_s_are_refused(monkeypatch: pytest.MonkeyPat
         quantized("rtn", "input")
 
 
-@pytest.mark.parametrize(
-    ("given", "fault"),
-    [({}, "act_bits"), ({"act_bits": 4, "act_placement": "integer"}, "act_placement")],
-)
-def test_there_must_be_inputs_to_scale(given: dict[str, Any], fault: str) -> None:
-    with pytest.raises(ValueError, match=f"{fault}\n.*column scales of inputs need --act-bits"):
+@pytest.mark.parametrize("given", [{}, {"act_bits": 4, "act_placement": "integer"}])
+def test_there_must_be_inputs_to_scale(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="column scales of inputs need --act-bits"):
         Scheme.of(column_scale="input", **given)
 
 

@@ -266,7 +266,8 @@ class Quantizer(Protocol):
     `version` is part of the run's identity: raise it whenever the method's results change. A method that gives
     layers other bits than `layer.bits` says so with a class attribute `chooses_bits = True`; one that can keep to
     `task.budget_bytes` has a `budget_coding`, "packed" or "ans": how its codes are stored then. A class attribute
-    `compare_with` names methods that a comparison of it should show beside it.
+    `compare_with` names methods that a comparison of it should show beside it, and `granularities` what it has scales
+    for, where it does not know both "channel" and "tensor".
     """
 
     name: ClassVar[str]

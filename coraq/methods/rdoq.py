@@ -68,6 +68,7 @@ class RDOQ:
     version: ClassVar[str] = "1"
     needs_data: ClassVar[bool] = True
     scope: ClassVar[Scope] = "network"
+    granularities: ClassVar[Sequence[str]] = ("channel",)
     chooses_bits: ClassVar[bool] = True
     budget_coding: ClassVar[str] = "ans"
 

@@ -98,6 +98,7 @@ def prepare(config: RunConfig, sink: Sink, shared: RunCache) -> Prepared:
     options = registry.configure(method, config.options)
     registry.resolve_bases(method, options)
     _check_budget(config, method)
+    _check_granularity(config, method)
     device = open_device(config.device)
     config = with_precision(config, device)
     _check_paths(config.data)
@@ -149,6 +150,17 @@ def _check_budget(config: RunConfig, method: type[Quantizer]) -> None:
         f"{config.budget} is a budget, and method {config.method} gives every layer the bits of the scheme",
         f"Take a method that chooses by a budget ({', '.join(able)}), or whole --bits from 2 to 8.",
     )
+
+
+def _check_granularity(config: RunConfig, method: type[Quantizer]) -> None:
+    """A method whose scales are per channel cannot have one per tensor."""
+    granularity = config.scheme.weights.granularity
+    known = getattr(method, "granularities", (granularity,))
+    if granularity not in known:
+        raise UsageError(
+            f"method {config.method} has scales per {' or '.join(known)}, and --granularity is {granularity}",
+            "Leave out --granularity, or take another method.",
+        )
 
 
 def _check_paths(data: DataConfig) -> None:

@@ -59,9 +59,9 @@ def assert_conforms(
     _check_declaration(method)
     _check_options(method)
     bench = _Bench(method, dict(options or {}), *_folded(small_network()))
-    coarse = {key: _check_grid(bench, min(bits), *key) for key in _GRIDS}
+    coarse = {key: _check_grid(bench, min(bits), *key) for key in bench.grids}
     for width in sorted(bits):
-        for key in _GRIDS:
+        for key in bench.grids:
             error = _check_grid(bench, width, *key) if width > min(bits) else coarse[key]
             case = f"{method.name}, {_describe(width, *key)}"
             if width >= 8:
@@ -127,6 +127,12 @@ class _Bench:
     @property
     def name(self) -> str:
         return self.method.name
+
+    @property
+    def grids(self) -> list[tuple[bool, Granularity]]:
+        """The kinds of grid that the method has scales for."""
+        known = getattr(self.method, "granularities", ("channel", "tensor"))
+        return [key for key in _GRIDS if key[1] in known]
 
     def batches(self) -> list[Tensor]:
         return list(random_images(5, seed=1).split(3))  # the last micro-batch is smaller
@@ -500,7 +506,7 @@ def _check_resume(bench: _Bench) -> None:
 def _check_awkward(method: type[Quantizer], options: dict[str, Any]) -> None:
     """Dead inputs, channels of zeros and constant channels, as trained networks have them."""
     bench = _Bench(method, options, *_folded(small_network(seed=3, awkward=True)))
-    for symmetric, granularity in _GRIDS:
+    for symmetric, granularity in bench.grids:
         for bits in (2, 4):
             scheme = Scheme.of(bits=bits, symmetric=symmetric, granularity=granularity, scale_correction="off")
             case = f"network with dead and constant channels, {_describe(bits, symmetric, granularity)}"
@@ -518,7 +524,7 @@ def _check_wide(bench: _Bench) -> None:
     usual = sampling.GRAM_ENTRIES
     sampling.GRAM_ENTRIES = 200
     try:
-        for granularity in ("channel", "tensor"):
+        for granularity in dict.fromkeys(granularity for _, granularity in bench.grids):
             scheme = Scheme.of(bits=4, granularity=granularity)
             case = f"Grams in blocks, per {granularity} (LeastSquares.gram is [groups · blocks, in/blocks, in/blocks])"
             _check_commits(bench, scheme, bench.run(scheme, bench.batches(), case), case)
