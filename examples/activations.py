@@ -153,10 +153,10 @@ def write_table(folder: Path) -> None:
             (usual if len(path.stem.split("-")) == 3 else other).append(cell)
     text = ["# Accuracy with quantized weights and activations", ""]
     text += [
-        "Written by `python examples/activations.py`. Every row is one `coraq quantize`, whose result is in `activations/`.",
-        "Intervals are 95 %. `steps` are the gradient steps of all blocks together. Rows may be of earlier versions of a",
-        "method; for float activations, `compare.md` and `accuracy.md` are newer. Rows of `cora` up to version 8 are what is",
-        "`mixed` today.",
+        "Written by `python examples/activations.py`. Every row is one `coraq quantize`, whose result is in",
+        "`activations/`. Intervals are 95 %. `steps` are the gradient steps of all blocks together. Rows may be",
+        "of earlier versions of a method; for float activations, `compare.md` and `accuracy.md` are newer. Rows",
+        "of `cora` up to version 8 are what is `mixed` today.",
         "",
     ]
     text += [f"## Defaults, {USUAL} calibration images", "", table(COLUMNS, usual), ""]

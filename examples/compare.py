@@ -41,7 +41,7 @@ MORE = [
 SEARCH = ["cora:budget=0.05:widths=fixed:first_last=keep:iterations=100", "cora:preset=paper:iterations=100"]
 PLUGINS = Path(__file__).parent.parent / "plugins"
 GROUPS = {"same": SAME, "more": MORE, "search": SEARCH, "blocks": ["brecq"], "learned": ["qdrop"]}
-FORMER_LABELS = {  # results measured up to version 8 of cora, which `mixed` was then called, keep the labels on the left
+FORMER_LABELS = {  # results of up to version 8, when `mixed` was called `cora`, keep these labels
     "cora": "mixed",
     "cora:budget=0.05:spend=ranks:edges=keep": "cora:budget=0.05:widths=fixed:first_last=keep",
     "cora:budget=0.05:spend=ranks:edges=keep:iterations=100": (
@@ -185,15 +185,15 @@ def write_table(folder: Path) -> None:
     text = [
         "# Every method at equal bytes",
         "",
-        "Written by `python examples/compare.py`. Only weights are quantized, on an affine grid for each channel, with",
-        "column scales except in the paper's form. The first and last layer have 8 bits unless the method chooses. All",
-        "cells have seed 0 and the same calibration images. Top-1 has 95 % intervals. `agree` is the share of images with",
-        "the same top-1 prediction as the float network. KL is in nats. Compare rows of the same bits a weight. Some cells",
-        "ran beside other work, so seconds are upper bounds.",
+        "Written by `python examples/compare.py`. Only weights are quantized, on an affine grid for each channel,",
+        "with column scales except in the paper's form. The first and last layer have 8 bits unless the method",
+        "chooses. All cells have seed 0 and the same calibration images. Top-1 has 95 % intervals. `agree` is the",
+        "share of images with the same top-1 prediction as the float network. KL is in nats. Compare rows of the",
+        "same bits a weight. Some cells ran beside other work, so seconds are upper bounds.",
         "",
-        "Up to version 8 of `cora`, today's `mixed` was called `cora`, `widths=fixed` was `spend=ranks`, and `first_last`",
-        "was `edges`; rows keep the labels that they were measured with. The rows of resnet18_cifar10 are of an earlier",
-        "commit: `rtn` without column scales, `cora` 4.",
+        "Up to version 8 of `cora`, today's `mixed` was called `cora`, `widths=fixed` was `spend=ranks`, and",
+        "`first_last` was `edges`; rows keep the labels that they were measured with. The rows of",
+        "resnet18_cifar10 are of an earlier commit: `rtn` without column scales, `cora` 4.",
         "",
         table(COLUMNS, lines),
         "",
