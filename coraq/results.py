@@ -56,7 +56,7 @@ class Comparison(Result):
     quantized_top1: Proportion | None
     quantized_top5: Proportion | None
     top1_difference: PairedDifference | None
-    agreement: Proportion = Field(description="share of all images where both networks' first choices are the same")
+    agreement: Proportion = Field(description="share of all images with the same top-1 prediction from both networks")
     kl_nats: float = Field(description="mean over images of KL(float ‖ quantized) of the softmax")
     sqnr_db: float = Field(description="10·log10(Σ float² / Σ (float − quantized)²) over all logits of all images")
     float_s: Seconds = Field(description="time of the float network's forward passes")

@@ -152,11 +152,13 @@ def write_table(folder: Path) -> None:
             cell = row(network, json.loads(path.read_text()))
             (usual if len(path.stem.split("-")) == 3 else other).append(cell)
     text = ["# Accuracy with quantized weights and activations", ""]
-    text += ["Written by `python examples/activations.py`; every row is one `coraq quantize`, whose result stands in"]
     text += [
-        "`activations/`. Intervals are 95 %. `steps` are gradient steps of all units together. A method's version is"
+        "Written by `python examples/activations.py`. Every row is one `coraq quantize`, whose result is in",
+        "`activations/`. Intervals are 95 %. `steps` are the gradient steps of all blocks together. Rows may be",
+        "of earlier versions of a method; for float activations, `compare.md` and `accuracy.md` are newer. Rows",
+        "of `cora` up to version 8 are what is `mixed` today.",
+        "",
     ]
-    text += ["that of the day; float activations with today's versions: `compare.md` and `accuracy.md`.", ""]
     text += [f"## Defaults, {USUAL} calibration images", "", table(COLUMNS, usual), ""]
     text += ["## Other settings, other numbers of images", "", table(COLUMNS, other), ""]
     (folder.parent / "activations.md").write_text("\n".join(text))

@@ -4,16 +4,16 @@
         [--groups same,more,search,blocks,learned]
 
 The groups of methods:
-- same: the bytes of uniform codes. rtn, gptq, npot, comq, cora.
-- more: 0.05 bytes a weight more, spent on adapters in closed form (qera, cora with spend=ranks), on more bits for the
-  most sensitive layers without adapters (the control, cora with edges=keep), or of all layers (cora).
+- same: the bytes of uniform codes. rtn, gptq, npot, comq, mixed.
+- more: 0.05 bytes a weight more, spent on adapters in closed form (qera, cora with widths=fixed), on more bits for the
+  most sensitive layers (the control, mixed with first_last=keep), or for those of all layers (mixed).
 - search: the same bytes as `more`, for adapters of searched ranks (100 steps); and the paper's form.
 - blocks: the bytes of uniform codes again, block by block: brecq.
 - learned: the same with roundings learned after that: qdrop. Slow.
 
 Finished cells are reused, so groups may be added one by one; rows that were not asked for stay. Results:
 examples/results/compare/NETWORK/ (the comparison's compare.json, compare.csv and report.html, each number from a
-run's metrics.json), examples/results/compare.md, and the README's table of KL between its compare marks.
+run's metrics.json) and examples/results/compare.md.
 """
 
 from __future__ import annotations
@@ -25,35 +25,44 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from accuracy import NETWORKS, RESULTS, put_in_readme
+from accuracy import NETWORKS, RESULTS
 
 from coraq.report.compare import csv_text, read_comparison
 from coraq.report.html import compare_html
 from coraq.report.markdown import table
 
-SAME = ["rtn", "gptq", "npot", "comq", "cora"]
+SAME = ["rtn", "gptq", "npot", "comq", "mixed"]
 MORE = [
     "qera:budget=0.05",
-    "cora:budget=0.05:spend=ranks:edges=keep",
-    "cora:budget=0.05:edges=keep",
-    "cora:budget=0.05",
+    "cora:budget=0.05:widths=fixed:first_last=keep",
+    "mixed:budget=0.05:first_last=keep",
+    "mixed:budget=0.05",
 ]
-SEARCH = ["cora:budget=0.05:spend=ranks:edges=keep:iterations=100", "cora:preset=paper:iterations=100"]
+SEARCH = ["cora:budget=0.05:widths=fixed:first_last=keep:iterations=100", "cora:preset=paper:iterations=100"]
 PLUGINS = Path(__file__).parent.parent / "plugins"
 GROUPS = {"same": SAME, "more": MORE, "search": SEARCH, "blocks": ["brecq"], "learned": ["qdrop"]}
-IN_README = {
+FORMER_LABELS = {  # results of up to version 8, when `mixed` was called `cora`, keep these labels
+    "cora": "mixed",
+    "cora:budget=0.05:spend=ranks:edges=keep": "cora:budget=0.05:widths=fixed:first_last=keep",
+    "cora:budget=0.05:spend=ranks:edges=keep:iterations=100": (
+        "cora:budget=0.05:widths=fixed:first_last=keep:iterations=100"
+    ),
+    "cora:budget=0.05:edges=keep": "mixed:budget=0.05:first_last=keep",
+    "cora:budget=0.05": "mixed:budget=0.05",
+}
+SHORT_NAMES = {
     "rtn": "rtn",
     "gptq": "gptq",
     "npot": "npot",
     "comq": "comq",
     "brecq": "brecq",
     "qdrop": "qdrop",
-    "cora": "cora",
+    "mixed": "mixed",
     "qera:budget=0.05": "+ qera",
-    "cora:budget=0.05:spend=ranks:edges=keep": "+ ranks",
-    "cora:budget=0.05:spend=ranks:edges=keep:iterations=100": "+ search",
-    "cora:budget=0.05:edges=keep": "+ bits, edges kept",
-    "cora:budget=0.05": "+ cora",
+    "cora:budget=0.05:widths=fixed:first_last=keep": "+ ranks",
+    "cora:budget=0.05:widths=fixed:first_last=keep:iterations=100": "+ search",
+    "mixed:budget=0.05:first_last=keep": "+ bits, edges kept",
+    "mixed:budget=0.05": "+ mixed",
     "cora:preset=paper:iterations=100": "paper",
 }
 COLUMNS = ["network", "bits", "method", "top-1 %", "agree %", "KL", "bits a weight", "file MB", "s"]
@@ -129,12 +138,17 @@ def rows_of(network: str, cells: list[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
+def present(cell: dict[str, Any]) -> str:
+    """The cell's label in today's names of methods and options."""
+    return FORMER_LABELS.get(cell["label"], cell["label"])
+
+
 def in_short(network: str, cells: list[dict[str, Any]]) -> list[list[str]]:
-    """A line for each width: every method's KL."""
-    found = {(cell["bits"], cell["label"]): cell["comparison"]["kl_nats"] for cell in cells if not cell["reason"]}
+    """A line for each number of bits: every method's KL."""
+    found = {(cell["bits"], present(cell)): cell["comparison"]["kl_nats"] for cell in cells if not cell["reason"]}
     widths = sorted({bits for bits, _ in found}, reverse=True)
     return [
-        [network, str(bits), *(f"{found[bits, m]:.4f}" if (bits, m) in found else "–" for m in IN_README)]
+        [network, str(bits), *(f"{found[bits, m]:.4f}" if (bits, m) in found else "–" for m in SHORT_NAMES)]
         for bits in widths
     ]
 
@@ -162,21 +176,30 @@ def write_table(folder: Path) -> None:
         path = folder / network / "compare.json"
         if path.exists():
             cells = json.loads(path.read_text())["cells"]
-            order = list(IN_README)
-            cells.sort(key=lambda cell: (-cell["bits"], order.index(cell["label"]) if cell["label"] in order else 99))
+            order = list(SHORT_NAMES)
+            cells.sort(
+                key=lambda cell: (-cell["bits"], order.index(label) if (label := present(cell)) in order else 99)
+            )
             lines += rows_of(network, cells)
             short += in_short(network, cells)
-    put_in_readme("compare", table(["network", "bits", *IN_README.values()], short))
     text = [
         "# Every method at equal bytes",
         "",
-        "Written by `python examples/compare.py`. Weights only, affine grid per channel, column scales but for the",
-        "paper's form, first and last layer at 8 bits where a method does not choose, seed 0, the same calibration",
-        "images for all; some ran beside other work, so seconds are upper bounds. Top-1 with 95 % intervals;",
-        "`agree` is the share of images with the float network's first choice; KL in nats. Compare rows of the same",
-        "bits a weight. resnet18_cifar10's are of an earlier commit: `rtn` without column scales, `cora` 4.",
+        "Written by `python examples/compare.py`. Only weights are quantized, on an affine grid for each channel,",
+        "with column scales except in the paper's form. The first and last layer have 8 bits unless the method",
+        "chooses. All cells have seed 0 and the same calibration images. Top-1 has 95 % intervals. `agree` is the",
+        "share of images with the same top-1 prediction as the float network. KL is in nats. Compare rows of the",
+        "same bits a weight. Some cells ran beside other work, so seconds are upper bounds.",
+        "",
+        "Up to version 8 of `cora`, today's `mixed` was called `cora`, `widths=fixed` was `spend=ranks`, and",
+        "`first_last` was `edges`; rows keep the labels that they were measured with. The rows of",
+        "resnet18_cifar10 are of an earlier commit: `rtn` without column scales, `cora` 4.",
         "",
         table(COLUMNS, lines),
+        "",
+        "## KL in short",
+        "",
+        table(["network", "bits", *SHORT_NAMES.values()], short),
         "",
     ]
     (folder.parent / "compare.md").write_text("\n".join(text))

@@ -208,9 +208,10 @@ def write(folder: Path, rows: list[str], name: str, failed: int) -> None:
         "",
         f"Written by `{command}` (coraq {coraq.__version__}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads).",
-        "`× packed`: bytes of the file over bytes of packed codes, scales, zero points and the float rest.",
-        "`graph kB`: of it operators, names, shapes and metadata.",
-        "`batch n ×`: time over the float export's in the same process. Rows without top-1 have random weights.",
+        "`× packed` is the size of the file over that of the packed codes, scales, zero points and float tensors.",
+        "`graph kB` is the part of the file that holds operators, names, shapes and metadata. `batch n ×` is the",
+        "time over that of the float export in the same process. Rows without top-1 are of networks with random",
+        "weights.",
         "",
         f"{len(rows) - failed} of {len(rows)} verified.",
         "",

@@ -78,9 +78,10 @@ def write_table(folder: Path) -> None:
     text = [
         "# Error against gradient steps",
         "",
-        "Written by `python examples/iterations.py`. Weights only, first and last layer at 8 bits, whole zero points,",
-        "seed 0; top-1 with 95 % intervals. `comq` and `brecq` without steps are where learning starts from, or is",
-        "refused for.",
+        "Written by `python examples/iterations.py`. Only weights are quantized. The first and last layer have 8",
+        "bits, zero points are whole codes, and the seed is 0. Top-1 has 95 % intervals. `comq` and `brecq` take",
+        "no gradient steps: learning starts from their codes, and their codes are kept where learning does not",
+        "improve on them.",
         "",
     ]
     text += [table(COLUMNS, [line for path in sorted(folder.glob("*.json")) for line in rows(path)]), ""]

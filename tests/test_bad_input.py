@@ -114,7 +114,7 @@ def test_a_class_map_that_is_no_text_is_refused(network: str, capsys: pytest.Cap
 
 def test_an_unknown_kind_of_dataset_is_refused(network: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["quantize", network, "--data-dir", "images", "--dataset", "imagenet/x"]
-    fails(command, capsys, 2, "imagenet/x is no dataset spec", hint="hfds/NAME")
+    fails(command, capsys, 2, "imagenet/x is not a dataset specification", hint="hfds/NAME")
 
 
 def test_a_run_whose_metrics_cannot_be_read_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -243,9 +243,9 @@ def test_a_method_that_knows_none_is_told_so(monkeypatch: pytest.MonkeyPatch) ->
             task.commit(layer.name, QuantizedLayer(grid.pack(grid.codes(layer.weight))))
 
     monkeypatch.setattr(RoundToNearest, "quantize", ignores)
-    with pytest.raises(CoraqError, match="knows no column scales") as found:
+    with pytest.raises(CoraqError, match="does not support column scales") as found:
         coraq.quantize(small_network(), "rtn", data=random_images(8), scheme=CHANNEL)
-    assert found.value.hint.startswith("Leave out --column-scale")
+    assert found.value.hint.startswith("Omit --column-scale")
     assert not isinstance(found.value, MethodError)  # which would send the user to the method's author
 
 

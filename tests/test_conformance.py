@@ -298,7 +298,7 @@ class RunsIntoABug(Sound):
 
 
 class ClaimsColumnScales(Sound):
-    """knows no column scales"""
+    """does not support column scales"""
 
     class Config(Sound.Config):
         def column_scales(self) -> bool:

@@ -121,7 +121,7 @@ def test_only_images_that_the_run_was_calibrated_on_are_held_back(tmp_path: Path
         evaluated({"data_dir": folder}, {"calib_dir": folder})
     sink = ListSink()
     assert evaluated({"data_dir": folder}, {"calib_dir": tmp_path / "gone"}, sink).count == 12
-    assert any("none is held back" in event.message for event in sink.events if isinstance(event, Note))
+    assert any("none is left out" in event.message for event in sink.events if isinstance(event, Note))
 
 
 # --- names of classes

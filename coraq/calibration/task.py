@@ -200,8 +200,8 @@ class CalibrationTask:
         given, asked = layer.weight.columns, view.input_scales
         if given is None and replace(view, bits=layer.weight.bits).has_columns(self.scheme):
             raise CoraqError(
-                f"{self.method} knows no column scales",
-                f"Leave out --column-scale {self.scheme.weights.column_scale}, or take a method that has them: comq.",
+                f"{self.method} does not support column scales",
+                f"Omit --column-scale {self.scheme.weights.column_scale}, or use a method that supports them: comq.",
             )
         if given is not None and asked is not None and not torch.equal(given.cpu(), asked.cpu()):
             raise MethodError(f"{self.method}: the column scales of layer {name} are not those of its input")

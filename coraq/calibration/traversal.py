@@ -138,7 +138,7 @@ class Traversal(LayerPass):
         """
         self._need_images()
         if module not in self.views and module not in self.block_entries:
-            raise CoraqError(f"{module} is no block of the partition", "Take blocks from task.partition().")
+            raise CoraqError(f"{module} is not a block of the partition", "Take blocks from task.partition().")
         if self._engine is None or module in self._passed:
             self._start()
         while self.at != module:

@@ -29,7 +29,7 @@ def quantize(
         bool, typer.Option("--force", help="start afresh even if the run exists", rich_help_panel=RUN_PANEL)
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print layers, bits and sizes, and leave", rich_help_panel=RUN_PANEL)
+        bool, typer.Option("--dry-run", help="print layers, bits and sizes, and exit", rich_help_panel=RUN_PANEL)
     ] = False,
     output: options.RunsDir = options.DEFAULT_RUNS_DIR,
     fail_under: options.FailUnder = None,
@@ -41,7 +41,7 @@ def quantize(
     """Quantize a network without training, write it, and measure what was written.
 
     With no images given, calibration uses synthetic ones and accuracy is not measured.
-    The same command after an interruption goes on where it stopped.
+    After an interruption, the same command resumes where it stopped.
     """
     config = run_config(context.params)
     options.check_fail_under(fail_under)

@@ -48,7 +48,7 @@ def demo_images(preprocess: Preprocess, data: DataConfig, seed: int, sink: Sink 
         digits = {name: archive[name] for name in archive.files}
     available = len(digits["train_labels"])
     if data.calib_size > available:
-        sink(Note(f"the demo has {available} digits to calibrate on, {data.calib_size} were asked for"))
+        sink(Note(f"the demo has only {available} calibration images; --calib-size is {data.calib_size}"))
     rng = np.random.default_rng([seed, CALIBRATION])
     chosen = balanced(digits["train_labels"], data.calib_size, rng)
     tested = np.arange(len(digits["test_labels"]))[: data.eval_size]  # shuffled when it was split

@@ -90,7 +90,7 @@ def open_evaluation(
                 return opened.streamed(evaluating, start, data.eval_size and start + data.eval_size)
             used = earlier.places_used(seed)
         except CoraqError as error:
-            sink(Note(f"the images of the run's calibration are not there, none is held back: {error.message}"))
+            sink(Note(f"the run's calibration images cannot be read, so none is left out: {error.message}"))
     keep = np.array([i for i, place in enumerate(evaluating.places) if place not in used], dtype=np.int64)
     if evaluating.stream is None and not len(keep):
         raise CoraqError(
@@ -98,7 +98,12 @@ def open_evaluation(
         )
     if len(keep) < len(evaluating.places):
         held_back = len(evaluating.places) - len(keep)
-        sink(Note(f"{held_back} images of {evaluating.where} were calibrated on: they are not evaluated on", "warning"))
+        sink(
+            Note(
+                f"{held_back} images of {evaluating.where} were used for calibration and are not evaluated",
+                "warning",
+            )
+        )
     return opened.evaluation(evaluating, keep, seed)
 
 
@@ -224,7 +229,7 @@ class _Opened:
             self.sink(Note(f"{pool.where} is a stream: calibrating on its first {size} images"))
             return np.arange(size)
         if size > len(candidates):
-            self.sink(Note(f"{pool.where} has {len(candidates)} images to calibrate on, {size} were asked for"))
+            self.sink(Note(f"{pool.where} has only {len(candidates)} calibration images; --calib-size is {size}"))
         rng = np.random.default_rng([seed, CALIBRATION])
         return np.asarray(candidates[balanced(pool.groups[candidates], size, rng)])
 

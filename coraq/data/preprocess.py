@@ -110,7 +110,7 @@ class Preprocess:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             wrong = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise CoraqError(
-                f"the file's preprocessing is none (input_size, mean, std, …): {wrong}",
+                f"the file's preprocessing (input_size, mean, std, …) is invalid: {wrong}",
                 "The file is damaged or not coraq's.",
             ) from error
         return made

@@ -169,7 +169,7 @@ def open_spec(spec: str, root: str | None, split: str, option: str, class_map: C
     where = f"{spec} ({split})" + (f" in {root}" if root else "")
     if prefix not in KINDS:
         raise UsageError(
-            f"--dataset {spec} is no dataset spec",
+            f"--dataset {spec} is not a dataset specification",
             f"write one of {', '.join(f'{kind}/NAME' for kind in KINDS)}; for a folder of images give --data-dir alone",
         )
     if prefix in NEEDS_ROOT and not root:

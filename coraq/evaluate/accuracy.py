@@ -145,7 +145,7 @@ def _logits(network: nn.Module, images: Tensor, who: str) -> tuple[Tensor, float
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[0] != images.shape[0]:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise CoraqError(
-            f"the {who} network answers {shape} to {images.shape[0]} images, not [images, classes]",
+            f"the {who} network's output for {images.shape[0]} images has shape {shape}, not [images, classes]",
             "accuracy needs a classifier: check --model-kwargs",
         )
     output = output.float().cpu()

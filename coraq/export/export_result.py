@@ -35,7 +35,7 @@ class Check(Result):
     float_error: float | None = Field(
         default=None, description="the same for the float export: what the runtime's rounding alone does"
     )
-    agreeing: int = Field(description="images whose first choice is the checkpoint's")
+    agreeing: int = Field(description="images with the same top-1 prediction as the checkpoint")
     labelled: int = 0
     checkpoint_right: int | None = Field(default=None, description="top-1 hits of the checkpoint on labelled images")
     exported_right: int | None = Field(default=None, description="top-1 hits of the exported file")

@@ -180,7 +180,7 @@ def tolerances(ours: Agreement, control: Agreement) -> list[str]:
         failures.append(f"logits are off by {ours.error:.1e} (relative), more than {allowed:.1e}")
     least = min(AGREEMENT_PCT, control.agreement_pct)
     if ours.agreement_pct < least:
-        failures.append(f"first choices agree on {ours.agreement_pct:.2f} % of the images, less than {least:.2f} %")
+        failures.append(f"top-1 predictions agree on {ours.agreement_pct:.2f} % of the images, less than {least:.2f} %")
     return failures
 
 

@@ -165,7 +165,7 @@ def check_arguments(arguments: Mapping[str, Any], what: str) -> None:
     """Raise unless `arguments` are an architecture's own, with numbers that some network could have.
 
     Raises:
-        UsageError: they would make timm read a file or fetch weights, or they are absurd.
+        UsageError: they would make timm read a file or fetch weights, or their numbers are too large.
     """
     for key in arguments:
         if _reads_files(key):
@@ -175,7 +175,7 @@ def check_arguments(arguments: Mapping[str, Any], what: str) -> None:
             )
     size = _sum_of_numbers(arguments)
     if not size <= _MOST_IN_ARGUMENTS:
-        raise UsageError(f"the arguments of {what} are absurd: their numbers sum to {size:.3g}", "Check its file.")
+        raise UsageError(f"the arguments of {what} are too large: their numbers sum to {size:.3g}", "Check its file.")
 
 
 def _reads_files(key: str) -> bool:

@@ -73,7 +73,7 @@ def evaluate_file(path: Path, data: DataConfig | None = None, *, sink: Sink = nu
     run = run_of(path)
     if data is None:
         if run is None:
-            raise UsageError(f"{path} lies in no run folder", "Give the images: --data-dir FOLDER")
+            raise UsageError(f"{path} is not in a run folder", "Give the images: --data-dir FOLDER")
         config = run
     else:
         seed = provenance.get("seed", 0)

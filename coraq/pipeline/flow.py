@@ -88,7 +88,7 @@ def run(
         folder.close()
         if content is not None and weights_checksum(prepared.teacher) != content:
             shared.forget()
-            sink(Note(f"method {config.method} changed the float network: it is loaded again", "warning"))
+            sink(Note(f"method {config.method} changed the float network, so it is loaded again", "warning"))
 
 
 def folder_name(config: RunConfig, shared: RunCache) -> str:

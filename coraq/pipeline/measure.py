@@ -30,7 +30,7 @@ class Measured:
 
 
 class Choices:
-    """Collects both networks' first choices, batch by batch."""
+    """Collects both networks' top-1 predictions, batch by batch."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -130,7 +130,7 @@ def accuracy_note(comparison: Comparison) -> str:
 def fidelity_facts(comparison: Comparison) -> list[tuple[str, str]]:
     """How close the quantized network's answers are to the float one's."""
     return [
-        ("agreement", f"{proportion_text(comparison.agreement)} same first choice"),
+        ("agreement", f"{proportion_text(comparison.agreement)} same top-1 prediction"),
         ("logits", f"SQNR {decibel_text(comparison.sqnr_db)}, KL {comparison.kl_nats:.4g} nats"),
     ]
 
