@@ -86,16 +86,21 @@ def test_a_method_s_fault_is_named_and_its_run_is_left_unfinished(
     assert len(RunFolder(folder).committed()) == len(list((folder / "layers").iterdir()))
 
 
-def test_a_mended_method_goes_on_where_it_failed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for body in (FAULTS["raises"][0], "if index == 1: 1/0"):
-        fails([*DEMO, *plugin(here / "strange", body)], capsys, 1, "method faulty", hint="tell its author")
-        registry._import_file.cache_clear()
+def test_a_mended_method_starts_afresh_and_the_same_one_resumes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A plugin's content is part of a run's identity: layers of before an edit are not taken for those of after it."""
+    command = [*DEMO, *plugin(here / "strange", FAULTS["raises"][0])]
+    for _ in range(2):
+        fails(command, capsys, 1, "method faulty", hint="tell its author")
     (folder,) = (here / "runs").iterdir()
     left = RunFolder(folder).committed()
-    assert len(left) == 3
-    assert run([*DEMO, *plugin(here / "strange")]) == 0
+    assert left
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert sum(event.get("resumed", False) for event in events) == 2 + len(left)
+    assert sum(event.get("resumed", False) for event in events) == len(left)
+    registry._import_file.cache_clear()
+    assert run([*DEMO, *plugin(here / "strange")]) == 0
+    (mended,) = set((here / "runs").iterdir()) - {folder}
+    events = [json.loads(line) for line in (mended / "events.jsonl").read_text().splitlines()]
+    assert not any(event.get("resumed", False) for event in events)
 
 
 @pytest.mark.parametrize("top", ["sys.exit(0)", "import no_such_module", "(", "\x00"])

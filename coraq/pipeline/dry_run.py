@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from coraq.calibration.task import CalibrationTask
+from coraq.calibration.task import TENSOR_HEADER_BYTES, CalibrationTask
 from coraq.config import RunConfig
 from coraq.events import Sink, null_sink
 from coraq.pipeline.cache import RunCache
@@ -45,7 +45,8 @@ def plan(config: RunConfig, *, runs_dir: Path, sink: Sink = null_sink) -> Plan:
             units |= dict.fromkeys(block.layers, block.module)
     committed = folder.committed()
     waiting = [view.name for view in views if view.name not in committed]
-    codes = sum(task.bytes_of(view.name) for view in views)
+    headers = TENSOR_HEADER_BYTES * sum(view.has_columns(scheme) for view in views)  # this estimate is of tensors
+    codes = sum(task.bytes_of(view.name) for view in views) - headers
     quantized = sum(v.weight.numel() for v in views)
     evaluation = prepared.images.evaluation
     return Plan(
