@@ -6,6 +6,7 @@ Infinite values (the SQNR of an unchanged layer) are written to JSON as the stri
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -123,7 +124,8 @@ class LayerResult(Result):
     name: str
     kind: str = Field(description="what the layer is: convolution, depthwise, linear, …")
     shape: tuple[Count, ...] = Field(description="shape of the weight")
-    bits: Count
+    bits: Count = Field(description="width of a code")
+    coding: Literal["packed", "ans"] = Field(default="packed", description="how the codes are stored")
     rank: Count | None = None
     bytes: Count = Field(description="bytes on disk: codes, scales, zero points, adapter")
     macs: Count
@@ -131,6 +133,13 @@ class LayerResult(Result):
     input_error: float | None = Field(default=None, description="relative error of the layer's inputs, ‖x − x̂‖/‖x‖")
     output_error: float | None = Field(default=None, description="relative error of the layer's outputs, ‖y − ŷ‖/‖y‖")
     metrics: dict[str, float | Integer | str] = Field(default_factory=dict, description="what else the method measured")
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits that a weight takes: those of its code, or on average where codes are entropy-coded."""
+        if self.coding == "packed":
+            return self.bits
+        return round(8 * self.bytes / max(1, math.prod(self.shape)), 2)
 
 
 class RunResult(Result):

@@ -290,12 +290,13 @@ class Scheme(Frozen):
 
     # ---------------------------------------------------------------- in words
 
-    def describe(self, layer_bits: Mapping[str, int] | None = None) -> str:
+    def describe(self, layer_bits: Mapping[str, float] | None = None, budget: str | None = None) -> str:
         """One line that a person can read and a paper can cite.
 
         Args:
-            layer_bits: the bits that each layer's codes have, in execution order. Where the method chose others than
-                the scheme says, they are what is described.
+            layer_bits: the bits that a weight of each layer has, in execution order. Where the method chose others
+                than the scheme says, they are what is described.
+            budget: what the user named as the size of the file; None: the scheme's bits.
         """
         weights, corrections = self.weights, self.corrections
         zero = "" if weights.symmetric else f", zero point fraction {weights.zero_point_fraction}"
@@ -308,14 +309,14 @@ class Scheme(Frozen):
         }[weights.column_scale]
         extra = "".join(f", {pattern}={own}" for pattern, own in self.overrides.items())
         return (
-            f"{self._widths(layer_bits)}, {grid}, bias correction {corrections.bias}, "
+            f"{self._widths(layer_bits, budget)}, {grid}, bias correction {corrections.bias}, "
             f"scale correction {corrections.scale}, {self._activations()}{extra}"
         )
 
-    def _widths(self, layer_bits: Mapping[str, int] | None) -> str:
+    def _widths(self, layer_bits: Mapping[str, float] | None, budget: str | None) -> str:
         """Bits of weights and activations: "W4A32, first/last layer 8/8 bits"."""
         weights, after = self.weights, f"A{self.act_bits or 32}"
-        if layer_bits and (chosen := chosen_bits(self, layer_bits)):
+        if layer_bits and (chosen := chosen_bits(self, layer_bits, budget)):
             return f"{chosen}, {after}"
         first, last = (_number(edge) or weights.bits for edge in (weights.first_bits, weights.last_bits))
         edges = "" if first == last == weights.bits else f", first/last layer {first}/{last} bits"
@@ -343,17 +344,18 @@ def _number(edge: int | str | None) -> int | None:
     return edge if isinstance(edge, int) else None
 
 
-def chosen_bits(scheme: Scheme, layer_bits: Mapping[str, int]) -> str:
+def chosen_bits(scheme: Scheme, layer_bits: Mapping[str, float], budget: str | None = None) -> str:
     """ "budget of 3 bits a weight, layers 2 to 8 bits" where a method chose others than the scheme says; else ""."""
     asked = {name: own.bits for name, own in scheme.resolve(list(layer_bits)).items()}
     if asked == dict(layer_bits):
         return ""
-    return f"budget of {scheme.weights.bits} bits a weight, layers {span(layer_bits.values())} bits"
+    named = f"{scheme.weights.bits} bits a weight" if budget is None else budget
+    return f"budget of {named}, layers {span(layer_bits.values())} bits"
 
 
-def span(bits: Collection[int]) -> str:
-    """ "4" or "2 to 8"."""
-    return f"{min(bits)}" if len(set(bits)) == 1 else f"{min(bits)} to {max(bits)}"
+def span(bits: Collection[float]) -> str:
+    """ "4", "2 to 8" or "0.8 to 3.1"."""
+    return f"{min(bits):.3g}" if len(set(bits)) == 1 else f"{min(bits):.3g} to {max(bits):.3g}"
 
 
 # Of each option of a scheme, by its flat name: the part of the scheme (None: the scheme itself) and the field.

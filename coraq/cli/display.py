@@ -107,7 +107,10 @@ def _show_worst(console: Console, result: RunResult) -> None:
     measure, worst = summary.worst_layers(result)
     if not worst:
         return
-    rows = [(layer.name, layer.kind, layer.bits, summary.bytes_text(layer.bytes), value) for layer, value in worst]
+    rows = [
+        (layer.name, layer.kind, f"{layer.stored_bits:g}", summary.bytes_text(layer.bytes), value)
+        for layer, value in worst
+    ]
     console.print(columns_table(["worst layers", "kind", "bits", "size", measure], rows, ("bits", "size", measure)))
 
 

@@ -81,7 +81,9 @@ def run_result(
         method=config.method,
         method_version=prepared.method.version,
         method_source=prepared.method_source,
-        scheme_line=prepared.scheme.describe({name: layer.weight.bits for name, layer in task.quantized.items()}),
+        scheme_line=prepared.scheme.describe(
+            {name: stored_bits(layer) for name, layer in task.quantized.items()}, config.budget
+        ),
         calibration=CalibrationInfo(
             description=calibration.counted(),
             count=calibration.count - len(calibration.skipped),
@@ -100,6 +102,13 @@ def run_result(
         notes=recorder.notes,
         run_dir="",
     )
+
+
+def stored_bits(layer: QuantizedLayer) -> float:
+    """Bits that a weight of the layer takes: those of its code, or on average where codes are entropy-coded."""
+    if layer.weight.coding == "packed":
+        return layer.weight.bits
+    return round(8 * layer.size_bytes() / max(1, layer.weight.codes.numel()), 2)
 
 
 def _size(task: CalibrationTask, file_bytes: int, float_bytes: int) -> SizeInfo:
@@ -137,6 +146,7 @@ def _layer_result(view: LayerView, layer: QuantizedLayer, numbers: Metrics) -> L
         kind=view.kind,
         shape=view.shape,
         bits=layer.weight.bits,
+        coding=layer.weight.coding,
         bytes=layer.size_bytes(),
         macs=view.macs,
         metrics={key: value for key, value in numbers.items() if key not in own},

@@ -243,7 +243,7 @@ def _layer_table(layers: Sequence[LayerResult]) -> dict[str, Any]:
             (layer.name, layer.name),
             (layer.kind, layer.kind),
             ("×".join(map(str, layer.shape)), math.prod(layer.shape)),
-            (str(layer.bits), layer.bits),
+            (f"{layer.stored_bits:g}", layer.stored_bits),
             *([(summary.number_text(layer.rank), layer.rank)] if ranks else []),
             (f"{layer.bytes:,}".replace(",", "\u202f"), layer.bytes),
             (summary.count_text(layer.macs), layer.macs),

@@ -84,7 +84,7 @@ def bits_and_rank(layers: Sequence[LayerResult]) -> str:
         from matplotlib.ticker import MaxNLocator
 
         panels = figure.subplots(2 if ranks else 1, 1, squeeze=False, sharex=True)[:, 0]
-        panels[0].bar(numbers, [layer.bits for layer in layers], width=0.75, color=SERIES[0], alpha=0.55)
+        panels[0].bar(numbers, [layer.stored_bits for layer in layers], width=0.75, color=SERIES[0], alpha=0.55)
         panels[0].set_ylabel("bits")
         if ranks:
             panels[1].bar(numbers, [layer.rank or 0 for layer in layers], width=0.75, color=SERIES[1], alpha=0.7)

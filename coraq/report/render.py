@@ -127,7 +127,7 @@ def _layer_row(layer: LayerResult, has_rank: bool, extras: list[str]) -> list[st
         f"`{layer.name}`",
         layer.kind,
         "×".join(map(str, layer.shape)),
-        str(layer.bits),
+        f"{layer.stored_bits:g}",
         *rank,
         str(layer.bytes),
         summary.count_text(layer.macs),

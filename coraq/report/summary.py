@@ -80,10 +80,11 @@ def number_text(value: float | int | str | None) -> str:
 def title(result: RunResult) -> str:
     """ "resnet18 at 4 bits by comq", or with the budget and the range where a method chose the bits of layers."""
     scheme = result.config.scheme
-    layer_bits = {layer.name: layer.bits for layer in result.layers}
-    if scheme.overrides or not layer_bits or not chosen_bits(scheme, layer_bits):
+    layer_bits = {layer.name: layer.stored_bits for layer in result.layers}
+    budget = result.config.budget
+    if scheme.overrides or not layer_bits or not chosen_bits(scheme, layer_bits, budget):
         return f"{result.config.model} at {scheme.weights.bits} bits by {result.method}"
-    return f"{result.config.model} by {result.method}: {chosen_bits(scheme, layer_bits)}"
+    return f"{result.config.model} by {result.method}: {chosen_bits(scheme, layer_bits, budget)}"
 
 
 def command_line(result: RunResult) -> str:
