@@ -287,7 +287,8 @@ class Collector:
 
     def _allocate(self, rows: Sequence[Tensor], count: int) -> Iterator[Tensor]:
         needed = count * sum(row.numel() * row.element_size() for row in rows)
-        if self._bound is not None and needed > self._bound:
+        # a file holds the host's memory: on another device the block's data stay there
+        if self._bound is not None and needed > self._bound and rows[0].device.type == "cpu":
             self.folder = tempfile.TemporaryDirectory(prefix="coraq-block-", dir=self._parent)
         for index, row in enumerate(rows):
             last = row.dim() == 4 and row.is_contiguous(memory_format=torch.channels_last)

@@ -61,7 +61,8 @@ def activation_grid(
     """
     if kind == "percentile":
         share = percentile / 100
-        ends = torch.quantile(values.double()[: 1 << 23], torch.tensor([1 - share, share], dtype=torch.float64))
+        shares = torch.tensor([1 - share, share], dtype=torch.float64, device=values.device)
+        ends = torch.quantile(values.double()[: 1 << 23], shares)
         least = min(0.0, float(ends[0])) if low < 0 else 0.0
         return grid_between(least, max(float(ends[1]), 0.0), bits, low < 0)
     shrinks = torch.logspace(0, torch.log10(torch.tensor(LEAST_SHRINK)).item(), SHRINKS).tolist()

@@ -96,7 +96,7 @@ def run_result(
         stages={**recorder.stages, **{f"quantize: {part}": seconds for part, seconds in task.clock.items()}},
         total_s=time.perf_counter() - started,
         float_pass_s=task.traversal.float_pass_s,
-        peak_memory_bytes=peak_memory(),
+        peak_memory_bytes=peak_memory(prepared.device),
         memory_bound_bytes=task.traversal.settings.memory_bytes,
         layers=[_layer_result(view, *task.committed[view.name]) for view in views],
         notes=recorder.notes,

@@ -48,8 +48,11 @@ def default_memory_bound(device: torch.device | str = "cpu") -> int:
     return max(free // 2, 64 << 20)
 
 
-def peak_memory() -> int:
-    """Largest resident size of this process since `reset_peak_memory`, or where that cannot be had ever, in bytes."""
+def peak_memory(device: torch.device | str = "cpu") -> int:
+    """Most bytes that were in use since `reset_peak_memory`, or where that cannot be had ever: on a CUDA device those
+    of its tensors, else this process's resident size."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -59,7 +62,10 @@ def peak_memory() -> int:
 
 
 def reset_peak_memory() -> None:
-    """Let the peak start again at what is resident now, so that a run's peak is its own (Linux only)."""
+    """Let the peak start again at what is in use now, so that a run's peak is its own (the host's: Linux only)."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
