@@ -2,8 +2,8 @@
 
     python examples/accuracy.py [--assets ../shared/assets] [--networks a,b] [--methods rtn,comq,mixed] [--bits 4,3,2]
 
-Every layer has the same bits or, with `mixed` and `cora`, shares out the bytes of that. Each cell is a process of its
-own, so that its peak memory is its own. Finished cells are reused (same run folder). Results go to
+Every layer has the same bits or, with `mixed` and `cora`, shares out the bytes of that; `rdoq` gets the bytes of comq's
+file as --size, so comq comes before it. Each cell is a process of its own, so that its peak memory is its own. Finished cells are reused (same run folder). Results go to
 examples/results/accuracy/NETWORK-METHOD-wBITS.json (the run's metrics.json), the table to examples/results/accuracy.md,
 and its rows for comq and mixed to the README, between its accuracy marks. `--table` only writes the tables again.
 """
@@ -24,9 +24,9 @@ README = Path(__file__).parent.parent / "README.md"
 COLUMNS = ["network", "file MB", "bits a weight", "method", "budget", "KL nats", "quantized top-1 %"]
 COLUMNS += ["difference, points", "logit SQNR dB", "s", "peak GB"]
 IN_README = ["network", "file MB", "bits a weight", "method", "KL nats", "quantized top-1 %", "difference, points"]
-README_METHODS = ("comq", "mixed")
+README_METHODS = ("comq", "mixed", "rdoq")
 README_BITS = (4, 3)
-METHODS = ("rtn", "comq", "brecq", "mixed", "cora")
+METHODS = ("rtn", "comq", "brecq", "mixed", "cora", "rdoq")
 IMAGENET = ["--split", "imagenet-val", "--calib-split", "imagenet-sample", "--class-map"]
 SEED = ["--seed", "0"]
 NETWORKS: dict[str, list[str]] = {
@@ -39,22 +39,24 @@ NETWORKS: dict[str, list[str]] = {
 }
 
 
-def command(assets: Path, network: str, method: str, bits: int) -> list[str]:
-    """The command line of one cell."""
+def command(assets: Path, network: str, method: str, bits: int, folder: Path) -> list[str]:
+    """The command line of one cell; `folder` has the results of others."""
     data = [part.format(assets=assets) for part in NETWORKS[network]]
     edges = ["--first-bits", "same", "--last-bits", "same"]
     # the plugin folder registers mobilenetv1_075 with timm, which has no such name
     model = [f"local-dir:{assets}/models/{network}", "--plugins-dir", str(assets)]
-    return ["coraq", "quantize", *model, "--method", method, "--bits", str(bits), *edges, *data, *SEED]
+    budget = ["--bits", str(bits)]
+    if method == "rdoq":
+        uniform = json.loads((folder / f"{network}-comq-w{bits}.json").read_text())
+        budget = ["--size", str(uniform["size"]["file_bytes"])]
+    return ["coraq", "quantize", *model, "--method", method, *budget, *edges, *data, *SEED]
 
 
-def row(name: str, result: dict[str, Any]) -> dict[str, str]:
+def row(name: str, bits: int, result: dict[str, Any]) -> dict[str, str]:
     """One line of the table, by column."""
     comparison, size = result["comparison"], result["size"]
     top1, difference = comparison["quantized_top1"], comparison["top1_difference"]
     least = "≥ " if result.get("resumed_layers") else ""  # a run that was killed and went on
-    scheme = result["config"]["scheme"]
-    bits = scheme["weights"]["bits"] if "weights" in scheme else scheme["bits"]
     cells = [
         f"{name} (float {comparison['float_top1']['value_pct']:.2f})",
         f"{size['file_bytes'] / 1e6:.2f} of {size['float_bytes'] / 1e6:.1f}",
@@ -89,7 +91,7 @@ def main() -> int:
         for method in arguments.methods.split(",")
     ]
     for network, bits, method in [] if arguments.table else cells:
-        line = command(arguments.assets, network, method, bits)
+        line = command(arguments.assets, network, method, bits, folder)
         done = subprocess.run([*line, "--json", "-q"], stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             failed += 1
@@ -97,7 +99,7 @@ def main() -> int:
             continue
         result = json.loads(done.stdout)
         (folder / f"{network}-{method}-w{bits}.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(*row(network, result).values(), sep=" | ", flush=True)
+        print(*row(network, bits, result).values(), sep=" | ", flush=True)
     write_tables(folder)
     return 1 if failed else 0
 
@@ -110,7 +112,7 @@ def write_tables(folder: Path) -> None:
             for method in METHODS:
                 path = folder / f"{network}-{method}-w{bits}.json"
                 if path.is_file():
-                    rows.append(row(network, json.loads(path.read_text())))
+                    rows.append(row(network, bits, json.loads(path.read_text())))
                     if method in README_METHODS and bits in README_BITS:
                         short.append(rows[-1])
     put_in_readme("accuracy", table(IN_README, [[cells[name] for name in IN_README] for cells in short]))
@@ -119,7 +121,7 @@ def write_tables(folder: Path) -> None:
         "",
         "Written by `python examples/accuracy.py`; every row is one `coraq quantize`, whose whole result stands beside",
         "this file in `accuracy/`. `budget` is the width of uniform codes in every layer, first and last included; the",
-        "methods `mixed` and `cora` share out the bytes of these codes. File sizes and bits a weight are those of the",
+        "methods `mixed` and `cora` share out the bytes of these codes, `rdoq` has the file size of comq. File sizes and bits a weight are those of the",
         "whole file: scales, zero points, biases and header included. Intervals are 95 %; differences are paired, on",
         "the same images: 1,300 of ImageNet's validation images (easier than the full set: use differences), 3,000",
         "CIFAR-10 test images. Calibration: 1,000 ImageNet training images, 512 of CIFAR-10. Affine grid per channel,",
