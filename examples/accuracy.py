@@ -3,9 +3,10 @@
     python examples/accuracy.py [--assets ../shared/assets] [--networks a,b] [--methods rtn,comq,mixed] [--bits 4,3,2]
 
 Every layer has the same bits or, with `mixed` and `cora`, shares out the bytes of that; `rdoq` gets the bytes of comq's
-file as --size, so comq comes before it. Each cell is a process of its own, so that its peak memory is its own. Finished cells are reused (same run folder). Results go to
-examples/results/accuracy/NETWORK-METHOD-wBITS.json (the run's metrics.json), the table to examples/results/accuracy.md,
-and its rows for comq and mixed to the README, between its accuracy marks. `--table` only writes the tables again.
+file as --size, so comq comes before it. Each cell is a process of its own, so that its peak memory is its own. Finished
+cells are reused (same run folder). Results go to examples/results/accuracy/NETWORK-METHOD-wBITS.json (the run's
+metrics.json), the table to examples/results/accuracy.md, and some of its rows to the README, between its accuracy marks.
+`--table` only writes the tables again.
 """
 
 from __future__ import annotations
@@ -121,9 +122,10 @@ def write_tables(folder: Path) -> None:
         "",
         "Written by `python examples/accuracy.py`; every row is one `coraq quantize`, whose whole result stands beside",
         "this file in `accuracy/`. `budget` is the width of uniform codes in every layer, first and last included; the",
-        "methods `mixed` and `cora` share out the bytes of these codes, `rdoq` has the file size of comq. File sizes and bits a weight are those of the",
-        "whole file: scales, zero points, biases and header included. Intervals are 95 %; differences are paired, on",
-        "the same images: 1,300 of ImageNet's validation images (easier than the full set: use differences), 3,000",
+        "methods `mixed` and `cora` share out the bytes of these codes, and `rdoq` has the file size of comq. File",
+        "sizes are those of the whole file; bits a weight count codes, scales, zero points and adapters. Intervals are",
+        "95 %; differences are paired, on the same images: 1,300 of ImageNet's validation images (easier than the full",
+        "set: use differences), 3,000",
         "CIFAR-10 test images. Calibration: 1,000 ImageNet training images, 512 of CIFAR-10. Affine grid per channel,",
         "column scales, scale and bias correction as by default, activations float, seed 0. `s` is the whole command",
         "without Python's imports, on one thread beside other work: an upper bound. The number behind a method is its",
