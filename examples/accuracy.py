@@ -5,7 +5,7 @@
 Every layer has the same bits or, with `mixed` and `cora`, shares out the bytes of that; `rdoq` gets the bytes of comq's
 file as --size, so comq comes before it. Each cell is a process of its own, so that its peak memory is its own. Finished
 cells are reused (same run folder). Results go to examples/results/accuracy/NETWORK-METHOD-wBITS.json (the run's
-metrics.json), the table to examples/results/accuracy.md, and some of its rows to the README, between its accuracy marks.
+metrics.json), the table to examples/results/accuracy.md, and some rows to the README, between its accuracy marks.
 `--table` only writes the tables again.
 """
 
