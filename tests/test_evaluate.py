@@ -251,7 +251,7 @@ def test_no_images_and_labels_of_another_data_set_are_errors() -> None:
 
 
 def test_a_network_without_classifier_is_an_error() -> None:
-    with pytest.raises(CoraqError, match=r"answers \(2, 3, 2, 2\)"):
+    with pytest.raises(CoraqError, match=r"shape \(2, 3, 2, 2\)"):
         evaluate_network(nn.Identity(), batches_of(torch.zeros(2, dtype=torch.long)))
 
 

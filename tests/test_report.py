@@ -137,7 +137,7 @@ def test_every_layer_is_a_row_in_execution_order_with_the_methods_own_measures()
 def test_without_evaluation_images_the_report_says_so_and_gives_fidelity() -> None:
     text = markdown(unmeasured())
     assert "Accuracy: not measured" in text
-    assert "top-1" not in text
+    assert "| top-1 |" not in text
     assert "On 1000 images: 256 synthetic images." in text
     assert "SQNR 21.5 dB" in text
 
