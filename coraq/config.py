@@ -154,6 +154,15 @@ class RunConfig(Frozen):
             return f"--ratio {self.ratio:g}"
         return None if self.budget_bits is None else f"--bits {self.budget_bits:g}"
 
+    @property
+    def budget_text(self) -> str | None:
+        """The budget in words: "60,000 bytes", "1/8 of the float bytes", "2.7 bits a weight"; or None."""
+        if self.size is not None:
+            return f"{self.size:,} bytes"
+        if self.ratio is not None:
+            return f"1/{self.ratio:g} of the float bytes"
+        return None if self.budget_bits is None else f"{self.budget_bits:g} bits a weight"
+
     def digest(
         self, options: Mapping[str, Any] | None = None, bases: Sequence[Mapping[str, Any]] = (), **more: str
     ) -> str:

@@ -108,3 +108,12 @@ def test_a_description_says_the_bits_that_are_in_the_file() -> None:
     assert scheme.describe({"a": 3, "b": 3}).startswith("W3A32, affine")
     assert scheme.describe({"a": 4, "b": 8}).startswith("budget of 3 bits a weight, layers 4 to 8 bits, A32")
     assert "first/last layer 8/3 bits" in Scheme.of(bits=3, first_bits=8).describe()
+
+
+def test_a_budget_of_bytes_is_named_in_place_of_the_scheme_s_bits() -> None:
+    config = RunConfig(model="demo", method="rdoq", size=60000)
+    line = config.scheme.describe({"stem": 3.21, "head": 0.5}, config.budget_text)
+    assert line.startswith("budget of 60,000 bytes, layers 0.5 to 3.21 bits, A32")
+    assert RunConfig(model="demo", ratio=8).budget_text == "1/8 of the float bytes"
+    assert RunConfig(model="demo", budget_bits=2.7).budget_text == "2.7 bits a weight"
+    assert RunConfig(model="demo").budget_text is None

@@ -82,7 +82,7 @@ def run_result(
         method_version=prepared.method.version,
         method_source=prepared.method_source,
         scheme_line=prepared.scheme.describe(
-            {name: stored_bits(layer) for name, layer in task.quantized.items()}, config.budget
+            {name: stored_bits(layer) for name, layer in task.quantized.items()}, config.budget_text
         ),
         calibration=CalibrationInfo(
             description=calibration.counted(),

@@ -81,7 +81,7 @@ def title(result: RunResult) -> str:
     """ "resnet18 at 4 bits by comq", or with the budget and the range where a method chose the bits of layers."""
     scheme = result.config.scheme
     layer_bits = {layer.name: layer.stored_bits for layer in result.layers}
-    budget = result.config.budget
+    budget = result.config.budget_text
     if scheme.overrides or not layer_bits or not chosen_bits(scheme, layer_bits, budget):
         return f"{result.config.model} at {scheme.weights.bits} bits by {result.method}"
     return f"{result.config.model} by {result.method}: {chosen_bits(scheme, layer_bits, budget)}"
