@@ -41,6 +41,7 @@ from coraq.calibration.block_options import BlockSolverConfig
 from coraq.calibration.block_solver import BlockSolver
 from coraq.calibration.layer_costs import (
     MeasuredLayer,
+    allowed_widths,
     error_by_bits,
     measure_layers,
     predict_kl,
@@ -102,6 +103,7 @@ __all__ = [
     "adapter",
     "adapter_bytes",
     "allocate_bits",
+    "allowed_widths",
     "alternate",
     "best_shrink",
     "can_pay",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from coraq.calibration.statistics import LayerStats
+from coraq.config import Scheme
 from coraq.core.least_squares import LeastSquares
 from coraq.core.sensitivity import kl_of_errors, kl_of_errors_by_channel
 from coraq.core.tensors import QuantizedLayer
@@ -75,6 +76,21 @@ def measure_layers(
             if squares.count is not None and squares.count <= images:
                 bits, error = EIGHT_BITS, nearest_error(task, layer, EIGHT_BITS)
             yield MeasuredLayer(layer, squares, task.stats(layer.name), codes, installed, error, bits)
+
+
+def allowed_widths(layer: LayerView, scheme: Scheme, keep_first_last: bool, least: int | None = None) -> Sequence[int]:
+    """The bits that an allocation may give a layer, up to 8.
+
+    By default from one below the scheme's, so that some layers can pay for others. A layer with an override keeps its
+    own bits, and so does one whose bits differ from the scheme's where `keep_first_last` says so.
+
+    Args:
+        least: the fewest bits, in place of that.
+    """
+    own, common = layer.bits, scheme.weights.bits
+    if scheme.overrides_layer(layer.name) or (own != common and keep_first_last):
+        return [own]
+    return range(max(2, min(own, common) - 1) if least is None else least, EIGHT_BITS + 1)
 
 
 def predict_kl(task: Any, errors: Mapping[str, Tensor]) -> dict[str, float]:

@@ -33,6 +33,7 @@ from coraq.api import (
     SearchLayer,
     adapter_bytes,
     allocate_bits,
+    allowed_widths,
     alternate,
     can_pay,
     directions,
@@ -57,7 +58,6 @@ PAPER: dict[str, Any] = {
     "rounds": 0,
     "correction": 0.0,
 }
-MAX_BITS = 8
 MAX_PREDICTED_KL_SHARE = 0.8  # of the KL of uniform codes, for a plan to be followed: see coraq.methods.mixed
 
 
@@ -274,12 +274,10 @@ class CoRa:
         return {layer.name: list(own[i]) for layer, own, i in zip(task.layers, pairs, taken, strict=True)}
 
     def _widths(self, layer: LayerView, scheme: Scheme) -> Sequence[int]:
-        """The bits that a layer may get: from one below the scheme's, so that some can pay for others, up to 8."""
-        own = layer.bits
-        keeps = scheme.overrides_layer(layer.name) or (own != scheme.weights.bits and self.config.first_last == "keep")
-        if self.config.widths == "fixed" or keeps:
-            return [own]
-        return range(max(2, min(own, scheme.weights.bits) - 1), MAX_BITS + 1)
+        """The bits that a layer may get: its own alone where the budget buys adapters only."""
+        if self.config.widths == "fixed":
+            return [layer.bits]
+        return allowed_widths(layer, scheme, self.config.first_last == "keep")
 
     def _search(self, task: NetworkTask, seen: Sequence[_Seen], plan: dict[str, list[int]]) -> dict[str, list[int]]:
         """The paper's search, from cutoffs of the plan's ranks or 0.9."""

@@ -21,6 +21,7 @@ from coraq.api import (
     Scope,
     UsageError,
     allocate_bits,
+    allowed_widths,
     error_by_bits,
     measure_layers,
     predict_kl,
@@ -142,15 +143,9 @@ class Mixed:
         return (config.base, config.base_options) if task.scope_of(config.base) == "layer" else ("comq", {})
 
     def _widths(self, layer: LayerView, task: NetworkTask) -> Sequence[int]:
-        """The bits that a layer may get: from one below the scheme's, so that some can pay for others, up to 8.
-
-        Under a budget that the user names, from 2.
-        """
-        own, scheme = layer.bits, task.scheme
-        if scheme.overrides_layer(layer.name) or (own != scheme.weights.bits and self.config.first_last == "keep"):
-            return [own]
-        least = 2 if task.budget_bytes is not None else max(2, min(own, scheme.weights.bits) - 1)
-        return range(least, MAX_BITS + 1)
+        """The bits that a layer may get; under a budget that the user names, from 2."""
+        least = None if task.budget_bytes is None else 2
+        return allowed_widths(layer, task.scheme, self.config.first_last == "keep", least)
 
 
 def _are_bits(kept: object, layers: Sequence[LayerView]) -> bool:
