@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tasks import make_task, run_method
+from support.tasks import error_of, extra_bytes, make_task, run_method
 
 import coraq
 from coraq import registry
@@ -35,17 +35,6 @@ def task(**arguments: Any) -> CalibrationTask:
 
 def run(one: CalibrationTask, method: Any, **options: Any) -> dict[str, QuantizedLayer]:
     return run_method(one, method, options).quantized
-
-
-def extra_bytes(layers: dict[str, QuantizedLayer], base: dict[str, QuantizedLayer]) -> int:
-    return sum(layer.size_bytes() - base[name].size_bytes() for name, layer in layers.items())
-
-
-def error_of(one: CalibrationTask) -> float:
-    """Relative squared error of the logits."""
-    with torch.no_grad():
-        pairs = [(one.teacher(x), one.student(x)) for x in BATCHES]
-    return sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(a.square().sum()) for a, _ in pairs)
 
 
 def test_a_budget_is_held_and_buys_bits_where_they_help() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from coraq import registry
@@ -66,3 +67,15 @@ def rounded(layer: LayerView) -> QuantizedLayer:
     """A layer by round-to-nearest on its min-max grid."""
     grid = minmax_grid(layer.weight, layer.bits)
     return QuantizedLayer(grid.pack(grid.codes(layer.weight)))
+
+
+def extra_bytes(layers: dict[str, QuantizedLayer], base: dict[str, QuantizedLayer]) -> int:
+    """Bytes of layers beyond those of others of the same names."""
+    return sum(layer.size_bytes() - base[name].size_bytes() for name, layer in layers.items())
+
+
+def error_of(one: CalibrationTask) -> float:
+    """Relative squared error of the student's logits on the task's own images."""
+    with torch.no_grad():
+        pairs = [(one.teacher(x), one.student(x)) for x in one.batches()]
+    return sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(a.square().sum()) for a, _ in pairs)
